@@ -1,0 +1,1 @@
+"""Constitutional AI on Ray: constitution and helpful model in, harmless policy out."""

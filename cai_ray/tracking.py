@@ -1,0 +1,90 @@
+"""Where metrics go besides metrics.jsonl: W&B, one group per run and one W&B run per stage."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cai_ray.artifacts import Manifest, StageDir
+from cai_ray.config import Config, Tracking
+
+
+def wandb_wanted(tracking: Tracking) -> bool:
+    """Whether W&B is on: by the configuration, or (auto) because the environment is set up for it."""
+    if tracking.wandb == "auto":
+        return bool(os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE"))
+    return tracking.wandb == "on"
+
+
+class StageTracker:
+    """One W&B run for one stage. Metrics that a worker wrote to metrics.jsonl are followed from the driver.
+
+    The W&B run's id is derived from run and stage: a resumed stage continues its own curve.
+    """
+
+    def __init__(self, config: Config, out: StageDir, run_path: Path):
+        self._out = out
+        self._seen = 0
+        self._run: Any = None
+        if not wandb_wanted(config.tracking):
+            return
+        import wandb
+
+        known = out.path / "tracking.json"
+        identity = json.loads(known.read_text("utf-8")) if known.is_file() else {"id": wandb.util.generate_id()}
+        out.path.mkdir(parents=True, exist_ok=True)
+        known.write_text(json.dumps(identity), "utf-8")
+        self._run = wandb.init(
+            project=config.tracking.project,
+            entity=config.tracking.entity,
+            group=config.run.name,
+            name=f"{config.run.name}/{out.name}",
+            job_type=out.name,
+            id=identity["id"],
+            resume="allow",
+            dir=str(run_path),
+            config=config.model_dump(mode="json"),
+            settings=wandb.Settings(console="off", silent=True),
+        )
+
+    def poll(self) -> None:
+        """Passes on the lines of metrics.jsonl that are new since the last call."""
+        path = self._out.path / "metrics.jsonl"
+        if self._run is None or not path.is_file():
+            return
+        with path.open("rb") as f:
+            f.seek(self._seen)
+            for line in f:
+                if not line.endswith(b"\n"):
+                    break  # still being written
+                self._seen += len(line)
+                values = json.loads(line)
+                step = values.pop("step")
+                self._run.log({**values, f"{self._out.name}/step": step})
+
+    def finish(self, manifest: Manifest | None) -> None:
+        """Logs the key numbers and a table of samples, and closes the W&B run; without a manifest, as failed."""
+        if self._run is None:
+            return
+        self.poll()
+        if manifest:
+            self._run.summary.update({k: v for k, v in manifest.metrics.items() if isinstance(v, int | float)})
+            self._log_samples()
+        self._run.finish(exit_code=0 if manifest else 1, quiet=True)
+
+    def _log_samples(self) -> None:
+        import wandb
+
+        path = self._out.path / "samples.jsonl"
+        rows: list[Mapping[str, Any]] = []
+        if path.is_file():
+            rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+        if rows:
+            columns = sorted({k for r in rows for k in r})
+            cells = [[_cell(r.get(c)) for c in columns] for r in rows]
+            self._run.log({"samples": wandb.Table(columns=columns, data=cells)})
+
+
+def _cell(value: Any) -> Any:
+    return value if isinstance(value, str | int | float | None) else json.dumps(value, ensure_ascii=False)
