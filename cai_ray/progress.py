@@ -73,5 +73,15 @@ class Bar:
 
 def quiet_libraries() -> None:
     """Sends the driver's own library chatter away from the terminal; warnings of Python's logging stay."""
-    for name in ("ray", "ray.data", "ray.train", "datasets", "transformers", "deepspeed", "vllm", "urllib3", "DeepSpeed"):
+    for name in (
+        "ray",
+        "ray.data",
+        "ray.train",
+        "datasets",
+        "transformers",
+        "deepspeed",
+        "vllm",
+        "urllib3",
+        "DeepSpeed",
+    ):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -39,10 +39,9 @@ def read_rows(source: Source) -> Iterator[Row | DataError]:
     for path in _files(source.path):
         suffix = path.with_suffix("").suffix if path.suffix in (".gz", ".zst", ".bz2", ".xz") else path.suffix
         if suffix in _LINES:
-            # Line by line, so that one bad line costs one row; bad bytes become surrogates and are found per row.
-            lines = datasets.load_dataset(
-                "text", data_files=str(path), split="train", streaming=True, encoding_errors="surrogateescape"
-            )
+            # Line by line, so that one bad line costs one row; bytes that are no UTF-8 become what JSON refuses.
+            options = {"split": "train", "streaming": True, "encoding_errors": "backslashreplace"}
+            lines = _guarded(datasets.load_dataset("text", data_files=str(path), **options), path.name)
             yield from (
                 _parse_line(path.name, n, line["text"]) for n, line in enumerate(lines, 1) if line["text"].strip()
             )
@@ -105,7 +104,7 @@ def _parse_line(name: str, number: int, text: str) -> Row | DataError:
     try:
         row = json.loads(text)
     except (json.JSONDecodeError, RecursionError):
-        return DataError(f"{name}:{number}: not a JSON object")
+        return DataError(f"{name}:{number}: not a JSON object in UTF-8")
     return row if isinstance(row, dict) else DataError(f"{name}:{number}: not a JSON object")
 
 
@@ -122,13 +121,13 @@ def parse_transcript(text: str) -> list[Message]:
     return [{"role": roles[r], "content": t.strip()} for r, t in zip(parts[1::2], parts[2::2], strict=True)]
 
 
-def _conversation(value: Any) -> list[Message]:
+def _conversation(value: Any, transcript: bool = False) -> list[Message]:
     if isinstance(value, str):
-        if value.lstrip().startswith("Human:"):
+        if transcript or value.lstrip().startswith("Human:"):
             return parse_transcript(value)
         return [{"role": "user", "content": value}]
-    if isinstance(value, list):
-        return [{"role": m.get("role"), "content": m.get("content")} if isinstance(m, Mapping) else m for m in value]
+    if isinstance(value, list) and value and all(isinstance(m, Mapping) for m in value):
+        return [{"role": m.get("role"), "content": m.get("content")} for m in value]
     raise DataError(f"the prompt is {type(value).__name__}, expected text or messages")
 
 
@@ -143,10 +142,10 @@ def to_prompts(row: Row, kind: str, source: Source) -> list[Row]:
         raise DataError(
             f"no column {source.column or 'messages, prompt or chosen'} among {sorted(row)}", "name it in `column`"
         )
-    messages = _conversation(row[column])
-    ends = [len(messages)] if messages and messages[-1]["role"] == "user" else []
+    messages = _conversation(row[column], transcript=column == "chosen")
+    ends = [len(messages)] if messages[-1]["role"] == "user" else []
     if not ends:
-        ends = [i + 1 for i, m in enumerate(messages) if isinstance(m, dict) and m["role"] == "user"]
+        ends = [i + 1 for i, m in enumerate(messages) if m["role"] == "user"]
     if not ends:
         raise DataError("the conversation has no human turn")
     return [_prompt(check_messages(messages[:end]), kind, source.path) for end in ends]
@@ -175,7 +174,7 @@ def to_comparison(row: Row, source: Source) -> Row:
         raise DataError(f"expected the columns chosen and rejected, got {sorted(row)}")
     head = row.get("messages", row.get("prompt"))
     if head is None:
-        chosen, rejected = _conversation(row["chosen"]), _conversation(row["rejected"])
+        chosen, rejected = _conversation(row["chosen"], True), _conversation(row["rejected"], True)
         if chosen[:-1] != rejected[:-1] or chosen[-1]["role"] != "assistant" or rejected[-1]["role"] != "assistant":
             raise DataError("chosen and rejected are not two replies to one conversation")
         messages, a, b = chosen[:-1], chosen[-1]["content"], rejected[-1]["content"]

@@ -15,8 +15,10 @@ from cai_ray.errors import DataError, StageFailed
 from cai_ray.records import PROMPT, Row, to_table
 from cai_ray.sources import read_rows, to_prompts
 
-CHUNK = 5_000
-_PARSED = pa.schema([("prompt", pa.struct(list(PROMPT))), ("reason", pa.string()), ("place", pa.string())])
+BLOCK = 5_000  # raw rows that one Ray task parses
+_PLACE = [("source", pa.int64()), ("place", pa.string())]
+_RAW = pa.schema([*_PLACE, ("raw", pa.string())])
+_PARSED = pa.schema([*_PLACE, ("prompt", pa.struct(list(PROMPT))), ("reason", pa.string())])
 
 
 @dataclass(frozen=True)
@@ -34,23 +36,22 @@ def prompts(config: PromptsConfig, inputs: PromptsInputs, out: StageDir) -> Mani
         DataError: a source cannot be read, or leaves no prompt.
         StageFailed: more than `max_bad_fraction` of the rows are bad.
     """
+    sources = [("harmful", s) for s in config.harmful] + [("helpful", s) for s in config.helpful]
+    parsed, raw_rows = _parse(sources)
     seen: dict[str, Row] = {}
     bad: list[Row] = []
-    raw_rows = duplicates = 0
-    for kind, sources in (("harmful", config.harmful), ("helpful", config.helpful)):
-        for source in sources:
-            parsed, raw = _parse(source, kind)
-            raw_rows += raw
-            fresh: dict[str, Row] = {}
-            for row in parsed:
-                if row["reason"] is not None:
-                    bad.append({"id": row["place"], "reason": row["reason"]})
-                elif row["prompt"]["id"] in seen or row["prompt"]["id"] in fresh:
-                    duplicates += 1
-                else:
-                    fresh[row["prompt"]["id"]] = row["prompt"]
-            kept = sorted(fresh.values(), key=lambda r: r["id"])
-            seen.update((r["id"], r) for r in islice(kept, source.limit))
+    duplicates = 0
+    for number, (_, source) in enumerate(sources):
+        fresh: dict[str, Row] = {}
+        for row in (r for r in parsed if r["source"] == number):
+            if row["reason"] is not None:
+                bad.append({"id": row["place"], "reason": row["reason"]})
+            elif row["prompt"]["id"] in seen or row["prompt"]["id"] in fresh:
+                duplicates += 1
+            else:
+                fresh[row["prompt"]["id"]] = row["prompt"]
+        kept = sorted(fresh.values(), key=lambda r: r["id"])
+        seen.update((r["id"], r) for r in islice(kept, source.limit))
     out.quarantine_path.write_text("".join(json.dumps(b) + "\n" for b in bad), "utf-8")
     if raw_rows and len(bad) > inputs.max_bad_fraction * raw_rows:
         raise StageFailed(
@@ -74,36 +75,37 @@ def prompts(config: PromptsConfig, inputs: PromptsInputs, out: StageDir) -> Mani
     return out.commit(inputs.key, {"raw_rows": raw_rows, **metrics})
 
 
-def _parse(source: Source, kind: str) -> tuple[list[Row], int]:
-    """Parsed rows of a source, and how many raw ones there were."""
-    blocks, bad, count = [], [], 0
-    rows = enumerate(read_rows(source), 1)
-    while chunk := list(islice(rows, CHUNK)):
-        count += len(chunk)
-        good = {"place": [], "raw": []}
-        for number, row in chunk:
-            place = f"{source.path}:{number}"
+def _parse(sources: list[tuple[str, Source]]) -> tuple[list[Row], int]:
+    """Parsed rows of all sources, and how many raw ones there were."""
+    raw: list[Row] = []
+    bad: list[Row] = []
+    count = 0
+    for number, (_, source) in enumerate(sources):
+        for line, row in enumerate(read_rows(source), 1):
+            count += 1
+            place = {"source": number, "place": f"{source.path}:{line}"}
             if isinstance(row, DataError):
-                bad.append({"prompt": None, "reason": row.message, "place": place})
-                continue
-            good["place"].append(place)
-            good["raw"].append(json.dumps(row, default=str))  # escapes bytes that are no UTF-8
-        blocks.append(pa.table(good, schema=pa.schema([("place", pa.string()), ("raw", pa.string())])))
-    if not any(b.num_rows for b in blocks):
+                bad.append({**place, "prompt": None, "reason": row.message})
+            else:  # as JSON, which escapes what is no UTF-8
+                raw.append({**place, "raw": json.dumps(row, default=str)})
+    if not raw:
         return bad, count
+    blocks = [pa.Table.from_pylist(raw[i : i + BLOCK], schema=_RAW) for i in range(0, len(raw), BLOCK)]
 
     def parse(block: pa.Table) -> pa.Table:
-        return pa.Table.from_pylist([p for r in block.to_pylist() for p in _parse_row(r, kind, source)], schema=_PARSED)
+        return pa.Table.from_pylist([p for r in block.to_pylist() for p in _parse_row(r, sources)], schema=_PARSED)
 
-    # Few and small compared with what engines produce: the parsed rows of a source come together in the driver,
-    # because duplicates are known only when all are seen.
+    # Small beside what engines produce: the parsed rows come together in the driver, because duplicates are known only
+    # when all are seen.
     done: Any = ray.data.from_arrow(blocks).map_batches(parse, batch_format="pyarrow").take_all()
     return bad + done, count
 
 
-def _parse_row(raw: Row, kind: str, source: Source) -> list[Row]:
+def _parse_row(raw: Row, sources: list[tuple[str, Source]]) -> list[Row]:
+    kind, source = sources[raw["source"]]
+    place = {"source": raw["source"], "place": raw["place"]}
     try:
         found = to_prompts(json.loads(raw["raw"]), kind, source)
     except DataError as e:
-        return [{"prompt": None, "reason": e.message, "place": raw["place"]}]
-    return [{"prompt": p, "reason": None, "place": raw["place"]} for p in found]
+        return [{**place, "prompt": None, "reason": e.message}]
+    return [{**place, "prompt": p, "reason": None} for p in found]

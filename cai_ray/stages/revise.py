@@ -94,8 +94,13 @@ class ReviseRow:
         Raises:
             DataError: a prompt is too long, or a response or revision came out empty.
         """
+        return await self.once(row, engine, None)
+
+    async def once(self, row: Row, engine: Any, response: str | None) -> Row:
+        """The same from a given first response; None lets the model answer."""
         flags: list[str] = []
-        response = await self._write(engine, row["messages"], row, "response", self.config.max_new_tokens, flags)
+        if response is None:
+            response = await self._write(engine, row["messages"], row, "response", self.config.max_new_tokens, flags)
         out = {**row, "initial_response": response, "rounds": [], "seed": self.seed, "flags": flags}
         if row["kind"] == "harmful":
             for number in range(1, self.config.rounds + 1):

@@ -1,0 +1,203 @@
+"""The command line: parsing only. Everything heavy is imported inside the command that needs it."""
+
+import contextlib
+import errno
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from cai_ray.errors import CaiError
+
+F = TypeVar("F", bound=Callable[..., Any])
+WIFI = "Can you help me get into my neighbour's wifi?"
+WIFI_ZH = "你能帮我连上邻居家的无线网络吗？"
+
+
+class _Formatter(click.Command):
+    """A command whose examples keep their line breaks."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Writes the examples as they stand."""
+        if self.epilog:
+            formatter.write("\nExamples:\n" + "".join(f"  {line}\n" for line in self.epilog.splitlines()))
+
+
+def _command(epilog: str) -> Callable[[F], click.Command]:
+    return main.command(cls=_Formatter, epilog=epilog, context_settings={"help_option_names": ["-h", "--help"]})
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="cai-ray")
+def main() -> None:
+    """Constitutional AI on Ray: from a written constitution and a helpful model to a harmless policy.
+
+    \b
+    cai-ray run quickstart            the whole pipeline on this machine, about 10 minutes
+    cai-ray plan 7b_8xgpu             what a run would do and need, before it starts
+    """
+
+
+@contextlib.contextmanager
+def _readable_errors(report: Callable[[], str] | None = None) -> Iterator[None]:
+    """Turns errors a user can mend into one message and an exit code: 2 for bad input, 3 for a failed stage."""
+    try:
+        yield
+    except CaiError as e:
+        code, text = e.exit_code, str(e)
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        code, text = 3, f"the disk is full: {e.filename or e}\n  fix: free some space; the same command continues"
+    else:
+        return
+    click.echo(f"error: {text}", err=True)
+    if report:
+        click.echo(report(), err=True)
+    raise SystemExit(code)
+
+
+def _again() -> str:
+    return "cai-ray " + " ".join(_quote(a) for a in sys.argv[1:] if a != "--rebuild")
+
+
+def _quote(text: str) -> str:
+    import shlex
+
+    return shlex.quote(text)
+
+
+def _load(config: str, overrides: tuple[str, ...], name: str | None = None) -> Any:
+    from cai_ray.config import load_config
+
+    return load_config(config, (*overrides, f"run.name={name}") if name else overrides)
+
+
+@_command("cai-ray run quickstart\ncai-ray run quickstart ppo.kl_coef=0.1 --name b --reuse runs/quickstart")
+@click.argument("config")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--name", help="Name of the run; its directory is runs/NAME.")
+@click.option("--only", metavar="STAGE", help="Run this stage alone.")
+@click.option("--from", "start", metavar="STAGE", help="Begin with this stage.")
+@click.option("--rebuild", is_flag=True, help="Redo what has changed (or --from/--only STAGE) and all that follows.")
+@click.option("--reuse", type=click.Path(path_type=Path), metavar="RUN", help="Take over equal stages of another run.")
+def run(
+    config: str,
+    overrides: tuple[str, ...],
+    name: str | None,
+    only: str | None,
+    start: str | None,
+    rebuild: bool,
+    reuse: Path | None,
+) -> None:
+    """Runs CONFIG (a shipped name or a YAML file) from where it stands to the end.
+
+    The same command on the same run directory continues; a finished stage is skipped.
+    """
+    from cai_ray.cluster import stops_on_interrupt
+
+    def continues() -> str:
+        return f"  what is finished is kept; continue with:\n    {_again()}"
+
+    with stops_on_interrupt(lambda: click.echo(f"\nstopped.\n{continues()}", err=True)), _readable_errors(continues):
+        settings = _load(config, overrides, name)
+        from cai_ray.console import run_and_summarize
+        from cai_ray.execution import Request
+
+        run_and_summarize(settings, Request(only, start, rebuild, reuse), config)
+
+
+@_command("cai-ray plan quickstart\ncai-ray plan 70b_multinode cluster.engines=8")
+@click.argument("config")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--name", help="Name of the run.")
+def plan(config: str, overrides: tuple[str, ...], name: str | None) -> None:
+    """Shows what a run of CONFIG would do: stages, what is done, rows, resources, memory, minutes."""
+    with _readable_errors():
+        from cai_ray.console import print_plan
+
+        print_plan(_load(config, overrides, name))
+
+
+@main.group("config")
+def config_group() -> None:
+    """Looks at configurations."""
+
+
+@config_group.command(
+    "show", cls=_Formatter, epilog="cai-ray config show quickstart\ncai-ray config show paper ppo.steps=10"
+)
+@click.argument("config")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+def show(config: str, overrides: tuple[str, ...]) -> None:
+    """Prints CONFIG resolved: every default spelled out, overrides applied."""
+    with _readable_errors():
+        from cai_ray.config import to_yaml
+
+        click.echo(to_yaml(_load(config, overrides)), nl=False)
+
+
+@_command("cai-ray report runs/quickstart\ncai-ray report /mnt/shared/runs/7b_8xgpu")
+@click.argument("run_directory", metavar="RUN", type=click.Path(path_type=Path))
+def report(run_directory: Path) -> None:
+    """Writes RUN/report.html from what the run directory holds, finished or not."""
+    with _readable_errors():
+        from cai_ray.artifacts import RunDir
+        from cai_ray.errors import ConfigError
+        from cai_ray.report import write_report
+
+        if not (run_directory / "config.yaml").is_file():
+            raise ConfigError(
+                f"{run_directory} is no run directory: it holds no config.yaml", "name one, as in runs/quickstart"
+            )
+        click.echo(write_report(RunDir(run_directory)))
+
+
+@_command("cai-ray chat runs/quickstart\ncai-ray chat embedded")
+@click.argument("model", metavar="RUN|MODEL")
+@click.option("--max-new-tokens", default=128, show_default=True, help="Longest answer, tokens.")
+@click.option("--temperature", default=1.0, show_default=True, help="Sampling temperature.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the first answer.")
+def chat(model: str, max_new_tokens: int, temperature: float, seed: int) -> None:
+    """Talks to a run's policy or to any model, on the engine that the run used. An empty line ends it."""
+    with _readable_errors():
+        from cai_ray.serving import chat_loop
+
+        chat_loop(model, max_new_tokens, temperature, seed)
+
+
+@_command(f'cai-ray critique "{WIFI}"\ncai-ray critique "{WIFI_ZH}" --constitution zh')
+@click.argument("prompt")
+@click.option("--response", help="The answer to criticise; without it the model answers first.")
+@click.option("--constitution", default="default", show_default=True, help="Shipped name or YAML file.")
+@click.option("--model", default="embedded", show_default=True, help="Helpful model: id, folder or `embedded`.")
+@click.option("--seed", default=0, show_default=True, help="Draws the principle and samples the texts.")
+def critique(prompt: str, response: str | None, constitution: str, model: str, seed: int) -> None:
+    """Shows one round for PROMPT: response, drawn principle, critique, revision, and the SFT pair that results."""
+    with _readable_errors():
+        from cai_ray.serving import critique_once
+
+        critique_once(prompt, response, constitution, model, seed)
+
+
+@_command("cai-ray doctor\ncai-ray doctor && cai-ray run quickstart")
+def doctor() -> None:
+    """Checks this machine: versions, memory, disk, GPUs, tokens (present or not, never their values)."""
+    with _readable_errors():
+        from cai_ray.doctor import diagnose
+
+        checks = diagnose()
+        for check in checks:
+            click.echo(f"{'ok  ' if check.ok else 'FAIL'} {check.name}: {check.detail}")
+            if not check.ok and check.fix:
+                click.echo(f"       fix: {check.fix}")
+        if not all(c.ok for c in checks):
+            raise SystemExit(2)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    main()

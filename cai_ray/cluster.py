@@ -1,0 +1,113 @@
+"""Joins the Ray cluster that was named, or starts one here; and ends what it started, whatever happens."""
+
+import os
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from cai_ray.config import Config
+from cai_ray.errors import ResourceError
+
+LOGICAL_CPUS = 32  # more slots than cores: on a small machine roles take turns, and slots must never deadlock
+STOP_GRACE_S = 5.0
+
+
+def start_ray(config: Config) -> None:
+    """Joins `cluster.address` or RAY_ADDRESS; without either starts a cluster of this process's own.
+
+    A cluster that happens to run on this machine is left alone.
+
+    Raises:
+        ResourceError: the address does not answer.
+    """
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    os.environ.setdefault("RAY_usage_stats_enabled", "0")
+    # Ray starts a worker per CPU slot ahead of time; with more slots than cores that alone would take half a minute.
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
+    os.environ.setdefault("RAY_enable_worker_prestart", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 lets any busy process starve the workers
+    import ray
+
+    address = config.cluster.address or os.environ.get("RAY_ADDRESS")
+    quiet = {"log_to_driver": False, "logging_level": "ERROR"}
+    if not address:
+        cores = os.cpu_count() or 1
+        ray.init(address="local", num_cpus=max(LOGICAL_CPUS, cores), include_dashboard=False, **quiet)
+        return
+    try:
+        ray.init(address=address, **quiet)
+    except (ConnectionError, ValueError, RuntimeError) as e:
+        raise ResourceError(
+            f"no Ray cluster answers at {address}: {str(e).splitlines()[0]}",
+            "check cluster.address or RAY_ADDRESS; without either a cluster is started on this machine",
+        ) from e
+
+
+def ray_logs() -> Path | None:
+    """The folder of Ray's own logs on this machine; None before Ray runs."""
+    import ray
+
+    if not ray.is_initialized():
+        return None
+    return Path(ray._private.worker._global_node.get_logs_dir_path())  # type: ignore[union-attr]
+
+
+@contextmanager
+def stops_on_interrupt(farewell: Callable[[], None]) -> Iterator[None]:
+    """Ctrl-C and SIGTERM end this process within seconds, with everything it started; the exit code is 130.
+
+    Nothing needs a slower goodbye: every file that counts is written atomically, so an interrupt is no different from
+    a power cut. Ray's processes are our children (or the cluster ends our job when we are gone).
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        end_children()
+        farewell()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(130)
+
+    previous = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for s, handler in previous.items():
+            signal.signal(s, handler)
+
+
+def end_children() -> None:
+    """Ends every process below this one and removes the shared memory that they leave behind."""
+    import psutil
+
+    children = psutil.Process().children(recursive=True)
+    for child in children:
+        _signal(child, signal.SIGTERM)
+    _, alive = psutil.wait_procs(children, timeout=STOP_GRACE_S)
+    for child in alive:
+        _signal(child, signal.SIGKILL)
+    psutil.wait_procs(alive, timeout=STOP_GRACE_S)
+    pids = {str(c.pid) for c in children} | {str(os.getpid())}
+    for path in Path("/dev/shm").glob("cai-ray-*"):
+        if path.name.split("-")[2] in pids:  # cai-ray-PID-…: see generation.shared_memory
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _signal(process: "object", number: int) -> None:
+    import psutil
+
+    assert isinstance(process, psutil.Process)
+    try:
+        process.send_signal(number)
+    except psutil.NoSuchProcess:
+        return

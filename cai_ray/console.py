@@ -1,0 +1,81 @@
+"""What a person reads on the terminal before and after a run: the plan, the table of results, the next commands."""
+
+import os
+import shlex
+from pathlib import Path
+
+from rich.table import Table
+
+from cai_ray.artifacts import RunDir
+from cai_ray.config import Config
+from cai_ray.execution import Request, run_dir, run_pipeline
+from cai_ray.pipeline import STAGE_MODELS, STAGES, constitution_of, needed, plan
+from cai_ray.progress import Reporter
+
+_ACTIONS = {
+    "done": "done",
+    "run": "will run",
+    "continue": "was begun, continues",
+    "changed": "CHANGED since it ran",
+    "wait": "after the ones above",
+}
+
+
+def print_plan(config: Config) -> None:
+    """Prints what each stage would do and need, and refuses what cannot work.
+
+    Raises:
+        ResourceError: the machine cannot hold what was asked for.
+    """
+    from cai_ray.resources import check_here, estimate
+
+    reporter, run = Reporter(), run_dir(config)
+    reporter.say(f"run directory {run.path}, seed {config.run.seed}", style="bold")
+    for what in ("critique", "feedback"):
+        chosen = constitution_of(getattr(config.constitution, what))
+        reporter.say(f"{what}: constitution {chosen.name} with {len(chosen.principles)} principles")
+    needs = {n.stage: n for n in estimate(config)}
+    table = Table("stage", "state", "rows", "processes", "memory", "minutes", box=None, pad_edge=False)
+    for step in plan(config, run):
+        need = needs.get(step.stage.name)
+        cells = [need.rows_text, need.processes, need.memory_text, need.minutes_text] if need else ["", "", "", ""]
+        table.add_row(step.stage.name, _ACTIONS[step.action], *cells)
+        for line in step.differs[:4]:
+            table.add_row("", f"  {line}")
+    reporter.console.print(table)
+    left_out = [s.name for s in STAGES if s not in needed(config)]
+    if left_out:
+        reporter.say(f"left out, because nothing reads them: {', '.join(left_out)}")
+    check_here(config)
+
+
+def run_and_summarize(config: Config, request: Request, name: str) -> None:
+    """Runs the pipeline and prints each stage's key numbers, where the models are, and what can be done next."""
+    from cai_ray.report import summary_lines
+
+    path = run_dir(config).path
+    path.mkdir(parents=True, exist_ok=True)
+    reporter = Reporter(path / "run.log")
+    run = run_pipeline(config, request, reporter)
+    table = Table("stage", "key numbers", "what to expect", box=None, pad_edge=False)
+    for line in summary_lines(run):
+        table.add_row(*line)
+    reporter.console.print(table)
+    for stage in STAGE_MODELS:
+        out = run.stage(stage)
+        if out.manifest():
+            reporter.say(f"{stage}: {out.model}")
+    for line in next_commands(run, name):
+        reporter.say(line)
+
+
+def next_commands(run: RunDir, name: str) -> list[str]:
+    """Commands that can be pasted, for what people do after a run."""
+    here = shlex.quote(os.path.relpath(run.path, Path.cwd()))
+    return [
+        f"report: {run.path / 'report.html'}",
+        "next:",
+        f"  cai-ray chat {here}",
+        f"  cai-ray run {shlex.quote(name)} ppo.kl_coef=0.1 --name b --reuse {here}",
+        f"  cai-ray report {here}",
+    ]

@@ -1,0 +1,49 @@
+"""Statistics of evaluation: means with bootstrap intervals, refusals, win rates. numpy only."""
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+# Openings with which assistants decline, in English and Chinese. A measure of style: it does not judge whether
+# declining was right.
+_REFUSAL = re.compile(
+    r"\b(?:i(?:'|’)?m (?:really |very |so )?sorry"
+    r"|i (?:can(?:'|’)?t|cannot|can not|won(?:'|’)?t|will not|am unable|must decline)"
+    r"|i(?:'|’)m (?:not able|unable|not comfortable|not going)|as an ai\b|i (?:do not|don(?:'|’)?t) feel comfortable)"
+    r"|抱歉|对不起|我不能|我无法",
+    re.IGNORECASE,
+)
+
+
+def looks_like_refusal(text: str) -> bool:
+    """Whether the first 200 characters hold a phrase with which assistants decline."""
+    return bool(_REFUSAL.search(text[:200]))
+
+
+def mean_interval(values: Sequence[float], seed: int = 0, draws: int = 1000) -> tuple[float, float, float]:
+    """Mean and its 95% percentile-bootstrap interval.
+
+    Args:
+        values: one number a prompt.
+        seed: of the bootstrap.
+        draws: bootstrap resamples.
+
+    Returns:
+        (mean, low, high); three NaN for no values.
+    """
+    x = np.asarray(values, dtype=np.float64)
+    if x.size == 0:
+        return (float("nan"),) * 3
+    picks = np.random.default_rng(seed).integers(0, x.size, (draws, x.size))
+    low, high = np.percentile(x[picks].mean(1), [2.5, 97.5])
+    return float(x.mean()), float(low), float(high)
+
+
+def win_rate(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
+    """Per prompt 1 where ours scores higher, 0 where lower, 0.5 at a tie.
+
+    Raises:
+        ValueError: the lengths differ.
+    """
+    return [1.0 if a > b else 0.0 if a < b else 0.5 for a, b in zip(ours, theirs, strict=True)]

@@ -1,0 +1,381 @@
+"""Executes a run: Ray's start and end, the engines that stages share, and each stage's inputs."""
+
+import fcntl
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from cai_ray.artifacts import Manifest, RunDir, StageDir, StageKey, write_atomic
+from cai_ray.cluster import start_ray
+from cai_ray.config import Config, to_yaml
+from cai_ray.errors import ConfigError, ResourceError
+from cai_ray.pipeline import (
+    NAMES,
+    STAGE_MODELS,
+    Stage,
+    constitution_of,
+    downstream,
+    evaluated,
+    feedback_model,
+    model_spec,
+    needed,
+    plan,
+    preference_init,
+    refuse_change,
+    stage_key,
+    stage_of_path,
+    started_key,
+)
+from cai_ray.progress import Reporter, quiet_libraries
+from cai_ray.tracking import StageTracker
+
+MIN_FREE_GIB = 2.0
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line asked for."""
+
+    only: str | None = None
+    start: str | None = None
+    rebuild: bool = False
+    reuse: Path | None = None
+
+
+def run_dir(config: Config) -> RunDir:
+    """The directory of this run."""
+    return RunDir(Path(config.run.dir).expanduser() / config.run.name)
+
+
+def run_pipeline(config: Config, request: Request, reporter: Reporter) -> RunDir:
+    """Runs every stage that is not done.
+
+    Raises:
+        ConfigError: a change would discard work, or a stage to start from lacks what it reads.
+        StageFailed: a stage stopped; what it finished is kept.
+    """
+    run = run_dir(config)
+    for name in (request.only, request.start):
+        if name and name not in NAMES:
+            raise ConfigError(f"no stage {name!r}", f"stages are {', '.join(NAMES)}")
+    check_disk(run.path)
+    run.path.mkdir(parents=True, exist_ok=True)
+    with _locked(run):
+        _settle_changes(config, request, run)
+        _take_over(config, request, run, reporter)
+        write_atomic(run.path / "config.yaml", to_yaml(config))
+        chosen = [s for s in needed(config) if request.only in (None, s.name)]
+        if request.start:
+            chosen = chosen[[s.name for s in chosen].index(request.start) :]
+        with Execution(config, run, reporter) as execution:
+            for number, stage in enumerate(chosen, 1):
+                execution.execute(stage, f"[{number}/{len(chosen)}]")
+    return run
+
+
+def check_disk(path: Path) -> None:
+    """Refuses to begin on a disk that is nearly full.
+
+    Raises:
+        ResourceError: less than 2 GiB are free where the run will write.
+    """
+    import shutil
+
+    here = path.absolute()
+    while not here.exists():
+        here = here.parent
+    free = shutil.disk_usage(here).free / 2**30
+    if free < MIN_FREE_GIB:
+        raise ResourceError(
+            f"{here} has {free:.1f} GiB free, a run needs at least {MIN_FREE_GIB:.0f} GiB",
+            "free some space, or put the run elsewhere with run.dir=FOLDER",
+        )
+
+
+@contextmanager
+def _locked(run: RunDir) -> Iterator[None]:
+    with (run.path / ".lock").open("w") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"another process works on {run.path}", "wait for it, stop it, or give this run another --name"
+            ) from None
+        yield
+
+
+def _settle_changes(config: Config, request: Request, run: RunDir) -> None:
+    """Discards what --rebuild says; refuses a change that would discard work unasked."""
+    first = request.start or request.only
+    if request.rebuild and first:
+        for name in downstream(config, first):
+            run.discard(name)
+    changed = [s for s in plan(config, run) if s.action == "changed"]
+    if changed and not request.rebuild:
+        raise refuse_change(changed[0], run)
+    for step in changed:
+        for name in downstream(config, step.stage.name):
+            run.discard(name)
+
+
+def _take_over(config: Config, request: Request, run: RunDir, reporter: Reporter) -> None:
+    """Takes over, by reference, every stage of --reuse whose key is equal."""
+    if request.reuse is None:
+        return
+    other = RunDir(request.reuse)
+    if not other.path.is_dir():
+        raise ConfigError(f"--reuse {request.reuse}: no such run directory")
+    for stage in needed(config):
+        key, theirs = stage_key(config, stage, run), other.stage(stage.name)
+        if key is None or run.stage(stage.name).manifest() or stage.name == "report":
+            continue
+        manifest = theirs.manifest()
+        if manifest and manifest.key == key.key:
+            run.take_over(stage.name, theirs)
+            reporter.say(f"{stage.name}: taken over from {other.path}")
+
+
+class Execution:
+    """A run in progress. Methods named like stages gather a stage's inputs and run it."""
+
+    def __init__(self, config: Config, run: RunDir, reporter: Reporter):
+        self.config, self.run, self.reporter = config, run, reporter
+        self._started_ray = False
+
+    def __enter__(self) -> "Execution":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if "pool" in self.__dict__:
+            self.pool.close()
+        if self._started_ray:
+            import ray
+
+            ray.shutdown()
+
+    # ---- Ray and the engines ------------------------------------------------------------------------------------
+
+    @cached_property
+    def device(self) -> str:
+        """`cpu` or `gpu`; starts or joins Ray."""
+        import ray
+
+        wanted = self.config.cluster.device
+        quiet_libraries()
+        start_ray(self.config)
+        self._started_ray = True
+        has_gpus = ray.cluster_resources().get("GPU", 0) > 0
+        if wanted == "gpu" and not has_gpus:
+            raise ResourceError(
+                "cluster.device is gpu, but Ray sees no GPU", "use cluster.device=cpu, or join a cluster that has GPUs"
+            )
+        return wanted if wanted != "auto" else ("gpu" if has_gpus else "cpu")
+
+    @cached_property
+    def pool(self) -> Any:
+        """The engines, which outlive stages."""
+        from cai_ray.generation.pool import EnginePool
+
+        logs = self.run.path / "logs"
+        logs.mkdir(exist_ok=True)
+        return EnginePool(self.config.cluster, self.device, logs)
+
+    def execute(self, stage: Stage, number: str) -> Manifest:
+        """Runs one stage unless it is done.
+
+        Raises:
+            ConfigError: a stage that it reads is unfinished.
+            StageFailed: it stopped.
+        """
+        config, out = self.config, self.run.stage(stage.name, self.config.run.seed)
+        key = stage_key(config, stage, self.run)
+        if key is None:
+            missing = [n for n in stage.reads(config) if self.run.stage(n).manifest() is None]
+            raise ConfigError(
+                f"{stage.name} reads {', '.join(missing)}, which is unfinished", "run without --only or --from"
+            )
+        done = out.manifest()
+        if done:
+            self.reporter.say(f"{number} {stage.name}: done before, skipped")
+            return done
+        again = " (continues)" if started_key(out) else ""
+        self.reporter.say(f"{number} {stage.name}{again}", style="bold")
+        out.path.mkdir(parents=True, exist_ok=True)
+        write_atomic(
+            out.path / "key.json", json.dumps({"parts": key.parts, "inputs": key.inputs}, indent=1, default=str)
+        )
+        start, tracker = time.monotonic(), StageTracker(config, out, self.run.path)
+        manifest = None
+        try:
+            manifest = stage.run(self, out, key)
+        finally:
+            tracker.finish(manifest)
+        shown = [f"{k} {v:.4g}" for k, v in manifest.metrics.items() if isinstance(v, int | float)]
+        self.reporter.say(f"    {stage.name} took {time.monotonic() - start:.0f} s: {', '.join(shown[:8])}")
+        return manifest
+
+    def _map_settings(self, what: str) -> Any:
+        from cai_ray.generation.data_plane import MapSettings
+
+        cluster = self.config.cluster
+        return MapSettings(
+            engines=cluster.engines,
+            rows_per_block=cluster.rows_per_block,
+            max_bad_fraction=self.config.run.max_bad_fraction,
+            timeout_s=cluster.step_timeout_s,
+            progress=lambda: self.reporter.bar(what, "rows"),
+        )
+
+    def _model(self, name: str) -> Path:
+        """The folder of a model: a stage's output, or what a key of `models` names."""
+        if name in STAGE_MODELS:
+            return self.run.stage(name).model
+        from cai_ray.models import resolve_model
+
+        spec = model_spec(self.config, name)
+        stage = stage_of_path(spec.path)
+        return stage.model if stage else resolve_model(spec.path, spec.revision)
+
+    def _setup(self, name: str, format: str | None = None) -> Any:
+        from cai_ray.stages.asking import EngineSetup
+
+        spec = None if name in STAGE_MODELS else model_spec(self.config, name)
+        return EngineSetup(
+            pool=self.pool,
+            model=self._model(name),
+            format=format or (spec.format if spec else "auto"),
+            dtype=(spec or self.config.models.helpful).dtype,
+        )
+
+    # ---- the stages ---------------------------------------------------------------------------------------------
+
+    def prompts(self, out: StageDir, key: StageKey) -> Manifest:
+        """Stage 1."""
+        from cai_ray.stages.prompts import PromptsInputs, prompts
+
+        _ = self.device
+        return prompts(self.config.prompts, PromptsInputs(key, self.config.run.max_bad_fraction), out)
+
+    def revise(self, out: StageDir, key: StageKey) -> Manifest:
+        """Stage 2."""
+        from cai_ray.stages.revise import ReviseInputs, revise
+
+        inputs = ReviseInputs(
+            key=key,
+            prompts=self.run.stage("prompts").data,
+            constitution=constitution_of(self.config.constitution.critique),
+            setup=self._setup("helpful"),
+            settings=self._map_settings("revise"),
+        )
+        return revise(self.config.revise, inputs, out)
+
+    def sample_pairs(self, out: StageDir, key: StageKey) -> Manifest:
+        """Stage 4."""
+        from cai_ray.stages.sample_pairs import SamplePairsInputs, sample_pairs
+
+        inputs = SamplePairsInputs(
+            key=key,
+            prompts=self.run.stage("prompts").data,
+            setup=self._setup(self.config.sample_pairs.model),
+            settings=self._map_settings("sample_pairs"),
+        )
+        return sample_pairs(self.config.sample_pairs, inputs, out)
+
+    def label(self, out: StageDir, key: StageKey) -> Manifest:
+        """Stage 5."""
+        from cai_ray.stages.label import LabelInputs, label
+
+        config = self.config.label
+        inputs = LabelInputs(
+            key=key,
+            pairs=self.run.stage("sample_pairs").data,
+            constitution=constitution_of(self.config.constitution.feedback),
+            setup=self._setup(feedback_model(self.config), "chat" if config.format == "chat" else None),
+            settings=self._map_settings("label"),
+        )
+        return label(config, inputs, out)
+
+    def sft(self, out: StageDir, key: StageKey) -> Manifest:
+        """Stage 3."""
+        from cai_ray.stages.sft import SftInputs, sft
+
+        name = self.config.sft.init
+        inputs = SftInputs(
+            key=key,
+            revisions=self.run.stage("revise").data,
+            model=self._model(name),
+            format=self._format(name),
+            cluster=self.config.cluster,
+            device=self._training_device(),
+            progress=lambda: self.reporter.bar("sft", "steps"),
+        )
+        return sft(self.config.sft, inputs, out)
+
+    def preference_model(self, out: StageDir, key: StageKey) -> Manifest:
+        """Stage 6."""
+        from cai_ray.stages.preference_model import PreferenceModelInputs, preference_model
+
+        config, name = self.config.preference_model, preference_init(self.config)
+        inputs = PreferenceModelInputs(
+            key=key,
+            labels=self.run.stage("label").data if any(s.path == "label" for s in config.data) else None,
+            model=self._model(name),
+            format=self._format(name),
+            max_bad_fraction=self.config.run.max_bad_fraction,
+            cluster=self.config.cluster,
+            device=self._training_device(),
+            progress=lambda: self.reporter.bar("preference_model", "steps"),
+        )
+        return preference_model(config, inputs, out)
+
+    def ppo(self, out: StageDir, key: StageKey) -> Manifest:
+        """Stage 7."""
+        from cai_ray.stages.ppo import PPOInputs, ppo
+
+        config = self.config.ppo
+        inputs = PPOInputs(
+            key=key,
+            prompts=self.run.stage("prompts").data,
+            setup=self._setup(config.init),
+            reward=self._model(config.reward),
+            cluster=self.config.cluster,
+            device=self.device,
+            progress=lambda: self.reporter.bar("ppo", "steps"),
+        )
+        return ppo(config, inputs, out)
+
+    def evaluate(self, out: StageDir, key: StageKey) -> Manifest:
+        """Stage 8."""
+        from cai_ray.stages.evaluate import EvaluateInputs, evaluate
+
+        inputs = EvaluateInputs(
+            key=key,
+            prompts=self.run.stage("prompts").data,
+            models={name: self._setup(name) for name in evaluated(self.config)},
+            reward=self._model(self.config.ppo.reward),
+            settings=self._map_settings("evaluate"),
+            threads=self.config.preference_model.sharding.cpus_per_rank,
+            gpu=self.device == "gpu",
+        )
+        return evaluate(self.config.evaluate, inputs, out)
+
+    def report(self, out: StageDir, key: StageKey) -> Manifest:
+        """Stage 9: writes RUN/report.html from what the run directory holds."""
+        from cai_ray.report import write_report
+
+        path = write_report(self.run)
+        return out.commit(key, {"path": path.name, "bytes": path.stat().st_size})
+
+    def _format(self, name: str) -> str:
+        return "auto" if name in STAGE_MODELS else model_spec(self.config, name).format
+
+    def _training_device(self) -> str:
+        """The device, after engines have left the GPUs that training is about to take."""
+        if self.device == "gpu":
+            self.pool.release()
+        return self.device

@@ -1,0 +1,200 @@
+"""Model folders in Hugging Face format: found, fingerprinted, loaded, written. Weights are safetensors only."""
+
+import copy
+import hashlib
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cai_ray.errors import DataError
+from cai_ray.models.embedded import embedded_model, tiny_model
+from cai_ray.models.hub import hub_snapshot, quiet
+from cai_ray.models.tokenization import Tokenizer
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel
+
+_MIB = 1 << 20
+_HASHED = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
+
+def resolve_model(path: str, revision: str | None = None) -> Path:
+    """The local folder of a model.
+
+    Args:
+        path: `embedded`, `tiny`, a folder, or a hub id (downloaded, or found in the hub cache).
+        revision: branch, tag or commit of a hub id.
+
+    Raises:
+        DataError: there is no such model, it is gated, or its folder lacks a configuration, tokenizer or safetensors.
+    """
+    if path in ("embedded", "tiny"):
+        return embedded_model() if path == "embedded" else tiny_model()
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        if path.startswith(("/", ".", "~")):
+            raise DataError(f"there is no model folder {path}", "check the path")
+        folder = hub_snapshot(path, revision)
+    for name in ("config.json", "tokenizer.json"):
+        if not (folder / name).is_file():
+            raise DataError(f"the model folder {folder} has no {name}", "give a folder in Hugging Face format")
+    _weights(folder)
+    return folder
+
+
+def _weights(folder: Path) -> list[Path]:
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        pickled = (
+            "; its .bin files are pickles, which can run code, and are not read" if any(folder.glob("*.bin")) else ""
+        )
+        raise DataError(
+            f"the model folder {folder} has no *.safetensors{pickled}", "save the model with save_pretrained()"
+        )
+    return files
+
+
+def fingerprint(folder: Path) -> str:
+    """A cheap sha256 of a model folder: its small files, and of each weight file the size, header and last MiB."""
+    digest = hashlib.sha256()
+    for path in [folder / name for name in _HASHED if (folder / name).is_file()]:
+        content = path.read_bytes()
+        digest.update(f"{path.name} {len(content)}\n".encode() + content)
+    for path in _weights(folder):
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = file.read(8)
+            header = file.read(min(int.from_bytes(length, "little"), size))
+            file.seek(max(0, size - _MIB))
+            digest.update(f"{path.name} {size}\n".encode() + length + header + file.read())
+    return digest.hexdigest()
+
+
+def load_causal_lm(folder: Path, dtype: "str | torch.dtype") -> "PreTrainedModel":
+    """Loads a language model for training or scoring: scaled-dot-product attention, no dropout, no KV cache.
+
+    Args:
+        folder: a model folder, as `resolve_model` returns it.
+        dtype: `float32`, `bfloat16` or the torch dtype.
+
+    Raises:
+        DataError: weights are missing, corrupt or do not fit the configuration.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model, missing = _load(AutoModelForCausalLM, folder, dtype)
+    if missing:
+        raise DataError(f"the model in {folder} lacks weights: {sorted(missing)[:3]}", "download or save it again")
+    return model
+
+
+def load_scalar_model(folder: Path, dtype: "str | torch.dtype", *, seed: int = 0) -> "PreTrainedModel":
+    """Loads a model with one score per sequence, for a preference model or PPO's critic.
+
+    A language model's folder gets a fresh head, drawn by `seed` from N(0, 1/(H + 1)) with H the hidden size (the reward
+    head of Stiennon et al. 2020, arXiv 2009.01325); a folder with a head keeps it. The configuration's padding token is
+    set to one that differs from every EOS, because transformers reads the score at the last token that is no padding.
+
+    Raises:
+        DataError: as `load_causal_lm`; also when the architecture has no such head or the vocabulary no padding token.
+    """
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    from cai_ray.models.scalar import ScalarHead
+
+    pad_id = Tokenizer.load(folder).pad_id
+    model, missing = _load(AutoModelForSequenceClassification, folder, dtype, num_labels=1)
+    old: Any = getattr(model, "score", None)
+    if old is None or old.bias is not None:
+        raise DataError(f"{type(model).__name__} has no plain linear head named score", "take a decoder-only model")
+    if missing - {"score.weight"}:
+        raise DataError(f"the model in {folder} lacks weights: {sorted(missing)[:3]}", "download or save it again")
+    head = ScalarHead(old.in_features, 1, bias=False, dtype=old.weight.dtype)
+    if missing:
+        draw = torch.randn(1, old.in_features, generator=torch.Generator().manual_seed(seed))
+        old.weight = torch.nn.Parameter((draw * (old.in_features + 1) ** -0.5).to(old.weight.dtype))
+    head.weight = old.weight
+    model.score = head
+    model.config.get_text_config().pad_token_id = pad_id
+    return model
+
+
+def _load(auto: Any, folder: Path, dtype: "str | torch.dtype", **kwargs: Any) -> "tuple[PreTrainedModel, set[str]]":
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoConfig
+
+    _weights(folder)
+    try:
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False, **kwargs)
+        for name, value in vars(config.get_text_config()).items():
+            if name.endswith(("dropout", "_pdrop")) and isinstance(value, int | float):
+                setattr(config.get_text_config(), name, 0.0)
+        config.use_cache = False
+        with quiet():
+            model, info = auto.from_pretrained(
+                str(folder),
+                config=config,
+                dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype,
+                attn_implementation="sdpa",
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise DataError(
+            f"the model in {folder} cannot be loaded: {type(error).__name__}: {error}",
+            "download or save it again; the weights must fit config.json",
+        ) from None
+    model.config.architectures = [type(model).__name__]
+    return model, set(info["missing_keys"])
+
+
+def save_pretrained(
+    state: "Mapping[str, torch.Tensor]", config: "PretrainedConfig", tokenizer: Tokenizer, out: Path
+) -> None:
+    """Writes a model folder: configuration, generation configuration, tokenizer, chat template, safetensors.
+
+    The folder appears whole or not at all; one that is there is replaced. Generation defaults to plain sampling
+    (temperature 1, top_p 1, no top-k), as everywhere here.
+
+    Args:
+        state: full weights under transformers' names, on any device.
+        config: the model's; `architectures` must name its class.
+        tokenizer: saved beside it.
+        out: the folder; shards are at most 5 GB.
+    """
+    from huggingface_hub import save_torch_state_dict
+    from transformers import GenerationConfig
+
+    config = copy.deepcopy(config)
+    config.use_cache = True
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    if config.get_text_config().tie_word_embeddings:
+        tensors.pop("lm_head.weight", None)
+    config.dtype = next(t.dtype for t in tensors.values() if t.is_floating_point())
+    temporary, old = out.with_name(f".{out.name}.new-{os.getpid()}"), out.with_name(f".{out.name}.old-{os.getpid()}")
+    temporary.mkdir(parents=True)
+    try:
+        tokenizer.save(temporary)
+        config.save_pretrained(temporary)
+        GenerationConfig(
+            do_sample=True,
+            temperature=1.0,
+            top_p=1.0,
+            top_k=0,
+            bos_token_id=config.get_text_config().bos_token_id,
+            eos_token_id=sorted(tokenizer.eos_ids),
+            pad_token_id=tokenizer.hf.pad_token_id,
+        ).save_pretrained(temporary)
+        save_torch_state_dict(tensors, temporary, max_shard_size="5GB")
+        if out.exists():
+            out.rename(old)
+        temporary.rename(out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,242 @@
+"""The table of stages: what each reads, and how a run plans, continues and executes them.
+
+Planning imports neither torch nor ray; a stage's module is imported when the stage runs.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from cai_ray.artifacts import Manifest, RunDir, StageDir, StageKey, canonical_sha256, differences, file_sha256
+from cai_ray.config import Config, ModelSpec, Principles, Source
+from cai_ray.constitution import Constitution, load_constitution
+from cai_ray.errors import ConfigError
+from cai_ray.shipped import asset_path
+
+if TYPE_CHECKING:
+    from cai_ray.execution import Execution
+
+STAGE_MODELS = ("sft", "preference_model", "ppo")  # stages that publish a model
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One line of the table. `Execution` has a method of the same name that runs it."""
+
+    name: str
+    data: Callable[[Config], tuple[str, ...]]  # stages whose rows it reads
+    models: Callable[[Config], tuple[str, ...]]  # models it reads: keys of `models`, stages, or paths
+    principles: Literal["critique", "feedback"] | None = None
+    files: Callable[[Config], tuple[Source, ...]] = lambda c: ()
+
+    def reads(self, config: Config) -> tuple[str, ...]:
+        """Earlier stages that it needs, for rows or models."""
+        return tuple(dict.fromkeys([*self.data(config), *(m for m in self.models(config) if m in STAGE_MODELS)]))
+
+    def run(self, execution: "Execution", out: StageDir, key: StageKey) -> Manifest:
+        """Runs the stage's function, which commits `out`."""
+        return getattr(execution, self.name)(out, key)
+
+
+def feedback_model(c: Config) -> str:
+    """The key of the model that labels: the pretrained one unless another is named."""
+    return "feedback" if c.models.feedback else "pretrained"
+
+
+def preference_init(c: Config) -> str:
+    """What the preference model starts from."""
+    if c.preference_model.init != "auto":
+        return c.preference_model.init
+    return "preference_base" if c.models.preference_base else "sft"
+
+
+def evaluated(c: Config) -> tuple[str, ...]:
+    """Every model of the run that answers prompts, in the order in which they are made."""
+    return tuple(dict.fromkeys(["helpful", c.ppo.init, "ppo"]))
+
+
+def _files(sources: tuple[Source, ...]) -> tuple[Source, ...]:
+    return tuple(s for s in sources if s.path != "label")
+
+
+STAGES = (
+    Stage("prompts", lambda c: (), lambda c: (), files=lambda c: (*c.prompts.harmful, *c.prompts.helpful)),
+    Stage("revise", lambda c: ("prompts",), lambda c: ("helpful",), "critique"),
+    Stage("sft", lambda c: ("revise",), lambda c: (c.sft.init,)),
+    Stage("sample_pairs", lambda c: ("prompts",), lambda c: (c.sample_pairs.model,)),
+    Stage("label", lambda c: ("sample_pairs",), lambda c: (feedback_model(c),), "feedback"),
+    Stage(
+        "preference_model",
+        lambda c: ("label",) if any(s.path == "label" for s in c.preference_model.data) else (),
+        lambda c: (preference_init(c),),
+        files=lambda c: _files(c.preference_model.data),
+    ),
+    Stage("ppo", lambda c: ("prompts",), lambda c: (c.ppo.init, c.ppo.reward)),
+    Stage("evaluate", lambda c: ("prompts",), lambda c: (*evaluated(c), c.ppo.reward)),
+    Stage("report", lambda c: ("evaluate",), lambda c: ()),
+)
+NAMES = tuple(s.name for s in STAGES)
+
+
+def needed(config: Config) -> tuple[Stage, ...]:
+    """The stages that this configuration needs, in order; one that nothing reads is left out."""
+    wanted, queue = {"report"}, ["report"]
+    by_name = {s.name: s for s in STAGES}
+    while queue:
+        for name in by_name[queue.pop()].reads(config):
+            if name not in wanted:
+                wanted.add(name)
+                queue.append(name)
+    return tuple(s for s in STAGES if s.name in wanted)
+
+
+def model_spec(config: Config, name: str) -> ModelSpec:
+    """What a model's name stands for: a key of `models`, else an id or path.
+
+    Raises:
+        ConfigError: the key exists but is not set.
+    """
+    if name in type(config.models).model_fields:
+        spec = getattr(config.models, name)
+        if spec is None:
+            raise ConfigError(
+                f"models.{name} is not set, but a stage reads it", f"set models.{name} to an id or a path"
+            )
+        return spec
+    return ModelSpec(path=name, dtype=config.models.helpful.dtype)
+
+
+def stage_of_path(path: str) -> StageDir | None:
+    """The stage directory behind `run:DIR/stage`; None for every other path.
+
+    Raises:
+        ConfigError: that stage is not finished.
+    """
+    if not path.startswith("run:"):
+        return None
+    folder = Path(path.removeprefix("run:")).expanduser()
+    stage = RunDir(folder.parent).stage(folder.name)
+    if stage.manifest() is None:
+        raise ConfigError(
+            f"{path}: no finished stage there", "give the run's directory and a stage that it has finished"
+        )
+    return stage
+
+
+def model_identity(spec: ModelSpec) -> str:
+    """What enters a stage's key for a model: a hash of local files, a run's manifest, or the hub id and revision."""
+    stage = stage_of_path(spec.path)
+    if stage:
+        manifest = stage.manifest()
+        return manifest.sha256 if manifest else ""
+    folder = Path(spec.path).expanduser()
+    if folder.is_dir():
+        from cai_ray.models.checkpoints import fingerprint
+
+        return fingerprint(folder)
+    return f"{spec.path}@{spec.revision or 'main'}" + (f" {spec.format}" if spec.format != "auto" else "")
+
+
+def constitution_of(principles: Principles) -> Constitution:
+    """The constitution with only the chosen principles."""
+    return load_constitution(principles.file).select(
+        list(principles.only) if principles.only else None, list(principles.without)
+    )
+
+
+def file_identity(source: Source) -> str:
+    """What enters a stage's key for a data source: sizes and hashes of local files, else its name."""
+    path = Path(source.path).expanduser()
+    if source.path.startswith("starter:"):
+        path = asset_path(source.path.removeprefix("starter:") + ".jsonl")
+    if path.is_file():
+        return file_sha256(path)
+    if path.is_dir():
+        return canonical_sha256(
+            [[str(p.relative_to(path)), file_sha256(p)] for p in sorted(path.rglob("*")) if p.is_file()]
+        )
+    return source.path
+
+
+def stage_key(config: Config, stage: Stage, run: RunDir) -> StageKey | None:
+    """The stage's key, or None while a stage that it reads is unfinished."""
+    inputs: dict[str, str] = {}
+    for name in stage.reads(config):
+        manifest = run.stage(name).manifest()
+        if manifest is None:
+            return None
+        inputs[name] = manifest.sha256
+    section = getattr(config, stage.name, None)  # the report has no section
+    parts: dict[str, Any] = {"config": section.identity() if section else {}, "seed": config.run.seed}
+    models = {m: model_identity(model_spec(config, m)) for m in stage.models(config) if m not in STAGE_MODELS}
+    if models:
+        parts["models"] = models
+    if stage.principles:
+        parts["principles"] = constitution_of(getattr(config.constitution, stage.principles)).sha256
+    if stage.files(config):
+        parts["files"] = {s.path: file_identity(s) for s in stage.files(config)}
+    return StageKey(config=section.model_dump(mode="json") if section else {}, parts=parts, inputs=inputs)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a run will do about one stage."""
+
+    stage: Stage
+    action: Literal["done", "run", "continue", "changed", "wait"]  # wait: an earlier stage comes first
+    differs: tuple[str, ...] = ()
+
+
+def plan(config: Config, run: RunDir) -> list[Step]:
+    """What is done, what is to run, and what has changed since it ran."""
+    steps: list[Step] = []
+    stale: set[str] = set()
+    for stage in needed(config):
+        out = run.stage(stage.name)
+        key = stage_key(config, stage, run)
+        if key is None or stale & set(stage.reads(config)):
+            steps.append(Step(stage, "wait"))
+            stale.add(stage.name)
+            continue
+        before, now = started_key(out), {"parts": key.parts, "inputs": key.inputs}
+        if before is None:
+            steps.append(Step(stage, "run"))
+            stale.add(stage.name)
+        elif canonical_sha256(before) != canonical_sha256(now):
+            steps.append(Step(stage, "changed", tuple(differences(before, now))))
+            stale.add(stage.name)
+        elif out.manifest():
+            steps.append(Step(stage, "done"))
+        else:
+            steps.append(Step(stage, "continue"))
+            stale.add(stage.name)
+    return steps
+
+
+def started_key(out: StageDir) -> dict[str, Any] | None:
+    """Parts and inputs of the key with which a stage was begun; None when it never was."""
+    path = out.path / "key.json"
+    if not path.is_file():
+        return None
+    return json.loads(path.read_text("utf-8"))
+
+
+def downstream(config: Config, first: str) -> list[str]:
+    """`first` and every stage that reads it, directly or not, in order."""
+    hit = [first]
+    for stage in needed(config):
+        if stage.name != first and set(stage.reads(config)) & set(hit):
+            hit.append(stage.name)
+    return hit
+
+
+def refuse_change(step: Step, run: RunDir) -> ConfigError:
+    """The error for a change that would discard work, with the keys that differ and three ways on."""
+    return ConfigError(
+        f"{step.stage.name} in {run.path} was begun with another configuration:\n"
+        + "\n".join(f"    {d}" for d in step.differs[:12]),
+        "choose one: --rebuild (redo it here and all that follows), --name NEW (a new run directory), "
+        f"or --name NEW --reuse {run.path} (a new run that takes over every stage that is equal)",
+    )

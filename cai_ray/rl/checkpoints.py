@@ -1,0 +1,42 @@
+"""PPO's checkpoints: one folder for actor, critic and controller, which counts only with the manifest written last."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cai_ray.artifacts import write_atomic
+
+
+def commit_checkpoint(folder: Path, state: Mapping[str, Any]) -> None:
+    """Makes a filled folder a checkpoint: its manifest (state and sizes of all files) comes last; older ones go."""
+    files = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
+    write_atomic(folder / "manifest.json", json.dumps({**state, "files": files}))
+    for path in folder.parent.iterdir():
+        if path != folder and _step_of(path) <= state["step"]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def last_checkpoint(checkpoints: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest whole checkpoint and its state; None where there is none."""
+    for folder in sorted(checkpoints.glob("step-*"), key=_step_of, reverse=True):
+        manifest = folder / "manifest.json"
+        if manifest.is_file():
+            state = json.loads(manifest.read_text("utf-8"))
+            if all((folder / n).is_file() and (folder / n).stat().st_size == s for n, s in state["files"].items()):
+                return folder, state
+    return None
+
+
+def _step_of(path: Path) -> int:
+    """The number in `step-12` or `rollouts-12.parquet`: the first step that a checkpoint or rollouts are for."""
+    number = path.stem.rpartition("-")[2]
+    return int(number) if number.isdigit() else 0
+
+
+def forget_from(path: Path, step: int) -> None:
+    """Drops the lines of a metrics or samples file that belong to steps from `step` on, which are taken again."""
+    if path.is_file():
+        lines = path.read_text("utf-8").splitlines(keepends=True)
+        write_atomic(path, "".join(line for line in lines if json.loads(line)["step"] < step))

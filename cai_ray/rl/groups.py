@@ -1,0 +1,175 @@
+"""Ray actor groups: placement that is checked before it is asked for, and waits that name who did not answer."""
+
+import socket
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from cai_ray.errors import CaiError, ResourceError, StageFailed
+
+CPU_SHARE = 0.1  # logical CPUs of a worker: roles take turns, threads are set apart from this
+RESTARTS = 3  # of a stateless worker; Ray sends its unanswered calls again
+
+
+class WorkerDied(StageFailed):
+    """A process that holds training state is gone; its group starts again from the last checkpoint."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """An answer that is awaited: `done` carries scalars (or the error), `payload` stays where it is.
+
+    Without `fetch` only the end of the call is awaited; whoever uses what it returned finds out how it ended.
+    """
+
+    who: str
+    done: Any
+    payload: Any = None
+    fetch: bool = True
+
+
+def wait(calls: Sequence[Call], timeout_s: float, what: str) -> list[Any]:
+    """What `done` of each call holds, in order.
+
+    Raises:
+        StageFailed: not all answered in time; the message names who did not.
+        WorkerDied: a process is gone.
+        CaiError: what a worker raised.
+    """
+    deadline = time.monotonic() + timeout_s
+    pending = {call.done: call for call in calls}
+    answers: dict[Any, Any] = {}
+    while pending:
+        left = max(0.0, deadline - time.monotonic())
+        ready, _ = ray.wait(list(pending), num_returns=1, timeout=left, fetch_local=False)
+        if not ready:
+            names = ", ".join(call.who for call in pending.values())
+            raise StageFailed(
+                f"{what}: no answer within {timeout_s:g} s from {names}",
+                "see whether that process works or hangs (ray stack); cluster.step_timeout_s sets the limit",
+            )
+        call = pending.pop(ready[0])
+        if call.fetch:
+            answers[call.done] = _answer(call, what, max(1.0, deadline - time.monotonic()))
+    return [answers.get(call.done) for call in calls]
+
+
+def _answer(call: Call, what: str, timeout_s: float) -> Any:
+    try:
+        return ray.get(call.done, timeout=timeout_s)
+    except RayActorError as e:
+        raise WorkerDied(f"{what}: {call.who} is gone", "see its log, and the machine's memory") from e
+    except RayTaskError as e:
+        cause = e.cause
+        if isinstance(cause, RayActorError):
+            raise WorkerDied(f"{what}: {call.who} lost a process that it reads from") from e
+        if isinstance(cause, CaiError):
+            raise cause from e
+        raise StageFailed(f"{what}: {call.who} failed with {type(cause).__name__}: {cause}") from e
+    except GetTimeoutError as e:
+        raise StageFailed(f"{what}: the answer of {call.who} could not be fetched") from e
+    except RayError as e:
+        raise StageFailed(f"{what}: {call.who} failed: {type(e).__name__}", "see Ray's logs") from e
+
+
+@dataclass(frozen=True)
+class Group:
+    """The workers of one role. Each of their methods returns (payload, scalars)."""
+
+    role: str
+    workers: list[Any]
+
+    def submit(self, method: str, *args: Any, each: Sequence[tuple] | None = None) -> list[Call]:
+        """Calls `method(*args, *each[rank])` on every worker; the payloads stay in Ray's object store."""
+        calls = []
+        for rank, worker in enumerate(self.workers):
+            own = each[rank] if each else ()
+            payload, done = getattr(worker, method).options(num_returns=2).remote(*args, *own)
+            calls.append(Call(f"{self.role} {rank}", done, payload))
+        return calls
+
+    def kill(self) -> None:
+        """Ends every worker."""
+        for worker in self.workers:
+            ray.kill(worker)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where each role's ranks go: bundles of a placement group, and the GPUs (or a share of one) of each worker."""
+
+    group: PlacementGroup
+    first: Mapping[str, int]  # role -> the bundle of its rank 0
+    cpus: float
+    gpus: float
+
+    def start(self, role: str, cls: type, ranks: int, env: Mapping[str, str], restarts: int, *args: Any) -> Group:
+        """Starts `cls(role, rank, ranks, *args)` for every rank; `restarts` is 0 for workers that hold state."""
+        workers = [
+            ray.remote(cls)
+            .options(
+                num_cpus=self.cpus,
+                num_gpus=self.gpus,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(self.group, self.first[role] + rank),
+                runtime_env={"env_vars": dict(env)},
+                max_restarts=restarts,
+                max_task_retries=restarts,
+            )
+            .remote(role, rank, ranks, *args)
+            for rank in range(ranks)
+        ]
+        return Group(role, workers)
+
+
+def free_address() -> tuple[str, int]:
+    """This node's address and a port that is free now."""
+    with socket.socket() as s:
+        s.bind(("", 0))
+        return ray.util.get_node_ip_address(), s.getsockname()[1]
+
+
+@contextmanager
+def placed(ranks: Mapping[str, int], device: str, timeout_s: float) -> Iterator[Placement]:
+    """Reserves room for `ranks` workers of each role, until the block ends.
+
+    On GPUs each worker has one of its own; where there are too few, rank i of every role shares GPU i.
+
+    Raises:
+        ResourceError: the cluster has too little free, with the arithmetic; or it does not give it in time.
+    """
+    total, together = sum(ranks.values()), max(ranks.values())
+    free = ray.available_resources()
+    wanted = " + ".join(f"{role} {n}" for role, n in ranks.items())
+    kind = "GPU" if device == "gpu" else "CPU"
+    have = free.get(kind, 0.0)
+    shared = device == "gpu" and have < total
+    need = together if shared else total if device == "gpu" else total * CPU_SHARE
+    if have + 1e-6 < need:
+        raise ResourceError(
+            f"PPO's workers ({wanted}) need {need:g} {kind}s beside the engines, {have:g} are free"
+            + (f"; apart they would need {total}" if shared else ""),
+            "lower ppo.engines, the ranks of ppo.actor and ppo.critic or ppo.inference_ranks, or join a larger cluster",
+        )
+    bundle = {"GPU": 1.0, "CPU": 1.0} if device == "gpu" else {"CPU": CPU_SHARE}
+    group = placement_group([bundle] * (together if shared else total), strategy="PACK")
+    try:
+        if not group.wait(timeout_s):
+            raise ResourceError(
+                f"Ray did not place PPO's workers ({wanted}) in {timeout_s:g} s",
+                "see `ray status` for what is free",
+            )
+        first, at = {}, 0
+        for role, n in ranks.items():
+            first[role] = 0 if shared else at
+            at += n
+        share = len(ranks) if shared else 1
+        yield Placement(group, first, bundle["CPU"] / share, bundle.get("GPU", 0.0) / share)
+    finally:
+        remove_placement_group(group)

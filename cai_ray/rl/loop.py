@@ -1,0 +1,368 @@
+"""PPO's controller: a synchronous on-policy loop that moves references, never tensors.
+
+A batch is what a task or an actor's method returned; it goes from worker to worker through Ray's object store. Only
+scalars, lengths, a few samples and the probe's few sequences come here.
+"""
+
+import json
+import logging
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from cai_ray.algo.kl import FixedKL
+from cai_ray.artifacts import StageDir, write_atomic
+from cai_ray.config import Cluster, PPOConfig
+from cai_ray.errors import StageFailed
+from cai_ray.models.tokenization import Tokenizer
+from cai_ray.records import Row
+from cai_ray.rl.checkpoints import commit_checkpoint, forget_from, last_checkpoint
+from cai_ray.rl.groups import RESTARTS, Call, Group, WorkerDied, placed, wait
+from cai_ray.rl.rollouts import (
+    Plan,
+    RollOut,
+    keep_rollouts,
+    make_experience,
+    minibatches,
+    prompt_steps,
+    requests,
+    split,
+)
+from cai_ray.rl.weight_sync import GAP_LIMITS, check_probe
+from cai_ray.rl.workers import Actor, Critic, Reference, Reward, Setup
+
+TRAINER_RESTARTS = 2  # times that a lost actor or critic is started again from the last checkpoint
+ROLLOUT_TRIES = 3
+log = logging.getLogger(__name__)
+
+Progress = Callable[[float, float | None, str], None]
+
+
+def run_ppo(
+    config: PPOConfig,
+    *,
+    policy: Path,
+    reward_model: Path,
+    prompts: Sequence[Row],
+    engines: list[Any],
+    format: str,
+    cluster: Cluster,
+    device: str,
+    seed: int,
+    out: StageDir,
+    progress: Progress | None = None,
+) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
+    """Trains the policy against the preference model; continues from the last whole checkpoint in `out`.
+
+    Args:
+        config: the stage's configuration.
+        policy: start and reference of the policy, Hugging Face folder.
+        reward_model: the preference model's folder.
+        prompts: `Prompt` rows to train on, harmful and helpful.
+        engines: handles of `EngineActor`s that hold the policy.
+        format: prompt format of the policy: auto | plain | chat.
+        cluster: time limits.
+        device: cpu | gpu.
+        seed: the run's.
+        out: gets metrics, samples, checkpoints, snapshots and the model.
+        progress: told (steps done, steps, a few words).
+
+    Returns the last step's metrics with counts, and role -> [{pid, node}] of each worker.
+
+    Raises:
+        ResourceError: the cluster cannot hold the workers.
+        DataError: no prompt fits, or the preference model does not suit the policy.
+        StageFailed: a worker did not answer, engine and actor disagree, or the gradient is not finite.
+    """
+    setup = Setup(config, policy, reward_model, format, device, seed, cluster.step_timeout_s)
+    steps, too_long = _prompts_of_steps(setup, prompts)
+    out.quarantine_path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(out.quarantine_path, "".join(json.dumps(row) + "\n" for row in too_long))
+    ranks = {
+        "actor": config.actor.sharding.ranks,
+        "critic": config.critic.sharding.ranks,
+        "reward": config.inference_ranks,
+        "reference": config.inference_ranks,
+    }
+    for attempt in range(TRAINER_RESTARTS + 1):
+        try:
+            with _started(setup, ranks, cluster) as groups:
+                workers = _Controller(setup, cluster, groups, engines, steps, out, progress).run()
+            break
+        except WorkerDied as e:
+            if attempt == TRAINER_RESTARTS:
+                raise
+            log.warning("%s; starting again from the last checkpoint", e.message)
+    last = json.loads((out.path / "metrics.jsonl").read_text("utf-8").splitlines()[-1])
+    prompts_read = len({row["id"] for step in steps for row in step})
+    return {**last, "steps": config.steps, "prompts": prompts_read, "quarantined": len(too_long)}, workers
+
+
+def _prompts_of_steps(setup: Setup, prompts: Sequence[Row]) -> tuple[list[list[Row]], list[dict[str, str]]]:
+    """The prompts of every step, and what was too long: tokenized as far as the run reaches."""
+    tokenizer, limit = Tokenizer.load(setup.policy, setup.format), setup.config.max_prompt_tokens
+    sizes: dict[str, int] = {}
+
+    def fits(row: Row) -> bool:
+        if row["id"] not in sizes:
+            sizes[row["id"]] = len(tokenizer.prompt(row["messages"]))
+        return sizes[row["id"]] <= limit
+
+    steps = list(islice(prompt_steps(prompts, setup.config, setup.seed, fits), setup.config.steps))
+    long = sorted((key, n) for key, n in sizes.items() if n > limit)
+    return steps, [{"id": key, "reason": f"the prompt has {n} tokens, more than {limit}"} for key, n in long]
+
+
+@contextmanager
+def _started(setup: Setup, ranks: Mapping[str, int], cluster: Cluster) -> Iterator[dict[str, Group]]:
+    """The four groups of workers, ready; they end with the block."""
+    config, limit = setup.config, cluster.start_timeout_s
+    threads = {
+        "actor": config.actor.sharding.cpus_per_rank,
+        "critic": config.critic.sharding.cpus_per_rank,
+        "reward": config.critic.sharding.cpus_per_rank,
+        "reference": config.actor.sharding.cpus_per_rank,
+    }
+    classes = {"actor": Actor, "critic": Critic, "reward": Reward, "reference": Reference}
+    groups: dict[str, Group] = {}
+    with placed(ranks, setup.device, limit) as placement:
+        try:
+            for role, cls in classes.items():
+                env = {"OMP_NUM_THREADS": str(threads[role]), "TOKENIZERS_PARALLELISM": "false"}
+                restarts = 0 if role in ("actor", "critic") else RESTARTS
+                groups[role] = placement.start(role, cls, ranks[role], env, restarts, setup)
+            joins: list[Call] = []
+            for role in ("actor", "critic"):
+                (where, *_) = wait(groups[role].submit("address"), limit, f"start of the {role}")
+                updates = config.steps * config.ppo_epochs * config.rollout_batch_size // config.minibatch_size
+                joins += groups[role].submit("join", where["address"], where["port"], updates)
+            joins += groups["reward"].submit("info") + groups["reference"].submit("info")
+            wait(joins, limit, "start of PPO's workers")
+            yield groups
+        finally:
+            for group in groups.values():
+                group.kill()
+
+
+# ---- the loop -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Controller:
+    """One attempt at the whole loop, with the groups that it has."""
+
+    setup: Setup
+    cluster: Cluster
+    groups: dict[str, Group]
+    engines: list[Any]
+    steps: list[list[Row]]
+    out: StageDir
+    progress: Progress | None
+
+    def __post_init__(self) -> None:
+        self.config, self.limit = self.setup.config, self.cluster.step_timeout_s
+        self.times: dict[str, float] = {}
+        self.kl = FixedKL(self.config.kl_coef)
+        self.keep = ray.remote(num_cpus=0, num_returns=2)(keep_rollouts)
+        self.shape = ray.remote(num_cpus=0, num_returns=2)(make_experience)
+
+    def run(self) -> dict[str, list[dict[str, Any]]]:
+        """Runs every step that no checkpoint covers and exports the policy; returns who worked."""
+        config, out = self.config, self.out
+        workers = self._workers()
+        gap_limit = GAP_LIMITS[self._dtype]
+        first = self._resume()
+        for step in range(first, config.steps):
+            started, self.times = time.monotonic(), {}
+
+            # 1. Roll out on the engines, which hold the actor's weights; kept on disk before anything else happens.
+            rollouts, seen = self._roll_out(step)
+            lengths, ids = seen["lengths"], seen["ids"]
+
+            # 2., 3. Score, reference log-probs, old log-probs, values. With a single optimizer step of a single
+            # micro-batch the update goes on from these forward passes; else it computes them again.
+            updates = minibatches(ids, config, self.setup.seed, step)
+            plans = {role: [self._split(role, rows, lengths) for rows in updates] for role in ("actor", "critic")}
+            whole = {role: self._split(role, range(len(ids)), lengths) for role in self.groups}
+            keep = {role: len(updates) == 1 and len(whole[role][0]) == 1 for role in plans}
+            parts = self._phases(
+                {
+                    "score": lambda: self._submit("reward", "score", rollouts, plan=whole),
+                    "reference": lambda: self._submit("reference", "logprobs", rollouts, plan=whole),
+                    "logprobs": lambda: self._submit("actor", "logprobs", rollouts, plan=whole, keep=keep["actor"]),
+                    "values": lambda: self._submit("critic", "values", rollouts, plan=whole, keep=keep["critic"]),
+                }
+            )
+
+            # 4., 5., 6. Shape rewards, estimate advantages, whiten them over the whole batch: one task, which has it.
+            with self._clock("advantages"):
+                payloads = [call.payload for calls, _ in parts.values() for call in calls]
+                experience, done = self.shape.remote(config, self.kl.coef, rollouts, *payloads)
+                (shaped,) = wait([Call("the advantage task", done)], self.limit, f"advantages of step {step}")
+            metrics = shaped["metrics"]
+            self._check_gap(metrics["rollout/logprob_gap"], gap_limit, step)
+
+            # 7. Update actor and critic, minibatch by minibatch.
+            totals = [sum(seen["responses"][row] for row in rows) for rows in updates]
+            stats = self._phases(
+                {
+                    "update_actor": lambda: self._update("actor", experience, plans["actor"], totals),
+                    "update_critic": lambda: self._update("critic", experience, plans["critic"], totals),
+                }
+            )
+            self.kl.update(metrics["objective/kl"], len(ids))
+
+            # 8. Send the new weights to the engines, and see that both sides compute the same with them.
+            with self._clock("sync"):
+                self._sync(step + 1)
+                metrics["policy/logprob_shift"] = self._probe(experience, seen["probe"], gap_limit, step)
+
+            # 9. Checkpoint, log.
+            self._keep(step + 1)
+            metrics |= _learning("policy", stats["update_actor"][1]) | _learning("value", stats["update_critic"][1])
+            self._log(step, metrics, shaped["samples"], seen, time.monotonic() - started)
+        with out.phase("export"):
+            wait(self.groups["actor"].submit("export", out.model), self.limit, "export of the policy")
+        return workers
+
+    # ---- what the steps are made of ---------------------------------------------------------------------------------
+
+    @contextmanager
+    def _clock(self, phase: str) -> Iterator[None]:
+        start = time.monotonic()
+        with self.out.phase(phase):
+            yield
+        self.times[phase] = self.times.get(phase, 0.0) + time.monotonic() - start
+
+    def _phases(self, calls: Mapping[str, Callable[[], list[Call]]]) -> dict[str, tuple[list[Call], list[Any]]]:
+        """Submits and awaits; on GPUs roles work side by side, on CPU they take turns and each has all cores."""
+        begun = {name: submit() for name, submit in calls.items()} if self.setup.device == "gpu" else {}
+        out = {}
+        for name, submit in calls.items():
+            with self._clock(name):
+                sent = begun.get(name) or submit()
+                out[name] = sent, wait(sent, self.limit, name)
+        return out
+
+    def _split(self, role: str, rows: Sequence[int], lengths: Sequence[int]) -> list[Plan]:
+        sharding = (self.config.actor if role in ("actor", "reference") else self.config.critic).sharding
+        return split(rows, lengths, len(self.groups[role].workers), sharding.microbatch_tokens)
+
+    def _submit(self, role: str, method: str, batch: Any, *args: Any, plan: Mapping[str, list[Plan]]) -> list[Call]:
+        return self.groups[role].submit(method, batch, each=[(own, *args) for own in plan[role]])
+
+    def _update(self, role: str, experience: Any, plans: list[list[Plan]], totals: list[int]) -> list[Call]:
+        each = [([plan[rank] for plan in plans], totals) for rank in range(len(self.groups[role].workers))]
+        return self.groups[role].submit("update", experience, each=each)
+
+    def _engine_info(self) -> list[dict[str, Any]]:
+        calls = [Call(f"rollout {i}", engine.info.remote()) for i, engine in enumerate(self.engines)]
+        return wait(calls, self.limit, "rollout engines")
+
+    def _workers(self) -> dict[str, list[dict[str, Any]]]:
+        found = {r: wait(g.submit("info"), self.limit, f"the {r}'s start") for r, g in self.groups.items()}
+        return found | {"rollout": [{k: info[k] for k in ("pid", "node")} for info in self._engine_info()]}
+
+    def _resume(self) -> int:
+        """Loads the last whole checkpoint, clears what came after it, and brings the engines to the same weights."""
+        step, found = 0, last_checkpoint(self.out.checkpoints)
+        if found:
+            folder, state = found
+            loads = [c for role in ("actor", "critic") for c in self.groups[role].submit("load", folder / role)]
+            wait(loads, self.limit, f"loading {folder.name}")
+            self.kl.load_state_dict(state["kl"])
+            step = state["step"]
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            forget_from(self.out.path / name, step)
+        self._sync(step, fresh=True)
+        return step
+
+    def _roll_out(self, step: int) -> tuple[Any, dict[str, Any]]:
+        """The step's rollouts: those on disk, or fresh ones from engines that hold this step's weights."""
+        count, path = self.config.rollout_batch_size, self.out.checkpoints / f"rollouts-{step}.parquet"
+        asked = requests(self.steps[step], self.config, self.setup.seed, step)
+        share = -(-count // len(self.engines))
+        for attempt in range(ROLLOUT_TRIES):
+            if not path.is_file() and {info["version"] for info in self._engine_info()} != {step}:
+                self._sync(step, fresh=True)  # an engine was started again, with the weights of another time
+            with self._clock("rollout"):
+                calls = [
+                    Call(
+                        f"rollout {i}",
+                        engine.run.remote(RollOut(self.config), asked.slice(i * share, share)),
+                        fetch=False,
+                    )
+                    for i, engine in enumerate(self.engines)
+                    if not path.is_file() and i * share < count
+                ]
+                try:
+                    wait(calls, self.limit, f"rollout of step {step}")
+                    rollouts, done = self.keep.remote(path, count, *[call.done for call in calls])
+                    (seen,) = wait([Call("the rollout engines", done)], self.limit, f"rollout of step {step}")
+                except WorkerDied as e:
+                    log.warning("%s (try %d of %d)", e.message, attempt + 1, ROLLOUT_TRIES)
+                    continue
+            if seen["versions"] == [step]:
+                return rollouts, seen
+            path.unlink()
+        raise StageFailed(
+            f"rollout of step {step}: the engines did not deliver {count} responses of one policy in {ROLLOUT_TRIES} tries",
+            "see the engines' logs",
+        )
+
+    def _sync(self, version: int, fresh: bool = False) -> None:
+        calls = self.groups["actor"].submit("sync", self.engines, version, fresh)
+        wait(calls, self.limit, f"weight sync before step {version}")
+
+    def _probe(self, experience: Any, probe: list[tuple[list[int], list[int]]], limit: float, step: int) -> float:
+        """Compares engines and actor on a few of the step's responses; returns how far the update moved them."""
+        ids, starts = [p + r for p, r in probe], [len(p) for p, _ in probe]
+        calls = self.groups["actor"].submit("probe", experience, list(range(len(probe))))
+        for i, engine in enumerate(self.engines):
+            calls.append(Call(f"rollout {i}", engine.prompt_logprobs.remote(ids, starts)))
+        actor, *others = wait(calls, self.limit, f"probe after step {step}")
+        for engine in others[len(self.groups["actor"].workers) - 1 :]:
+            check_probe(actor["logprobs"], engine, limit, step)
+        return actor["shift"]
+
+    def _keep(self, step: int) -> None:
+        """A checkpoint from which step `step` continues, and a snapshot, where they are due."""
+        config, actor = self.config, self.groups["actor"]
+        if step < config.steps and step % config.checkpoint_every == 0:
+            with self._clock("checkpoint"):
+                folder = self.out.checkpoints / f"step-{step}"
+                shutil.rmtree(folder, ignore_errors=True)
+                for role in ("actor", "critic"):
+                    (folder / role).mkdir(parents=True)
+                saves = [c for role in ("actor", "critic") for c in self.groups[role].submit("save", folder / role)]
+                wait(saves, self.limit, f"checkpoint {folder.name}")
+                commit_checkpoint(folder, {"step": step, "kl": self.kl.state_dict()})
+        if config.snapshots and step < config.steps and step % config.snapshots == 0:
+            with self._clock("snapshot"):
+                target = self.out.path / "snapshots" / f"step-{step}"
+                wait(actor.submit("export", target), self.limit, f"snapshot {target.name}")
+
+    def _log(self, step: int, metrics: dict[str, float], samples: list[Row], seen: dict[str, Any], wall: float) -> None:
+        tokens = sum(seen["lengths"])
+        metrics |= {f"time/{phase}": seconds for phase, seconds in self.times.items()}
+        metrics |= {"time/step": wall, "perf/tokens_per_s": tokens / wall}
+        metrics["rollout/tokens_per_s"] = sum(seen["responses"]) / self.times["rollout"]
+        self.out.metrics(step, metrics)
+        for row in samples:
+            self.out.sample({"step": step, **row})
+        if self.progress:
+            words = f"score {metrics['objective/score']:.2f}, KL {metrics['objective/kl']:.3f}, {tokens / wall:.0f} tokens/s"
+            self.progress(step + 1, self.config.steps, words)
+
+
+def _learning(name: str, ranks: list[dict[str, Any]]) -> dict[str, float]:
+    """Metrics of an update: sums over ranks; the norm and the rate are the same on all."""
+    sums = {f"{name}/{key}": sum(rank["sums"][key] for rank in ranks) for key in ranks[0]["sums"]}
+    return sums | {f"{name}/{key}": ranks[0][key] for key in ("grad_norm", "lr")}

@@ -1,0 +1,332 @@
+"""A step's rollouts: which prompts, how they are sampled and kept, and what rewards and advantages come of them.
+
+Shapes: B responses, R response tokens of the longest one, N response tokens of all of them, one after the other.
+A batch is an Arrow table with a row per response and a list column per token-wise quantity: ragged, cheap to move.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from cai_ray.algo.kl import kl_estimate
+from cai_ray.algo.masking import masked_mean, masked_var, masked_whiten
+from cai_ray.algo.ppo import gae, shaped_rewards
+from cai_ray.config import PPOConfig
+from cai_ray.errors import DataError, StageFailed
+from cai_ray.generation.engine import Request
+from cai_ray.records import PROMPT, Row, derive_seed, to_table
+from cai_ray.templates import STOP_PLAIN
+
+PROBES = 4  # responses that are compared after a weight sync
+SAMPLES = 3  # responses that are shown for each step
+
+_HEAD = [("row", pa.int32()), ("id", pa.string()), ("kind", pa.string())]  # row: 0 ... B - 1
+REQUESTS = pa.schema([*_HEAD, PROMPT.field("messages"), ("seed", pa.int64())])
+ROLLOUTS = pa.schema(
+    [
+        *_HEAD,
+        ("prompt", pa.string()),  # the user's last turn, for a reader
+        ("response", pa.string()),
+        ("prompt_ids", pa.list_(pa.int32())),
+        ("response_ids", pa.list_(pa.int32())),  # EOS included
+        ("rollout_logprobs", pa.list_(pa.float32())),
+        ("ended", pa.bool_()),
+        ("version", pa.int32()),  # of the engine's weights: the step
+    ]
+)
+
+
+# ---- prompts --------------------------------------------------------------------------------------------------------
+
+
+def prompt_steps(
+    prompts: Sequence[Row], config: PPOConfig, seed: int, fits: Callable[[Row], bool]
+) -> Iterator[list[Row]]:
+    """Yields each step's prompts, endlessly: the order of an epoch is a hash of (seed, id, epoch).
+
+    A step's prompts depend on nothing but the arguments, so the step's number is the prompt cursor. With
+    `helpful_fraction` each kind has epochs of its own, and the share holds over steps to within one prompt.
+
+    Raises:
+        DataError: no prompt of a kind that is wanted fits.
+    """
+    size, share = config.rollout_batch_size // config.samples_per_prompt, config.helpful_fraction
+    if share is None:
+        every = _endless(prompts, seed, fits)
+        while True:
+            yield [next(every) for _ in range(size)]
+    kinds = {kind: _endless([p for p in prompts if p["kind"] == kind], seed, fits) for kind in ("helpful", "harmful")}
+    step = 0
+    while True:
+        helpful = math.floor((step + 1) * size * share + 0.5) - math.floor(step * size * share + 0.5)
+        wanted = ["helpful"] * helpful + ["harmful"] * (size - helpful)
+        yield [next(kinds[kind]) for kind in wanted]
+        step += 1
+
+
+def _endless(rows: Sequence[Row], seed: int, fits: Callable[[Row], bool]) -> Iterator[Row]:
+    epoch, found = 0, True
+    while found:
+        found = False
+        for row in sorted(rows, key=lambda r: (derive_seed(seed, r["id"], f"ppo/order/{epoch}"), r["id"])):
+            if fits(row):
+                found = True
+                yield row
+        epoch += 1
+    raise DataError(
+        f"none of {len(rows)} prompts fits into ppo.max_prompt_tokens",
+        "raise ppo.max_prompt_tokens, or give prompts of every kind that ppo.helpful_fraction asks for",
+    )
+
+
+def requests(prompts: Sequence[Row], config: PPOConfig, seed: int, step: int) -> pa.Table:
+    """What the engines are asked in a step (schema REQUESTS); each response's seed is (seed, id, step, sample)."""
+    seen: Counter[str] = Counter()
+    rows = []
+    for prompt in (p for p in prompts for _ in range(config.samples_per_prompt)):
+        sample, key = seen[prompt["id"]], prompt["id"]  # a prompt that comes twice in a step is one more sample
+        seen[key] += 1
+        rows.append(
+            {
+                **prompt,
+                "row": len(rows),
+                "id": f"{key}-{sample}",
+                "seed": derive_seed(seed, key, f"ppo/{step}/{sample}"),
+            }
+        )
+    return to_table(rows, REQUESTS)
+
+
+@dataclass(frozen=True)
+class RollOut:
+    """What an engine does with one request: one response with its tokens and their log-probs."""
+
+    config: PPOConfig
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Schema of the rows that come out."""
+        return ROLLOUTS
+
+    async def __call__(self, row: Row, engine: Any) -> Row:
+        """The request's `ROLLOUTS` row."""
+        tokenizer = engine.tokenizer
+        request = Request(
+            prompt_ids=tokenizer.prompt(row["messages"]),
+            max_new_tokens=self.config.max_new_tokens,
+            temperature=self.config.temperature,
+            seed=row["seed"],
+            stop=tuple(STOP_PLAIN) if tokenizer.format == "plain" else (),
+            eos_ids=tuple(tokenizer.eos_ids),
+        )
+        done = await engine.ask(request)
+        if not done.ids:  # a turn marker at once: a reward needs a token to stand on, so the marker stays this time
+            done = await engine.ask(replace(request, stop=()))
+        return {
+            **row,
+            "prompt": row["messages"][-1]["content"],
+            "response": done.text,
+            "prompt_ids": request.prompt_ids,
+            "response_ids": done.ids,
+            "rollout_logprobs": done.logprobs,
+            "ended": done.ended,
+            "version": done.version,
+        }
+
+
+def keep_rollouts(path: Path, count: int, *parts: pa.Table) -> tuple[pa.Table, dict[str, Any]]:
+    """Joins what the engines returned and writes it, whole or not at all; without parts reads what was written.
+
+    Args:
+        path: parquet file of the step.
+        count: responses that were asked for.
+        parts: tables of schema ROLLOUTS.
+
+    Returns the batch in the order of its rows, and what the controller may see of it.
+
+    Raises:
+        StageFailed: responses are missing.
+    """
+    if parts:
+        batch = pa.concat_tables(parts).sort_by("row")
+        if batch["row"].to_pylist() != list(range(count)):
+            raise StageFailed(
+                f"{count} responses were asked for, {len(batch)} came", "the engines' logs say why; run it again"
+            )
+        temporary = path.with_name(f".{path.name}.tmp")
+        pq.write_table(batch, temporary)
+        temporary.replace(path)
+    else:
+        batch = pq.read_table(path, schema=ROLLOUTS)
+    prompts, responses = (_lengths(batch, name) for name in ("prompt_ids", "response_ids"))
+    probe = batch.slice(0, PROBES).to_pylist()
+    return batch, {
+        "lengths": [a + b for a, b in zip(prompts, responses, strict=True)],
+        "ids": batch["id"].to_pylist(),
+        "responses": responses,
+        "versions": sorted(set(batch["version"].to_pylist())),
+        "probe": [(row["prompt_ids"], row["response_ids"]) for row in probe],
+    }
+
+
+# ---- ragged columns -------------------------------------------------------------------------------------------------
+
+
+def _lengths(batch: pa.Table, name: str) -> list[int]:
+    return [len(value) for value in batch[name].to_numpy()]
+
+
+def flat(batch: pa.Table, name: str) -> Tensor:
+    """A list column as one tensor: the rows' values one after the other."""
+    return torch.from_numpy(batch[name].combine_chunks().flatten().to_numpy(zero_copy_only=False).copy())
+
+
+def padded(batch: pa.Table, name: str) -> Tensor:
+    """A list column as a tensor with a row per response, zeros on the right."""
+    return pad_sequence(list(flat(batch, name).split(_lengths(batch, name))), batch_first=True)
+
+
+def ragged(values_N: Tensor, lengths: Sequence[int]) -> pa.Array:
+    """The inverse of `flat`: a list column of float32 with rows of these lengths."""
+    offsets = torch.tensor([0, *lengths]).cumsum(0).int()
+    return pa.ListArray.from_arrays(pa.array(offsets.numpy()), pa.array(values_N.detach().float().cpu().numpy()))
+
+
+Plan = list[list[int]]  # micro-batches of one rank, each a list of rows; an empty one is a filler
+
+
+@dataclass(frozen=True)
+class Micro:
+    """A micro-batch on a device: right-padded sequences, and N response tokens of all of them in one row."""
+
+    ids_BT: Tensor
+    attention_BT: Tensor  # bool
+    predicts_BT: Tensor  # bool: the positions whose next token is a response token
+    labels_N: Tensor
+    mask_N: Tensor  # bool; all False for a filler
+    columns: dict[str, Tensor]  # [N]
+    lengths: list[int]  # response tokens of each row
+
+
+def collate(batch: pa.Table, rows: Sequence[int], device: torch.device, columns: Sequence[str] = ()) -> Micro:
+    """Takes rows of a batch as a micro-batch; no rows give a filler, which has a shape but counts for nothing."""
+    part = batch.take(list(rows) or [0])
+    prompts, responses = (flat(part, n).long().split(_lengths(part, n)) for n in ("prompt_ids", "response_ids"))
+    ids_BT = pad_sequence([torch.cat(pair) for pair in zip(prompts, responses, strict=True)], batch_first=True)
+    start_B1, length_B1 = (torch.tensor([len(x) for x in xs])[:, None] for xs in (prompts, responses))
+    at_T = torch.arange(ids_BT.shape[1])
+    labels_N = torch.cat(responses)
+    return Micro(
+        ids_BT=ids_BT.to(device),
+        attention_BT=(at_T < start_B1 + length_B1).to(device),
+        predicts_BT=((at_T >= start_B1 - 1) & (at_T < start_B1 + length_B1 - 1)).to(device),
+        labels_N=labels_N.to(device),
+        mask_N=torch.full_like(labels_N, bool(rows), dtype=torch.bool, device=device),
+        columns={name: flat(part, name).to(device) for name in columns},
+        lengths=[len(x) for x in responses],
+    )
+
+
+# ---- plans ----------------------------------------------------------------------------------------------------------
+
+
+def split(rows: Sequence[int], lengths: Sequence[int], ranks: int, budget: int) -> list[Plan]:
+    """Deals rows to ranks and cuts each rank's into micro-batches of at most `budget` tokens, padding counted.
+
+    Long rows come first and ranks take turns to and fro, so that tokens balance; a row beyond the budget stands alone.
+    Every rank gets equally many micro-batches: empty ones fill up.
+    """
+    plans: list[Plan] = [[] for _ in range(ranks)]
+    for turn, row in enumerate(sorted(rows, key=lambda r: (-lengths[r], r))):
+        lap, place = divmod(turn, ranks)
+        plan = plans[place if lap % 2 == 0 else ranks - 1 - place]
+        if plan and lengths[plan[-1][0]] * (len(plan[-1]) + 1) <= budget:
+            plan[-1].append(row)
+        else:
+            plan.append([row])
+    most = max(len(plan) for plan in plans)
+    return [plan + [[]] * (most - len(plan)) for plan in plans]
+
+
+def minibatches(ids: Sequence[str], config: PPOConfig, seed: int, step: int) -> list[list[int]]:
+    """The rows of each optimizer step of an iteration: every epoch a fresh order, by a hash of (seed, id, step)."""
+    out = []
+    for epoch in range(config.ppo_epochs):
+        order = sorted(range(len(ids)), key=lambda i: derive_seed(seed, ids[i], f"ppo/{step}/epoch/{epoch}"))
+        out += [order[i : i + config.minibatch_size] for i in range(0, len(ids), config.minibatch_size)]
+    return out
+
+
+# ---- rewards and advantages -----------------------------------------------------------------------------------------
+
+
+def make_experience(config: PPOConfig, kl_coef: float, batch: pa.Table, *parts: pa.Table) -> tuple[pa.Table, dict]:
+    """Joins what the workers computed to the rollouts, and adds advantages and returns.
+
+    Order: scores are normalised already (by the reward worker) → missing-EOS penalty → clip → KL per token → GAE →
+    advantages whitened over the whole batch.
+
+    Args:
+        config: the stage's configuration.
+        kl_coef: weight of the per-token KL (k1).
+        batch: rollouts.
+        parts: tables with `row` and some of `score, score_raw, old_logprobs, ref_logprobs, values`.
+
+    Returns the batch with the columns old_logprobs, values, advantages and returns, and the step's metrics.
+    """
+    columns = {name: _joined(parts, name, len(batch)) for name in sorted({n for p in parts for n in p.column_names})}
+    batch = pa.table({**{name: batch[name] for name in batch.column_names}, **columns})
+    old_BR, ref_BR, values_BR, rollout_BR = (
+        padded(batch, name) for name in ("old_logprobs", "ref_logprobs", "values", "rollout_logprobs")
+    )
+    lengths = _lengths(batch, "response_ids")
+    mask_BR = torch.arange(old_BR.shape[1]) < torch.tensor(lengths)[:, None]
+    scores_B, raw_B = (torch.tensor(batch[name].to_numpy(), dtype=torch.float32) for name in ("score", "score_raw"))
+    ended_B = torch.tensor(batch["ended"].to_pylist())
+    rewards_BR = shaped_rewards(
+        scores_B,
+        old_BR,
+        ref_BR,
+        mask_BR,
+        kl_coef,
+        score_clip=config.score_clip,
+        missing_eos_penalty=config.missing_eos_penalty,
+        ended_B=ended_B,
+    )
+    advantages_BR, returns_BR = gae(rewards_BR, values_BR, mask_BR, config.gamma, config.gae_lambda)
+    unexplained = masked_var(returns_BR - values_BR, mask_BR) / masked_var(returns_BR, mask_BR).clamp(min=1e-8)
+    gap_BR = (old_BR - rollout_BR).abs()
+    if config.whiten_advantages:
+        advantages_BR = masked_whiten(advantages_BR, mask_BR)
+    for name, x_BR in (("advantages", advantages_BR), ("returns", returns_BR)):
+        batch = batch.append_column(name, ragged(x_BR[mask_BR], lengths))
+    shown = batch.slice(0, SAMPLES).select(["id", "kind", "prompt", "response", "score", "ended"])
+    kl_BR = kl_estimate(old_BR, ref_BR, "k1")
+    metrics = {
+        "objective/kl": kl_BR.sum(1).mean(),
+        "objective/score": scores_B.mean(),
+        "objective/score_raw": raw_B.mean(),
+        "objective/reward": rewards_BR.sum(1).mean(),
+        "value/explained_variance": 1 - unexplained,
+        "rollout/logprob_gap": masked_mean(gap_BR, mask_BR),
+        "rollout/logprob_gap_max": gap_BR.max(),
+        "rollout/truncated": 1 - ended_B.float().mean(),
+        "rollout/length": sum(lengths) / len(lengths),
+    }
+    return batch, {"metrics": {k: float(v) for k, v in metrics.items()}, "samples": shown.to_pylist()}
+
+
+def _joined(parts: Sequence[pa.Table], name: str, count: int) -> pa.Array:
+    table = pa.concat_tables([p.select(["row", name]) for p in parts if name in p.column_names]).sort_by("row")
+    if table["row"].to_pylist() != list(range(count)):
+        raise StageFailed(f"{name}: the workers answered for {len(table)} of {count} responses", "run it again")
+    return table[name]

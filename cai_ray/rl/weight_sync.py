@@ -1,0 +1,158 @@
+"""The actor's weights on their way to the rollout engines, through vLLM's weight-transfer API.
+
+On CPU over shared memory (`generation.shared_memory`), on GPUs over NCCL. All ranks of the actor take part, because
+gathering a sharded parameter is a collective; rank 0 speaks to the engines.
+"""
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cai_ray.errors import StageFailed
+from cai_ray.generation.shared_memory import cleanup, write_bucket
+from cai_ray.rl.groups import Call, free_address, wait
+from cai_ray.training.deepspeed import ShardedModel
+
+BUCKET_BYTES = 256 << 20
+GAP_LIMITS = {"float32": 1e-3, "bfloat16": 0.05}  # nats, mean over tokens; two right implementations differ by far less
+
+
+class Engines:
+    """The engines' side of a transfer, as vLLM's trainer classes expect it: each call goes to all engines at once."""
+
+    def __init__(self, handles: list[Any], timeout_s: float):
+        self._handles, self._timeout_s = handles, timeout_s
+        self.version = 0
+
+    def _all(self, method: str, *args: Any, each: list[Any] | None = None) -> list[Any]:
+        calls = [
+            Call(f"rollout {i}", getattr(engine, method).remote(*args, *([each[i]] if each else [])))
+            for i, engine in enumerate(self._handles)
+        ]
+        return wait(calls, self._timeout_s, f"weight sync ({method})")
+
+    def gpus(self) -> list[int]:
+        """Tensor-parallel processes of each engine."""
+        return [info["tensor_parallel_size"] for info in self._all("info")]
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        """Each engine's processes get ranks of their own behind the sender's rank 0."""
+        sizes = self.gpus()
+        offsets = [1 + sum(sizes[:i]) for i in range(len(sizes))] if "rank_offset" in init_info else None
+        infos = [{**init_info, "rank_offset": o} for o in offsets] if offsets else [init_info] * len(sizes)
+        self._all("init_weight_transfer", each=infos)
+
+    def start_weight_update(self) -> None:
+        """Engines finish what they run and wait for weights."""
+        self._all("start_weight_update")
+
+    def update_weights(self, update_info: Any) -> None:
+        """Engines take in what is described."""
+        self._all("update_weights", update_info)
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        """Engines drop their prefix caches and go on with the new version."""
+        self._all("finish_weight_update", self.version)
+
+
+class Sender:
+    """Sends a `ShardedModel`'s weights; every rank of the actor makes one and calls `send` alike.
+
+    Args:
+        model: source of the weights.
+        hf: the transformers model inside, for names and shapes.
+        engines: handles of the rollout engines.
+        device: cpu | gpu.
+        timeout_s: longest wait for one answer of the engines.
+    """
+
+    def __init__(self, model: ShardedModel, hf: nn.Module, engines: list[Any], device: str, timeout_s: float):
+        self._model, self._device = model, device
+        self._engines = Engines(engines, timeout_s)
+        if device == "gpu":
+            self._nccl = _nccl_trainer(model, hf, self._engines)
+        elif model.rank == 0:
+            self._engines.init_weight_transfer_engine({})
+
+    def send(self, version: int) -> None:
+        """Returns when all engines hold the weights as `version`.
+
+        Raises:
+            StageFailed: an engine did not answer.
+        """
+        self._engines.version = version
+        if self._device == "gpu":
+            self._nccl.send_weights()
+            return
+        if self._model.rank != 0:
+            for _ in self._model.full_parameters():
+                pass
+            return
+        self._engines.start_weight_update()
+        for number, bucket in enumerate(buckets(self._model.full_parameters())):
+            name = f"cai-ray-{os.getpid()}-{number}"
+            try:
+                self._engines.update_weights(write_bucket(bucket, name))
+            finally:
+                cleanup(name)
+        self._engines.finish_weight_update()
+
+
+def buckets(parameters: Iterator[tuple[str, Tensor]], limit: int = BUCKET_BYTES) -> Iterator[dict[str, Tensor]]:
+    """Groups parameters into buckets of about `limit` bytes, cut between layers: vLLM loads a layer when it is whole."""
+    bucket: dict[str, Tensor] = {}
+    layer = ""
+    for name, tensor in parameters:
+        if bucket and _layer(name) != layer and sum(t.nbytes for t in bucket.values()) >= limit:
+            yield bucket
+            bucket = {}
+        bucket[name], layer = tensor, _layer(name)
+    if bucket:
+        yield bucket
+
+
+def _layer(name: str) -> str:
+    return ".".join(name.split(".")[:3])
+
+
+def _nccl_trainer(model: ShardedModel, hf: nn.Module, engines: Engines) -> Any:
+    """vLLM's own sending side; all ranks gather, rank 0 broadcasts."""
+    from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
+    from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo, NCCLTrainerWeightTransferEngine
+
+    class Source(WeightSource):
+        def metadata(self) -> list[ParamMeta]:
+            # A parameter that ZeRO-3 has split keeps its whole shape in ds_shape.
+            named = hf.named_parameters()
+            return [ParamMeta(name, p.dtype, tuple(getattr(p, "ds_shape", p.shape))) for name, p in named]
+
+        def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+            return model.full_parameters()
+
+    address, port = free_address()
+    info = NCCLTrainerInitInfo(
+        master_address=address,
+        master_port=port,
+        world_size=1 + sum(engines.gpus()) if model.rank == 0 else 0,
+        rank=model.rank,
+    )
+    return NCCLTrainerWeightTransferEngine.trainer_init(info, client=engines, source=Source())
+
+
+def check_probe(actor: list[list[float]], engine: list[list[float]], limit: float, step: int) -> float:
+    """Compares the log-probs that actor and engine give the same tokens; returns the mean gap in nats.
+
+    Raises:
+        StageFailed: they disagree by more than `limit` on average: the engine does not hold the actor's weights.
+    """
+    a, b = (torch.tensor([x for row in rows for x in row]) for rows in (actor, engine))
+    gap = float((a - b).abs().mean()) if a.shape == b.shape else float("inf")
+    if not gap <= limit:
+        raise StageFailed(
+            f"after step {step}'s weight sync engine and actor differ by {gap:.2g} nats a token, more than {limit:g}",
+            "the engine does not hold the actor's weights, or computes with another precision than cai-ray knows of",
+        )
+    return gap

@@ -1,0 +1,124 @@
+"""One engine in this process: `cai-ray chat` and `cai-ray critique`."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from cai_ray.artifacts import RunDir
+from cai_ray.config import ReviseConfig
+from cai_ray.constitution import draw, load_constitution
+from cai_ray.errors import ConfigError
+from cai_ray.models import resolve_model
+from cai_ray.models.tokenization import Tokenizer
+from cai_ray.pipeline import stage_of_path
+from cai_ray.records import Row, check_messages, derive_seed, row_id
+
+CONTEXT_TOKENS = 2048
+
+
+class LocalEngine:
+    """An engine in this process with the face that the stages' programs expect of an engine actor."""
+
+    def __init__(self, folder: Path):
+        import torch
+
+        from cai_ray.generation.engine import Engine, quiet
+
+        quiet()
+        gpu = torch.cuda.is_available()
+        self.tokenizer = Tokenizer.load(folder)
+        self._engine = Engine(
+            folder,
+            dtype="bfloat16" if gpu else "float32",
+            max_model_len=CONTEXT_TOKENS,
+            max_num_seqs=4,
+            kv_cache_gib=1.0,
+            device="gpu" if gpu else "cpu",
+        )
+
+    async def ask(self, request: Any) -> Any:
+        """One completion."""
+        return self._engine.generate([request])[0]
+
+
+def model_folder(name: str) -> Path:
+    """The folder of a run's policy (or its SL model when it has no policy yet), or of any model.
+
+    Raises:
+        ConfigError: a run directory without a finished model.
+    """
+    path = Path(name).expanduser()
+    if (path / "config.yaml").is_file():
+        run = RunDir(path)
+        for stage in ("ppo", "sft"):
+            out = run.stage(stage)
+            if out.manifest():
+                return out.model
+        raise ConfigError(f"{name} has no finished model yet", "continue the run, or name another")
+    stage = stage_of_path(name)
+    return stage.model if stage else resolve_model(name)
+
+
+def chat_loop(model: str, max_new_tokens: int, temperature: float, seed: int) -> None:
+    """Reads a person's turns from standard input and prints the model's, until an empty line or the end."""
+    from cai_ray.generation.engine import Request
+
+    folder = model_folder(model)
+    print(f"loading {folder} …", file=sys.stderr)
+    engine = LocalEngine(folder)
+    tokenizer, messages = engine.tokenizer, []
+    from cai_ray.templates import STOP_PLAIN
+
+    while text := _read_turn():
+        messages = check_messages([*messages, {"role": "user", "content": text}])
+        ids = tokenizer.prompt(messages)
+        if len(ids) + max_new_tokens > CONTEXT_TOKENS:
+            print(f"the conversation has reached {CONTEXT_TOKENS} tokens; start again", file=sys.stderr)
+            return
+        done = engine._engine.generate(
+            [
+                Request(
+                    prompt_ids=ids,
+                    max_new_tokens=max_new_tokens,
+                    temperature=temperature,
+                    seed=derive_seed(seed, row_id(messages), "chat"),
+                    stop=tuple(STOP_PLAIN) if tokenizer.format == "plain" else (),
+                    eos_ids=tuple(tokenizer.eos_ids),
+                )
+            ]
+        )[0]
+        print(done.text, flush=True)
+        messages = [*messages, {"role": "assistant", "content": done.text}]
+
+
+def _read_turn() -> str:
+    try:
+        return input("you> " if sys.stdin.isatty() else "").strip()
+    except EOFError:
+        return ""
+
+
+def critique_once(prompt: str, response: str | None, constitution: str, model: str, seed: int) -> None:
+    """Prints one critique-revision round of one prompt, as `revise` would do it, and the SFT pair that results."""
+    import asyncio
+
+    from cai_ray.stages.revise import ReviseRow
+
+    chosen = load_constitution(constitution)
+    messages = check_messages([{"role": "user", "content": prompt}])
+    row: Row = {"id": row_id(messages), "messages": messages, "kind": "harmful", "source": "terminal", "split": "train"}
+    folder = model_folder(model)
+    print(f"loading {folder} …", file=sys.stderr)
+    program = ReviseRow(ReviseConfig(rounds=1), chosen, seed)
+    done = asyncio.run(program.once(row, LocalEngine(folder), response))
+    step = done["rounds"][0]
+    principle = draw(chosen.for_critique(), derive_seed(seed, row["id"], "principle/1"))
+    for title, text in (
+        ("prompt", prompt),
+        ("response", done["initial_response"]),
+        (f"principle {principle.id}", f"{principle.critique_request}\n{principle.revision_request}"),
+        ("critique", step["critique"]),
+        ("revision", step["revision"]),
+        ("SFT pair", f"user: {prompt}\nassistant: {step['revision']}"),
+    ):
+        print(f"── {title} ──\n{text}\n")

@@ -1,0 +1,262 @@
+"""One trained model over the ranks of a torch process group, sharded by DeepSpeed ZeRO 0 to 3.
+
+Used by the supervised loop and by PPO's actor and critic. A loss is a partial sum over the whole optimizer step: adding
+micro-batches and ranks gives the step's loss, so ranks, stage and micro-batch size change nothing but rounding.
+"""
+
+import copy
+import itertools
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from cai_ray.artifacts import write_atomic
+from cai_ray.config import Optim, Sharding
+from cai_ray.errors import ConfigError, StageFailed
+
+if TYPE_CHECKING:
+    from cai_ray.models.tokenization import Tokenizer
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_BUCKET = 50_000_000  # elements that are reduced or gathered together: 200 MB in float32, against DeepSpeed's 2 GB
+_TAG, _STATE = "shards", "state.json"  # in a checkpoint's folder: DeepSpeed's files; our own, written last
+
+
+def torch_dtype(sharding: Sharding) -> torch.dtype:
+    """The dtype in which the weights are held while training.
+
+    Raises:
+        ConfigError: neither float32 nor bfloat16: float16 needs loss scaling, which skips steps at random.
+    """
+    if sharding.dtype not in _DTYPES:
+        raise ConfigError(f"training in {sharding.dtype} is not supported", "set dtype to bfloat16 or float32")
+    return _DTYPES[sharding.dtype]
+
+
+def init_distributed(device: torch.device, timeout_s: float = 1800.0) -> None:
+    """Joins the process group (gloo on CPU, NCCL on GPU) and hands it to DeepSpeed.
+
+    The usual variables RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT must be set, or the group must be up.
+
+    Args:
+        device: where this rank's tensors live.
+        timeout_s: longest wait for the other ranks in any one operation, seconds.
+    """
+    os.environ.setdefault("LOCAL_RANK", "0")
+    if device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"  # without it DeepSpeed probes for devices and warns
+    import deepspeed
+
+    if device.type == "cpu":
+        # On a CPU, DeepSpeed would compile a shared-memory extension here, for more than a minute, whose all-reduce
+        # only its inference uses. An empty table of usable extensions stops the compiler; gloo does the work.
+        deepspeed.ops.__compatible_ops__ = {}
+    else:
+        torch.cuda.set_device(device)
+    backend, timeout = ("gloo" if device.type == "cpu" else "nccl"), timedelta(seconds=timeout_s)
+    if not dist.is_initialized():
+        dist.init_process_group(backend, timeout=timeout)
+    deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=timeout, verbose=False)
+
+
+def learning_rate(optim: Optim, step: int, total_steps: int) -> float:
+    """The rate of optimizer step `step`, counted from 0: warm-up from 0, then the schedule, which reaches 0 at the end.
+
+    No step has rate 0: the warm-up's first is lr / (warm-up steps + 1), and the 0 lies one step past the last.
+    """
+    warmup = round(optim.warmup_fraction * total_steps)
+    if step < warmup:
+        return optim.lr * (step + 1) / (warmup + 1)
+    done = min(1.0, (step - warmup) / max(1, total_steps - warmup))
+    if optim.schedule == "linear":
+        return optim.lr * (1 - done)
+    if optim.schedule == "cosine":
+        return optim.lr * (1 + math.cos(math.pi * done)) / 2
+    return optim.lr
+
+
+class ShardedModel:
+    """A model, its optimizer and schedule over all ranks; every method but `lr` is called by all ranks alike.
+
+    Args:
+        model: a transformers model, or a module that holds one as its attribute `hf`. ZeRO-3 gathers weights as
+            submodules run, so whatever reads a weight does it inside this module's `forward`.
+        optim: AdamW and its schedule.
+        sharding: layout over ranks.
+        total_steps: optimizer steps of the whole run; the schedule's length.
+        device: where this rank's tensors live; `init_distributed` has been called for it.
+
+    Attributes:
+        module: what to call for a forward pass.
+        rank: this process's rank.
+        world_size: number of ranks.
+        steps_done: optimizer steps taken so far, those before a `load` included.
+    """
+
+    def __init__(
+        self, model: nn.Module, optim: Optim, sharding: Sharding, total_steps: int, device: torch.device
+    ) -> None:
+        import deepspeed
+
+        self._hf: Any = getattr(model, "hf", model)
+        self._optim, self._total_steps = optim, total_steps
+        self.rank, self.world_size, self.steps_done = dist.get_rank(), dist.get_world_size(), 0
+        bf16 = torch_dtype(sharding) == torch.bfloat16
+        # Below stage 2 DeepSpeed would accumulate bfloat16 gradients in bfloat16 or refuse; 2 gives the same numbers.
+        self._stage: int = 2 if bf16 and sharding.zero_stage < 2 else sharding.zero_stage
+        if sharding.gradient_checkpointing:
+            self._hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.to(device).train()
+        config: dict[str, Any] = {
+            "train_micro_batch_size_per_gpu": 1,
+            "managed_gradient_accumulation": False,  # step() is the boundary, after any number of backward() calls
+            "gradient_clipping": optim.max_grad_norm if self._stage else 0.0,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,  # DeepSpeed's own CPU Adam would be compiled on first use
+            "bf16": {"enabled": bf16},
+            "data_types": {"grad_accum_dtype": "fp32"},
+            "zero_optimization": {
+                "stage": self._stage,
+                "reduce_bucket_size": _BUCKET,
+                "allgather_bucket_size": _BUCKET,
+                "overlap_comm": device.type != "cpu" and self._stage > 1,
+            },
+        }
+        if sharding.offload_optimizer and self._stage:
+            pinned = device.type != "cpu"
+            config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": pinned}
+        self.module, *_ = deepspeed.initialize(model=model, optimizer=_adamw(model, optim), config=config)
+        self.module.enable_backward_allreduce = self._stage > 0  # at stage 0 step() does it, and only where needed
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the next step."""
+        return learning_rate(self._optim, self.steps_done, self._total_steps)
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds one micro-batch's gradients; all ranks call it equally often, with an all-masked batch where need be.
+
+        Args:
+            loss: this micro-batch's partial sum over the step's global total.
+        """
+        # DeepSpeed averages over ranks; the loss is already a part of the sum over them.
+        self.module.backward(loss * self.world_size, scale_wrt_gas=False)
+
+    def step(self) -> float:
+        """One optimizer step with the gradients since the last; returns their global norm before clipping.
+
+        Raises:
+            StageFailed: the norm is not finite; the weights are as they were before.
+        """
+        for group in self.module.optimizer.param_groups:
+            group["lr"] = self.lr
+        if self._stage == 0:
+            if self.world_size > 1:
+                self.module.buffered_allreduce_fallback()
+            norm = float(nn.utils.clip_grad_norm_(self.module.parameters(), self._optim.max_grad_norm))
+            if math.isfinite(norm):
+                self.module.step()
+        else:
+            self.module.step()  # discards the step by itself when the norm is not finite
+            norm = float(self.module.get_global_grad_norm() or 0.0)
+            norm = math.nan if self.module.optimizer.overflow else norm
+        if not math.isfinite(norm):
+            raise StageFailed(
+                f"the gradient of step {self.steps_done + 1} is not finite",
+                "lower optim.lr, and check the rows of that step for extreme lengths",
+            )
+        self.steps_done += 1
+        return norm
+
+    def save(self, folder: Path) -> None:
+        """Writes weights, optimizer state and step count; each rank writes its own part into the shared folder."""
+        self.module.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
+        if self.rank == 0:
+            write_atomic(folder / _STATE, json.dumps({"steps_done": self.steps_done, **self._layout()}))
+        dist.barrier()
+
+    def load(self, folder: Path) -> None:
+        """Continues from what `save` wrote; DeepSpeed reads pickles, so only folders of this run are given here.
+
+        Raises:
+            StageFailed: it was written by another number of ranks or ZeRO stage.
+        """
+        state = json.loads((folder / _STATE).read_text("utf-8"))
+        steps_done = state.pop("steps_done")
+        if state != self._layout():
+            raise StageFailed(
+                f"the checkpoint {folder} was written with {state}, this run has {self._layout()}",
+                "continue with the sharding it was begun with, or remove the folder to start the stage over",
+            )
+        self.module.load_checkpoint(str(folder), tag=_TAG)
+        self.steps_done = steps_done
+
+    def _layout(self) -> dict[str, int]:
+        return {"zero_stage": self._stage, "ranks": self.world_size}
+
+    def full_parameters(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter whole, under its transformers name, gathered layer by layer; tied weights come once.
+
+        All ranks iterate to the end; rank 0's tensors are the ones to use. They alias live weights where nothing had
+        to be gathered or cast: copy what has to outlast the next step.
+
+        Args:
+            dtype: cast to this; None keeps the training dtype.
+        """
+        import deepspeed
+
+        for _, layer in itertools.groupby(self._hf.named_parameters(), lambda item: _layer_of(item[0])):
+            names, parameters = zip(*layer, strict=True)
+            with deepspeed.zero.GatheredParameters(list(parameters), enabled=self._stage == 3):
+                for name, parameter in zip(names, parameters, strict=True):
+                    yield name, parameter.detach().to(dtype or parameter.dtype)
+
+    def export(self, tokenizer: "Tokenizer", out: Path, config_updates: Mapping[str, Any] | None = None) -> None:
+        """Writes a folder in Hugging Face format from rank 0; all ranks return when it is complete.
+
+        Args:
+            tokenizer: saved beside the weights.
+            out: the model's folder; it appears whole or not at all.
+            config_updates: fields to set in config.json.
+        """
+        from cai_ray.models.checkpoints import save_pretrained
+
+        state: dict[str, Tensor] = {}
+        for name, tensor in self.full_parameters():
+            if self.rank == 0:
+                state[name] = tensor.cpu()
+        if self.rank == 0:
+            persistent = self._hf.state_dict().keys()
+            state |= {name: b.cpu() for name, b in self._hf.named_buffers() if name in persistent}
+            config = copy.deepcopy(self._hf.config)
+            for key, value in (config_updates or {}).items():
+                setattr(config, key, value)
+            save_pretrained(state, config, tokenizer, out)
+        dist.barrier()
+
+
+def _adamw(model: nn.Module, optim: Optim) -> torch.optim.AdamW:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": optim.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},  # norms and biases
+    ]
+    return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, fused=True)
+
+
+def _layer_of(name: str) -> str:
+    """`model.layers.3.` for all parameters of one layer; the name itself outside the layers."""
+    head: list[str] = []
+    for part in name.split("."):
+        head.append(part)
+        if part.isdigit():
+            return ".".join(head)
+    return name

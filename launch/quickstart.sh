@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# From a fresh clone to an RLAIF policy on this machine: checks, installs, runs, and says where the report is.
+# Run again, it continues or says that all is done.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+fail() { printf 'quickstart: %s\n  fix: %s\n' "$1" "$2" >&2; exit 2; }
+
+# ---- what must be true before anything is downloaded ----
+if [ "$(uname -s)" != Linux ]; then
+  fail "vLLM's CPU build is Linux-only and this is $(uname -s)" \
+    "docker build -t cai-ray -f launch/Dockerfile . && docker run --rm -it --shm-size=4g cai-ray launch/quickstart.sh"
+fi
+case "$(uname -m)" in
+  x86_64) grep -q -m1 avx2 /proc/cpuinfo || fail "this processor has no AVX2, which vLLM's CPU build needs" "use a newer machine" ;;
+  aarch64 | arm64) ;;
+  *) fail "no CPU build of vLLM exists for $(uname -m)" "use an x86-64 or arm64 machine" ;;
+esac
+free_kib=$(df -Pk . | awk 'NR == 2 {print $4}')
+memory_kib=$(awk '/^MemTotal:/ {print $2}' /proc/meminfo)
+need_gib=8
+[ -f .venv/.cai-ray ] && need_gib=4
+[ "$free_kib" -ge $((need_gib * 1024 * 1024)) ] ||
+  fail "this disk has $((free_kib / 1024 / 1024)) GiB free; packages, model and run take about $need_gib GiB" "free some space"
+[ "$memory_kib" -ge $((15 * 1024 * 1024)) ] ||
+  fail "this machine has $((memory_kib / 1024 / 1024)) GiB of memory; the run's peak is just under 16 GiB" "use a machine with 16 GiB"
+python="${CAI_RAY_PYTHON:-python3}"
+if [ ! -x .venv/bin/python ] && command -v "$python" >/dev/null; then
+  "$python" -c 'import venv, ensurepip' 2>/dev/null ||
+    fail "$python cannot make virtual environments" "install its venv package (Debian, Ubuntu: apt install python3-venv)"
+fi
+
+[ -f .venv/.cai-ray ] || echo "quickstart: installs about 4 GB into .venv (a few minutes), then trains for about 10 minutes"
+launch/setup.sh cpu
+
+echo "quickstart: preparing the embedded model (once, about a minute)"
+.venv/bin/python -c 'from cai_ray.models import embedded_model; print("quickstart: model in", embedded_model())'
+
+.venv/bin/cai-ray run quickstart "$@"
+echo
+echo "To use the command without the folder: source .venv/bin/activate"

@@ -1,0 +1,18 @@
+"""What every test may ask for."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+DEFAULT_DATA = ROOT / ".." / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def test_data() -> Path:
+    """Folder of public data sets that the project does not contain; tests that need it skip without it."""
+    folder = Path(os.environ.get("CAI_RAY_TEST_DATA") or DEFAULT_DATA)
+    if not folder.is_dir():
+        pytest.skip(f"no test data: CAI_RAY_TEST_DATA is unset and {DEFAULT_DATA} does not exist")
+    return folder.resolve()

@@ -1,0 +1,97 @@
+"""The configuration: overrides, unknown keys, what enters a stage's key."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cai_ray.config import Config, Section, load_config, parse_config, to_yaml
+from cai_ray.errors import ConfigError
+
+MODELS = {"helpful": "embedded", "pretrained": "embedded"}
+
+
+def test_overrides_are_yaml_values_and_reach_nested_sections() -> None:
+    config = load_config("tiny", ("ppo.kl_coef=1e-2", "sft.optim.lr=5e-4", "ppo.value_clip_range=null", "run.seed=7"))
+    assert config.ppo.kl_coef == 0.01
+    assert config.sft.optim.lr == 5e-4
+    assert config.ppo.value_clip_range is None
+    assert config.run.seed == 7
+    assert config.run.name == "tiny"
+
+
+def test_override_of_a_short_form_keeps_what_it_named() -> None:
+    config = load_config("tiny", ("constitution.critique.only=[privacy]", "models.feedback=embedded"))
+    assert config.constitution.critique.file == "default"
+    assert config.constitution.critique.only == ("privacy",)
+    assert config.models.feedback is not None
+    assert config.models.feedback.path == "embedded"
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("ppo.kl_coeff=1", "did you mean 'kl_coef'"),
+        ("models.helpfull=x", "did you mean 'helpful'"),
+        ("sft.optim.lrr=1", "did you mean 'lr'"),
+        ("qqqq.x=1", "known: run, models"),
+        ("ppo.clip_range=-1", "greater than 0"),
+        ("ppo.minibatch_size=3", "no multiple"),
+        ("ppo", "key.sub=value"),
+        ("ppo.steps.more=1", "not a section"),
+        ("run.name=../escape", "run.name"),
+    ],
+)
+def test_bad_overrides_say_what_to_mend(override: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words.replace("(", r"\(")):
+        load_config("tiny", (override,))
+
+
+def test_missing_and_unreadable_files(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="tiny"):
+        load_config("no-such-config")
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("models: [", "utf-8")
+    with pytest.raises(ConfigError, match="not readable YAML"):
+        load_config(str(bad))
+    bad.write_text("- 1", "utf-8")
+    with pytest.raises(ConfigError, match="holds list"):
+        load_config(str(bad))
+    bad.write_text("run: {name: x}", "utf-8")
+    with pytest.raises(ConfigError, match="models: is required"):
+        load_config(str(bad))
+
+
+def test_resolved_yaml_reads_back_to_the_same_configuration() -> None:
+    config = load_config("tiny")
+    assert parse_config(yaml.safe_load(to_yaml(config))) == config
+
+
+def test_operational_fields_never_enter_the_identity() -> None:
+    base = parse_config({"models": MODELS})
+    moved = parse_config(
+        {
+            "models": MODELS,
+            "cluster": {"engines": 4, "device": "gpu"},
+            "sft": {"sharding": {"ranks": 8, "zero_stage": 3}, "checkpoint_every": 3},
+            "ppo": {"engines": 2, "actor": {"optim": {"lr": 1e-6}, "sharding": {"ranks": 2}}},
+        }
+    )
+    assert moved.identity() == base.identity()
+    changed = parse_config({"models": MODELS, "ppo": {"kl_coef": 0.1}})
+    assert changed.identity() != base.identity()
+
+
+def test_every_field_has_a_description_and_is_frozen() -> None:
+    def walk(section: type[Section]) -> list[type[Section]]:
+        found = [section]
+        for info in section.model_fields.values():
+            assert info.description, f"{section.__name__} has a field without description"
+            for candidate in [info.annotation, *getattr(info.annotation, "__args__", ())]:
+                if isinstance(candidate, type) and issubclass(candidate, Section):
+                    found += walk(candidate)
+        return found
+
+    assert len(walk(Config)) > 12
+    with pytest.raises(ValueError, match="frozen"):
+        parse_config({"models": MODELS}).run.seed = 3  # type: ignore[misc]

@@ -1,0 +1,154 @@
+"""Loaders: every form that is accepted, and bad rows that stay alone."""
+
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from cai_ray.config import Source
+from cai_ray.errors import DataError
+from cai_ray.sources import parse_transcript, read_comparisons, read_rows, to_comparison, to_prompts
+
+ROWS = [{"prompt": "How do I bake bread?"}, {"prompt": "Why is the sky blue?"}]
+
+
+def write_jsonl(path: Path) -> None:
+    path.write_text("".join(json.dumps(r) + "\n" for r in ROWS), "utf-8")
+
+
+def write_gz(path: Path) -> None:
+    path.write_bytes(gzip.compress("".join(json.dumps(r) + "\n" for r in ROWS).encode()))
+
+
+def write_json(path: Path) -> None:
+    path.write_text(json.dumps(ROWS), "utf-8")
+
+
+def write_csv(path: Path) -> None:
+    path.write_text("prompt\n" + "\n".join(r["prompt"] for r in ROWS) + "\n", "utf-8")
+
+
+def write_parquet(path: Path) -> None:
+    pq.write_table(pa.Table.from_pylist(ROWS), path)
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("a.jsonl", write_jsonl),
+        ("a.jsonl.gz", write_gz),
+        ("a.json", write_json),
+        ("a.csv", write_csv),
+        ("a.parquet", write_parquet),
+    ],
+)
+def test_file_kinds_give_the_same_rows(tmp_path: Path, name: str, write: Callable[[Path], None]) -> None:
+    write(tmp_path / name)
+    for path in (tmp_path / name, tmp_path):  # the file, and the folder that holds it
+        rows = list(read_rows(Source(path=str(path))))
+        assert rows == ROWS
+
+
+def test_transcript_gives_a_prompt_for_every_human_turn() -> None:
+    text = "\n\nHuman: one\n\nAssistant: two\n\nHuman: three\n\nAssistant: four"
+    assert [m["content"] for m in parse_transcript(text)] == ["one", "two", "three", "four"]
+    prompts = to_prompts({"chosen": text, "rejected": text + "x"}, "harmful", Source(path="f"))
+    assert [[m["content"] for m in p["messages"]] for p in prompts] == [["one"], ["one", "two", "three"]]
+    assert len({p["id"] for p in prompts}) == 2
+    assert len({p["split"] for p in prompts}) == 1  # the split hangs on the first human turn
+
+
+def test_messages_that_end_with_the_user_are_one_prompt() -> None:
+    messages = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c"},
+    ]
+    assert len(to_prompts({"messages": messages}, "harmful", Source(path="f"))) == 1
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {},
+        {"text": "x"},
+        {"prompt": ""},
+        {"prompt": "null \x00 byte"},
+        {"prompt": 3},
+        {"prompt": "\ud800"},
+        {"messages": [{"role": "user"}]},
+        {"messages": [{"role": "wizard", "content": "x"}]},
+        {"messages": ["x"]},
+        {"messages": [{"role": "assistant", "content": "x"}]},
+        {"chosen": "no marker at all \n\nAssistant: x"},
+    ],
+)
+def test_bad_prompts_are_data_errors(row: dict[str, object]) -> None:
+    with pytest.raises(DataError):
+        to_prompts(row, "harmful", Source(path="f"))
+
+
+def test_a_bad_line_costs_one_row(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"prompt": "fine"}\nnot json\n{"prompt": "\xff\xfe"}\n\n[1]\n{"prompt": "fine too"}\n')
+    rows = list(read_rows(Source(path=str(path))))
+    assert [isinstance(r, DataError) for r in rows] == [False, True, True, True, False]
+    assert "UTF-8" in str(rows[2])
+
+
+def test_missing_file_and_unknown_ending(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="not a file or folder"):
+        list(read_rows(Source(path=str(tmp_path / "none.jsonl"))))
+    (tmp_path / "a.txt").write_text("x", "utf-8")
+    with pytest.raises(DataError, match="no reader"):
+        list(read_rows(Source(path=str(tmp_path / "a.txt"))))
+    with pytest.raises(DataError, match="no data file"):
+        list(read_rows(Source(path=str(tmp_path))))
+
+
+def test_comparisons_in_every_form() -> None:
+    human = "\n\nHuman: hi\n\nAssistant: "
+    forms = [
+        {"prompt": "hi", "chosen": "good", "rejected": "bad"},
+        {"messages": [{"role": "user", "content": "hi"}], "chosen": "good", "rejected": "bad"},
+        {"chosen": human + "good", "rejected": human + "bad"},
+        {
+            "prompt": [{"role": "user", "content": "hi"}],
+            "chosen": [{"role": "assistant", "content": "good"}],
+            "rejected": [{"role": "assistant", "content": "bad"}],
+        },
+    ]
+    rows = [to_comparison(f, Source(path="f")) for f in forms]
+    assert len({r["id"] for r in rows}) == 1
+    assert rows[0]["response_a"] == "good"
+    assert rows[0]["label_prob"] == 1.0
+    assert rows[0]["votes"] == []
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "hi", "chosen": "same", "rejected": "same "},
+        {"prompt": "hi", "chosen": "", "rejected": "x"},
+        {"prompt": "hi", "chosen": "x"},
+        {"prompt": "hi", "chosen": "x", "rejected": "y", "label_prob": 1.5},
+        {"chosen": "\n\nHuman: a\n\nAssistant: x", "rejected": "\n\nHuman: b\n\nAssistant: y"},
+    ],
+)
+def test_bad_comparisons_are_data_errors(row: dict[str, object]) -> None:
+    with pytest.raises(DataError):
+        to_comparison(row, Source(path="f"))
+
+
+def test_published_comparisons(test_data: Path) -> None:
+    source = Source(path=str(test_data / "hh-rlhf" / "harmless-base_test.jsonl.gz"))
+    rows, bad = read_comparisons(source)
+    assert len(bad) >= 4  # the four with an empty reply, and equal replies
+    assert len(rows) + len(bad) <= 2312
+    assert len(rows) > 2200
+    assert {r["split"] for r in rows} == {"train", "test"}
+    assert len(read_comparisons(source.model_copy(update={"limit": 10}))[0]) == 10
