@@ -68,14 +68,38 @@ def run_pipeline(config: Config, request: Request, reporter: Reporter) -> RunDir
     with _locked(run):
         _settle_changes(config, request, run)
         _take_over(config, request, run, reporter)
-        write_atomic(run.path / "config.yaml", to_yaml(config))
         chosen = [s for s in needed(config) if request.only in (None, s.name)]
         if request.start:
             chosen = chosen[[s.name for s in chosen].index(request.start) :]
+        preflight(config, [s for s in chosen if run.stage(s.name).manifest() is None])
+        write_atomic(run.path / "config.yaml", to_yaml(config))
         with Execution(config, run, reporter) as execution:
             for number, stage in enumerate(chosen, 1):
                 execution.execute(stage, f"[{number}/{len(chosen)}]")
     return run
+
+
+def preflight(config: Config, stages: list[Stage]) -> None:
+    """Finds out before anything starts what would stop these stages: models, principles, data, resources.
+
+    Raises:
+        ConfigError, DataError, ResourceError: what is missing, and how to mend it.
+    """
+    from cai_ray.models import resolve_model
+    from cai_ray.resources import check_here
+    from cai_ray.sources import check_source
+
+    for stage in stages:
+        if stage.principles:
+            principles = constitution_of(getattr(config.constitution, stage.principles))
+            _ = principles.for_critique() if stage.principles == "critique" else principles.for_feedback()
+        for source in stage.files(config):
+            check_source(source)
+        for name in stage.models(config):
+            spec = None if name in STAGE_MODELS else model_spec(config, name)
+            if spec and stage_of_path(spec.path) is None:
+                resolve_model(spec.path, spec.revision)
+    check_here(config)
 
 
 def check_disk(path: Path) -> None:

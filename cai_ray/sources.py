@@ -56,6 +56,12 @@ def read_rows(source: Source) -> Iterator[Row | DataError]:
             )
 
 
+def check_source(source: Source) -> None:
+    """Raises DataError when a local source does not exist; the hub is asked only when it is read."""
+    if not source.path.startswith("hf:"):
+        _files(source.path)
+
+
 def _files(path: str) -> list[Path]:
     if path.startswith("starter:"):
         return [asset_path(path.removeprefix("starter:") + ".jsonl")]

@@ -11,8 +11,8 @@ import numpy as np
 from cai_ray.errors import CaiError
 
 ELO_PER_NAT = 400 / np.log(10)
-# Precision (1/nats²) of a normal prior. It moves a rating by less than 0.01 Elo, and keeps finite that of a player who
-# won or lost everything, whose likelihood has no maximum.
+# Precision (1/nats²) of a normal prior. It keeps finite the rating of a player who won or lost everything, whose
+# likelihood has no maximum; against one game of an even pair (curvature 1/4) it weighs nothing.
 PRIOR = 1e-6
 
 Player = TypeVar("Player", bound=Hashable)

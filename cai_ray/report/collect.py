@@ -25,41 +25,34 @@ MANY_TRUNCATED = 0.2
 BIASED = 0.8  # share of pairs in which the same letter wins
 MAX_GAP = 0.05  # nats between trainer and engine
 
-# Per stage: what to expect, then (metric, how it reads); a metric that is absent is left out.
-NUMBERS: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
-    "prompts": (
-        "your rows, less duplicates; a tenth is held out",
-        (("rows", "{:,.0f} prompts"), ("duplicates", "{:,.0f} duplicates")),
-    ),
-    "revise": (
-        "each revision less harmful than the answer before it",
-        (("harmful", "{:,.0f} revised"), ("rounds", "{:.0f} rounds"), ("helpful", "{:,.0f} helpful answers")),
-    ),
-    "sft": (
-        "loss falls on held-out rows",
-        (("eval/loss_before", "held-out loss {:.3f} before"), ("eval/loss", "held-out loss {:.3f} after")),
-    ),
-    "sample_pairs": (
-        "two different, finished answers a prompt",
-        (("rows_out", "{:,.0f} pairs"), ("equal_responses", "{:,.0f} equal"), ("truncated", "{:.0%} truncated")),
-    ),
-    "label": (
-        "entropy well below 0.69 nats, A in about half",
-        (
-            ("mean_entropy", "entropy {:.2f} nats"),
-            ("prefers_first", "A preferred in {:.0%}"),
-            ("prefers_longer", "the longer in {:.0%}"),
-        ),
-    ),
-    "preference_model": (
-        "held-out accuracy above 50%",
-        (("eval/loss", "held-out loss {:.3f}"), ("eval/accuracy", "held-out accuracy {:.0%}")),
-    ),
-    "ppo": (
-        "score rises, KL stays in the tens of nats or below",
-        (("objective/score", "score {:+.2f}"), ("objective/kl", "KL {:.2f} nats"), ("rollout/length", "{:.0f} tokens")),
-    ),
-    "evaluate": ("the policy wins more than half", ()),
+EXPECT = {
+    "prompts": "your rows, less duplicates; a tenth is held out",
+    "revise": "each revision less harmful than the answer before it",
+    "sft": "loss falls on held-out rows",
+    "sample_pairs": "two different, finished answers a prompt",
+    "label": "entropy well below 0.69 nats, A in about half",
+    "preference_model": "held-out accuracy above 50%",
+    "ppo": "score rises, KL stays in the tens of nats or below",
+    "evaluate": "the policy wins more than half",
+}
+# Metric -> how it reads; one that is absent is left out. Win rates are added where there are any.
+NUMBERS = {
+    "prompts": {"rows": "{:,.0f} prompts", "duplicates": "{:,.0f} duplicates"},
+    "revise": {"harmful": "{:,.0f} revised", "rounds": "{:.0f} rounds", "helpful": "{:,.0f} helpful answers"},
+    "sft": {"eval/loss_before": "held-out loss {:.3f} before", "eval/loss": "{:.3f} after"},
+    "sample_pairs": {"rows_out": "{:,.0f} pairs", "equal_responses": "{:,.0f} equal", "truncated": "{:.0%} truncated"},
+    "label": {
+        "mean_entropy": "entropy {:.2f} nats",
+        "prefers_first": "A preferred in {:.0%}",
+        "prefers_longer": "the longer in {:.0%}",
+    },
+    "preference_model": {"eval/loss": "held-out loss {:.3f}", "eval/accuracy": "held-out accuracy {:.0%}"},
+    "ppo": {
+        "objective/score_before": "score {:+.2f} at first",
+        "objective/score": "{:+.2f} at last",
+        "objective/kl": "KL {:.2f} nats",
+    },
+    "evaluate": {},
 }
 
 
@@ -85,20 +78,11 @@ class StageRecord:
         return {**first, **last, **(self.manifest.metrics if self.manifest else {})}
 
     @property
-    def rows_out(self) -> int | None:
-        """Rows that the stage passed on."""
-        return self.metrics.get("rows_out", self.metrics.get("rows"))
-
-    @property
-    def rows_in(self) -> int | None:
-        """Rows that the stage read."""
-        return self.metrics.get("rows_in", self.metrics.get("raw_rows"))
-
-    @property
     def key_numbers(self) -> str:
         """The numbers to look at first, in words."""
-        texts = [text.format(self.metrics[k]) for k, text in NUMBERS[self.name][1] if is_number(self.metrics.get(k))]
-        texts += [f"{model} wins {share} over {other}" for model, other, share in win_rates(self.metrics)]
+        found = self.metrics
+        texts = [text.format(found[k]) for k, text in NUMBERS[self.name].items() if is_number(found.get(k))]
+        texts += [f"{model} wins {share} over {other}" for model, other, share in win_rates(found)]
         return ", ".join(texts)
 
 
@@ -142,7 +126,7 @@ def win_rates(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 def summary_lines(run: RunDir) -> list[tuple[str, str, str]]:
     """One line per finished stage: its name, its key numbers, what to expect of them."""
-    return [(s.name, s.key_numbers, NUMBERS[s.name][0]) for s in collect(run).stages if s.manifest]
+    return [(s.name, s.key_numbers, EXPECT[s.name]) for s in collect(run).stages if s.manifest]
 
 
 def collect(run: RunDir) -> Record:
@@ -153,16 +137,11 @@ def collect(run: RunDir) -> Record:
     """
     if not run.path.is_dir():
         raise DataError(f"{run.path} is no run directory", "give the folder that `cai-ray run` wrote")
-    text, tree = "", {}
-    if (run.path / "config.yaml").is_file():
-        text = (run.path / "config.yaml").read_text("utf-8", "replace")
-        tree = yaml.safe_load(text) or {}
+    config = run.path / "config.yaml"
+    text = config.read_text("utf-8", "replace") if config.is_file() else ""
     complete = run.stage("evaluate").manifest() is not None
     return Record(
-        path=run.path.resolve(),
-        config=tree,
-        config_text=text,
-        stages=tuple(_stage(run, name, complete) for name in STAGES),
+        run.path.resolve(), yaml.safe_load(text) or {}, text, tuple(_stage(run, name, complete) for name in STAGES)
     )
 
 
@@ -209,13 +188,11 @@ def cautions(record: Record) -> list[str]:
     if waiting := [f"{s.name} ({s.state})" for s in record.stages if s.state in ("unfinished", "not begun")]:
         out.append(f"The run is not finished: {', '.join(waiting)}. Everything below is what exists so far.")
     out += [*_label_cautions(record.stage("label").metrics), *_model_cautions(record)]
-    shares = [(where, share) for where, share in truncated(record) if share > MANY_TRUNCATED]
-    if shares:
-        found = ", ".join(f"{where} {share:.0%}" for where, share in shares)
-        out.append(f"Many texts were cut off at max_new_tokens, unfinished: {found}. Raise the limit of these stages.")
+    if cut := [f"{where} {share:.0%}" for where, share in truncated(record) if share > MANY_TRUNCATED]:
+        out.append(f"Many texts were cut off at their token limit: {', '.join(cut)}. Raise max_new_tokens there.")
     for s in record.stages:
-        if bad := sum(s.quarantine.values()):
-            out.append(f"{s.name} quarantined {bad} rows; their reasons are listed below and in its quarantine.jsonl.")
+        if bad := max(sum(s.quarantine.values()), s.metrics.get("quarantined", 0)):
+            out.append(f"{s.name} quarantined {bad} rows; its quarantine.jsonl has their reasons.")
         if s.unreadable:
             out.append(f"{s.name}: {s.unreadable} lines of its files could not be read and are missing here.")
         out += [
@@ -246,21 +223,15 @@ def _model_cautions(record: Record) -> Iterator[str]:
         yield f"The preference model is near chance on held-out pairs: accuracy {accuracy:.0%}."
     gaps = record.stage("ppo").series.get("rollout/logprob_gap", ([], []))[1]
     if gaps and max(gaps) > MAX_GAP:
-        yield (
-            f"Rollout engine and trainer disagreed by up to {max(gaps):.3f} nats a token during PPO: their numerics "
-            "differ, and policy ratios are off by as much."
-        )
+        yield f"Rollout engine and trainer disagreed by up to {max(gaps):.3f} nats a token: PPO's ratios are that far off."
 
 
 def _data_cautions(record: Record) -> Iterator[str]:
     sections = json.dumps([m.config for m in record.manifests.values()] or record.config)
     if '"starter:' in sections:
-        yield (
-            "The starter prompts and comparisons were written for cai-ray. They are not human labels and no benchmark; "
-            "they show that the pipeline works."
-        )
+        yield "The starter prompts and comparisons were written for cai-ray; they are not human labels and no benchmark."
     identities = [i for m in record.manifests.values() for i in m.models.values()]
-    if any(re.match(r"(embedded|tiny)\b", identity) for identity in identities):
+    if any(i.startswith(("embedded@", "tiny@")) for i in identities):
         yield (
             "A model that comes with cai-ray took part (135 million parameters or fewer). Such a run proves the "
             "mechanics, not the quality: do not read its scores or win rates as evidence about the method."
@@ -268,16 +239,13 @@ def _data_cautions(record: Record) -> Iterator[str]:
 
 
 def truncated(record: Record) -> list[tuple[str, float]]:
-    """The share of sampled texts that reached the length limit, by stage (and model)."""
-    out, revise = [], record.stage("revise").metrics
-    texts = {"response": revise.get("rows_out"), **dict.fromkeys(("critique", "revision"), revise.get("harmful"))}
-    for step, count in texts.items():
-        rounds = 1 if step == "response" else revise.get("rounds", 1)
-        if count and rounds:
-            out.append((f"revise ({step}s)", revise.get(f"flag/truncated:{step}", 0) / (count * rounds)))
-    out.append(("sample_pairs", record.stage("sample_pairs").metrics.get("truncated", 0)))
-    out.append(("ppo", record.stage("ppo").metrics.get("rollout/truncated", 0)))
-    for key, value in record.stage("evaluate").metrics.items():
-        if key.endswith("/truncated"):
-            out.append((f"evaluate ({key.removesuffix('/truncated')})", value))
-    return out
+    """The share of sampled texts that reached the length limit, by stage, and by step or model."""
+    revise, evaluate = record.stage("revise").metrics, record.stage("evaluate").metrics
+    rounds = revise.get("harmful", 0) * revise.get("rounds", 0)
+    texts = {"response": revise.get("rows_out", 0), "critique": rounds, "revision": rounds}
+    return [
+        *((f"revise ({k}s)", revise.get(f"flag/truncated:{k}", 0) / n) for k, n in texts.items() if n),
+        ("sample_pairs", record.stage("sample_pairs").metrics.get("truncated", 0)),
+        ("ppo", record.stage("ppo").metrics.get("rollout/truncated", 0)),
+        *((f"evaluate ({k[:-10]})", share) for k, share in evaluate.items() if k.endswith("/truncated")),
+    ]

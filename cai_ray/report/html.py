@@ -18,31 +18,22 @@ from cai_ray.report.collect import Record, StageRecord, cautions, collect, inter
 
 MAX_SAMPLES = 12  # a stage
 MAX_TEXT = 6000  # characters of one text
-_COLUMNS = (
-    ("score", "{:.2f}"),
-    ("refusals", "{:.0%}"),
-    ("words", "{:.0f}"),
-    ("truncated", "{:.0%}"),
-    ("prompts", "{:.0f}"),
-)
-# Chart title, stage, (label, names that the metric may have)
+_COLUMNS = {"score": "{:.2f}", "refusals": "{:.0%}", "words": "{:.0f}", "truncated": "{:.0%}", "prompts": "{:.0f}"}
+# Chart title, stage, label -> names that the metric may have
+_LOSSES = {"training": ("train/loss", "loss"), "held-out": ("eval/loss",)}
 _CURVES = (
-    ("SL model: loss", "sft", (("training", ("train/loss", "loss")), ("held-out", ("eval/loss",)))),
-    (
-        "Preference model: loss",
-        "preference_model",
-        (("training", ("train/loss", "loss")), ("held-out", ("eval/loss",))),
-    ),
+    ("SL model: loss", "sft", _LOSSES),
+    ("Preference model: loss", "preference_model", _LOSSES),
     (
         "Preference model: accuracy",
         "preference_model",
-        (("training", ("train/accuracy", "accuracy")), ("held-out", ("eval/accuracy",))),
+        {"training": ("train/accuracy", "accuracy"), "held-out": ("eval/accuracy",)},
     ),
-    ("PPO: score", "ppo", (("score", ("objective/score",)),)),
-    ("PPO: KL to the SL model, nats per response", "ppo", (("KL", ("objective/kl",)),)),
-    ("PPO: response length, tokens", "ppo", (("length", ("rollout/length",)),)),
-    ("PPO: engine against trainer, nats per token", "ppo", (("gap", ("rollout/logprob_gap",)),)),
-    ("PPO: policy entropy, nats per token", "ppo", (("entropy", ("policy/entropy",)),)),
+    ("PPO: score", "ppo", {"score": ("objective/score",)}),
+    ("PPO: KL to the SL model, nats", "ppo", {"KL": ("objective/kl",)}),
+    ("PPO: response length, tokens", "ppo", {"length": ("rollout/length",)}),
+    ("PPO: engine against trainer, nats", "ppo", {"gap": ("rollout/logprob_gap",)}),
+    ("PPO: policy entropy, nats", "ppo", {"entropy": ("policy/entropy",)}),
 )
 
 
@@ -60,7 +51,7 @@ def write_report(run: RunDir) -> Path:
 
 def render(record: Record) -> str:
     """The page."""
-    env = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined)
+    env = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=False, undefined=StrictUndefined)
     env.trim_blocks = env.lstrip_blocks = True
     env.filters |= {"seconds": seconds, "size": size, "count": count, "clip": clip}
     return env.get_template("report.html.j2").render(
@@ -89,7 +80,7 @@ def headline(record: Record) -> list[tuple[str, str]]:
     return [
         *out,
         ("seed", _distinct(m.seed for m in found)),
-        ("manifests", f"{days[0]} to {days[-1]}" if days else "none yet"),
+        ("manifests", " to ".join(dict.fromkeys((days[0], days[-1]))) if days else "none yet"),
         ("wall time of all stages", seconds(sum(m.wall_s for m in found))),
         ("cai-ray", _distinct(m.packages.get("cai-ray", "unknown") for m in found)),
         ("git revision", _distinct(git)),
@@ -105,26 +96,31 @@ def charts(record: Record) -> list[Markup]:
     drawn = []
     for title, stage, lines in _CURVES:
         series = record.stage(stage).series
-        found = [(label, next((n for n in names if n in series), None)) for label, names in lines]
+        found = [(label, next((n for n in names if n in series), None)) for label, names in lines.items()]
         drawn.append(line_chart(title, [(label, *series[name]) for label, name in found if name]))
-    drawn.insert(1, histogram("Labels: probability that answer A is better", label_probs(record.stage("label"))))
+    drawn.insert(1, histogram("Labels: P(A is better)", label_probs(record.stage("label"))))
     return [c for c in drawn if c]
 
 
 def label_probs(stage: StageRecord) -> list[float]:
     """P(A better) of every labelled pair; empty while the stage is unfinished."""
-    if not stage.manifest or not (stage.path / "data").is_dir():
-        return []
     import pyarrow.parquet as pq
 
-    table = pq.read_table(stage.path / "data", columns=["label_prob"])
-    return [p for p in table["label_prob"].to_pylist() if is_number(p)]
+    values = []
+    for path in sorted((stage.path / "data").glob("*.parquet")) if stage.manifest else ():
+        # File by file: pq.read_table would import pandas, for longer than all else here takes.
+        values += pq.ParquetFile(path).read(columns=["label_prob"])["label_prob"].to_pylist()
+    return [p for p in values if is_number(p)]
 
 
 def evaluation_rows(metrics: Mapping[str, Any]) -> list[list[str]]:
     """Model, kind of prompt, and the columns of `_COLUMNS`, one row per model and kind."""
     found = (re.fullmatch(r"(.+)/(harmful|helpful)/score", key) for key in metrics)
-    return [[*k.groups(), *(interval(metrics, f"{k[1]}/{k[2]}/{c}", form) for c, form in _COLUMNS)] for k in found if k]
+    return [
+        [*k.groups(), *(interval(metrics, f"{k[1]}/{k[2]}/{c}", form) for c, form in _COLUMNS.items())]
+        for k in found
+        if k
+    ]
 
 
 def samples(stage: StageRecord) -> list[tuple[str, list[tuple[str, str]]]]:
@@ -146,7 +142,7 @@ def samples(stage: StageRecord) -> list[tuple[str, list[tuple[str, str]]]]:
 
 
 def _prompt(row: Mapping[str, Any]) -> list[tuple[str, str]]:
-    turns = row.get("messages") or [{"role": "user", "content": row.get("prompt", "")}]
+    turns = row.get("messages") or ([{"role": "user", "content": row["prompt"]}] if "prompt" in row else [])
     return [(str(turn["role"]), str(turn["content"])) for turn in turns]
 
 
@@ -173,7 +169,8 @@ def model_folders(record: Record) -> list[tuple[str, str, int]]:
     """(stage, folder, bytes) of every model that the run made; a folder of another run has its whole path."""
     out = []
     for stage in record.stages:
-        for folder in (stage.path / "model", *sorted((stage.path / "snapshots").glob("*"))):
+        snapshots = sorted((stage.path / "snapshots").glob("*"), key=lambda p: (len(p.name), p))  # step-9, step-10
+        for folder in (stage.path / "model", *snapshots):
             if (folder / "config.json").is_file():
                 at = folder.resolve()
                 shown = at.relative_to(record.path) if at.is_relative_to(record.path) else at

@@ -10,11 +10,14 @@ from cai_ray.artifacts import write_atomic
 
 
 def commit_checkpoint(folder: Path, state: Mapping[str, Any]) -> None:
-    """Makes a filled folder a checkpoint: its manifest (state and sizes of all files) comes last; older ones go."""
+    """Makes a filled folder a checkpoint: its manifest (`state`, and the sizes of all files) is written last.
+
+    Then older checkpoints go, and the rollouts of steps that it covers.
+    """
     files = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
     write_atomic(folder / "manifest.json", json.dumps({**state, "files": files}))
     for path in folder.parent.iterdir():
-        if path != folder and _step_of(path) <= state["step"]:
+        if _step_of(path) < state["step"]:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +23,15 @@ from cai_ray.config import Cluster, PPOConfig
 from cai_ray.errors import StageFailed
 from cai_ray.models.tokenization import Tokenizer
 from cai_ray.records import Row
+from cai_ray.rl.batches import Plan, minibatches, split
 from cai_ray.rl.checkpoints import commit_checkpoint, forget_from, last_checkpoint
 from cai_ray.rl.groups import RESTARTS, Call, Group, WorkerDied, placed, wait
 from cai_ray.rl.rollouts import (
-    Plan,
     RollOut,
     keep_rollouts,
     make_experience,
-    minibatches,
-    prompt_steps,
+    prompts_of_steps,
     requests,
-    split,
 )
 from cai_ray.rl.weight_sync import GAP_LIMITS, check_probe
 from cai_ray.rl.workers import Actor, Critic, Reference, Reward, Setup
@@ -82,7 +80,8 @@ def run_ppo(
         StageFailed: a worker did not answer, engine and actor disagree, or the gradient is not finite.
     """
     setup = Setup(config, policy, reward_model, format, device, seed, cluster.step_timeout_s)
-    steps, too_long = _prompts_of_steps(setup, prompts)
+    tokenizer = Tokenizer.load(policy, format)
+    steps, too_long = prompts_of_steps(prompts, config, seed, tokenizer)
     out.quarantine_path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(out.quarantine_path, "".join(json.dumps(row) + "\n" for row in too_long))
     ranks = {
@@ -103,21 +102,6 @@ def run_ppo(
     last = json.loads((out.path / "metrics.jsonl").read_text("utf-8").splitlines()[-1])
     prompts_read = len({row["id"] for step in steps for row in step})
     return {**last, "steps": config.steps, "prompts": prompts_read, "quarantined": len(too_long)}, workers
-
-
-def _prompts_of_steps(setup: Setup, prompts: Sequence[Row]) -> tuple[list[list[Row]], list[dict[str, str]]]:
-    """The prompts of every step, and what was too long: tokenized as far as the run reaches."""
-    tokenizer, limit = Tokenizer.load(setup.policy, setup.format), setup.config.max_prompt_tokens
-    sizes: dict[str, int] = {}
-
-    def fits(row: Row) -> bool:
-        if row["id"] not in sizes:
-            sizes[row["id"]] = len(tokenizer.prompt(row["messages"]))
-        return sizes[row["id"]] <= limit
-
-    steps = list(islice(prompt_steps(prompts, setup.config, setup.seed, fits), setup.config.steps))
-    long = sorted((key, n) for key, n in sizes.items() if n > limit)
-    return steps, [{"id": key, "reason": f"the prompt has {n} tokens, more than {limit}"} for key, n in long]
 
 
 @contextmanager
@@ -194,10 +178,10 @@ class _Controller:
             keep = {role: len(updates) == 1 and len(whole[role][0]) == 1 for role in plans}
             parts = self._phases(
                 {
-                    "score": lambda: self._submit("reward", "score", rollouts, plan=whole),
-                    "reference": lambda: self._submit("reference", "logprobs", rollouts, plan=whole),
-                    "logprobs": lambda: self._submit("actor", "logprobs", rollouts, plan=whole, keep=keep["actor"]),
-                    "values": lambda: self._submit("critic", "values", rollouts, plan=whole, keep=keep["critic"]),
+                    "score": partial(self._submit, "reward", "score", rollouts, plan=whole),
+                    "reference": partial(self._submit, "reference", "logprobs", rollouts, plan=whole),
+                    "logprobs": partial(self._submit, "actor", "logprobs", rollouts, keep["actor"], plan=whole),
+                    "values": partial(self._submit, "critic", "values", rollouts, keep["critic"], plan=whole),
                 }
             )
 
@@ -213,8 +197,8 @@ class _Controller:
             totals = [sum(seen["responses"][row] for row in rows) for rows in updates]
             stats = self._phases(
                 {
-                    "update_actor": lambda: self._update("actor", experience, plans["actor"], totals),
-                    "update_critic": lambda: self._update("critic", experience, plans["critic"], totals),
+                    "update_actor": partial(self._update, "actor", experience, plans["actor"], totals),
+                    "update_critic": partial(self._update, "critic", experience, plans["critic"], totals),
                 }
             )
             self.kl.update(metrics["objective/kl"], len(ids))
@@ -288,17 +272,13 @@ class _Controller:
         """The step's rollouts: those on disk, or fresh ones from engines that hold this step's weights."""
         count, path = self.config.rollout_batch_size, self.out.checkpoints / f"rollouts-{step}.parquet"
         asked = requests(self.steps[step], self.config, self.setup.seed, step)
-        share = -(-count // len(self.engines))
+        share, program = -(-count // len(self.engines)), RollOut(self.config)
         for attempt in range(ROLLOUT_TRIES):
             if not path.is_file() and {info["version"] for info in self._engine_info()} != {step}:
                 self._sync(step, fresh=True)  # an engine was started again, with the weights of another time
             with self._clock("rollout"):
                 calls = [
-                    Call(
-                        f"rollout {i}",
-                        engine.run.remote(RollOut(self.config), asked.slice(i * share, share)),
-                        fetch=False,
-                    )
+                    Call(f"rollout {i}", engine.run.remote(program, asked.slice(i * share, share)), fetch=False)
                     for i, engine in enumerate(self.engines)
                     if not path.is_file() and i * share < count
                 ]
@@ -313,7 +293,7 @@ class _Controller:
                 return rollouts, seen
             path.unlink()
         raise StageFailed(
-            f"rollout of step {step}: the engines did not deliver {count} responses of one policy in {ROLLOUT_TRIES} tries",
+            f"rollout of step {step}: {ROLLOUT_TRIES} tries brought no {count} responses of one policy",
             "see the engines' logs",
         )
 
@@ -323,7 +303,9 @@ class _Controller:
 
     def _probe(self, experience: Any, probe: list[tuple[list[int], list[int]]], limit: float, step: int) -> float:
         """Compares engines and actor on a few of the step's responses; returns how far the update moved them."""
-        ids, starts = [p + r for p, r in probe], [len(p) for p, _ in probe]
+        # Engines want room for one more token, which the longest response has used up: its last token is left out.
+        room = self.config.max_prompt_tokens + self.config.max_new_tokens - 1
+        ids, starts = [(p + r)[:room] for p, r in probe], [len(p) for p, _ in probe]
         calls = self.groups["actor"].submit("probe", experience, list(range(len(probe))))
         for i, engine in enumerate(self.engines):
             calls.append(Call(f"rollout {i}", engine.prompt_logprobs.remote(ids, starts)))
@@ -358,8 +340,8 @@ class _Controller:
         for row in samples:
             self.out.sample({"step": step, **row})
         if self.progress:
-            words = f"score {metrics['objective/score']:.2f}, KL {metrics['objective/kl']:.3f}, {tokens / wall:.0f} tokens/s"
-            self.progress(step + 1, self.config.steps, words)
+            score, kl = metrics["objective/score"], metrics["objective/kl"]
+            self.progress(step + 1, self.config.steps, f"score {score:.2f}, KL {kl:.3f}, {tokens / wall:.0f} tokens/s")
 
 
 def _learning(name: str, ranks: list[dict[str, Any]]) -> dict[str, float]:

@@ -1,21 +1,19 @@
 """A step's rollouts: which prompts, how they are sampled and kept, and what rewards and advantages come of them.
 
-Shapes: B responses, R response tokens of the longest one, N response tokens of all of them, one after the other.
-A batch is an Arrow table with a row per response and a list column per token-wise quantity: ragged, cheap to move.
+Shapes: B responses, R response tokens of the longest one.
 """
 
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from cai_ray.algo.kl import kl_estimate
 from cai_ray.algo.masking import masked_mean, masked_var, masked_whiten
@@ -23,7 +21,9 @@ from cai_ray.algo.ppo import gae, shaped_rewards
 from cai_ray.config import PPOConfig
 from cai_ray.errors import DataError, StageFailed
 from cai_ray.generation.engine import Request
+from cai_ray.models.tokenization import Tokenizer
 from cai_ray.records import PROMPT, Row, derive_seed, to_table
+from cai_ray.rl.batches import padded, ragged, row_lengths
 from cai_ray.templates import STOP_PLAIN
 
 PROBES = 4  # responses that are compared after a weight sync
@@ -86,6 +86,29 @@ def _endless(rows: Sequence[Row], seed: int, fits: Callable[[Row], bool]) -> Ite
         f"none of {len(rows)} prompts fits into ppo.max_prompt_tokens",
         "raise ppo.max_prompt_tokens, or give prompts of every kind that ppo.helpful_fraction asks for",
     )
+
+
+def prompts_of_steps(
+    prompts: Sequence[Row], config: PPOConfig, seed: int, tokenizer: Tokenizer
+) -> tuple[list[list[Row]], list[dict[str, str]]]:
+    """The prompts of every step, and which could not be used (id, reason): tokenized as far as the run reaches."""
+    limit = config.max_prompt_tokens
+    reasons: dict[str, str] = {}
+
+    def reason(row: Row) -> str:
+        try:
+            size = len(tokenizer.prompt(row["messages"]))
+        except DataError as e:
+            return e.message
+        return f"the prompt has {size} tokens, more than {limit}" if size > limit else ""
+
+    def fits(row: Row) -> bool:
+        if row["id"] not in reasons:
+            reasons[row["id"]] = reason(row)
+        return not reasons[row["id"]]
+
+    steps = list(islice(prompt_steps(prompts, config, seed, fits), config.steps))
+    return steps, [{"id": key, "reason": why} for key, why in sorted(reasons.items()) if why]
 
 
 def requests(prompts: Sequence[Row], config: PPOConfig, seed: int, step: int) -> pa.Table:
@@ -167,7 +190,7 @@ def keep_rollouts(path: Path, count: int, *parts: pa.Table) -> tuple[pa.Table, d
         temporary.replace(path)
     else:
         batch = pq.read_table(path, schema=ROLLOUTS)
-    prompts, responses = (_lengths(batch, name) for name in ("prompt_ids", "response_ids"))
+    prompts, responses = (row_lengths(batch, name) for name in ("prompt_ids", "response_ids"))
     probe = batch.slice(0, PROBES).to_pylist()
     return batch, {
         "lengths": [a + b for a, b in zip(prompts, responses, strict=True)],
@@ -176,94 +199,6 @@ def keep_rollouts(path: Path, count: int, *parts: pa.Table) -> tuple[pa.Table, d
         "versions": sorted(set(batch["version"].to_pylist())),
         "probe": [(row["prompt_ids"], row["response_ids"]) for row in probe],
     }
-
-
-# ---- ragged columns -------------------------------------------------------------------------------------------------
-
-
-def _lengths(batch: pa.Table, name: str) -> list[int]:
-    return [len(value) for value in batch[name].to_numpy()]
-
-
-def flat(batch: pa.Table, name: str) -> Tensor:
-    """A list column as one tensor: the rows' values one after the other."""
-    return torch.from_numpy(batch[name].combine_chunks().flatten().to_numpy(zero_copy_only=False).copy())
-
-
-def padded(batch: pa.Table, name: str) -> Tensor:
-    """A list column as a tensor with a row per response, zeros on the right."""
-    return pad_sequence(list(flat(batch, name).split(_lengths(batch, name))), batch_first=True)
-
-
-def ragged(values_N: Tensor, lengths: Sequence[int]) -> pa.Array:
-    """The inverse of `flat`: a list column of float32 with rows of these lengths."""
-    offsets = torch.tensor([0, *lengths]).cumsum(0).int()
-    return pa.ListArray.from_arrays(pa.array(offsets.numpy()), pa.array(values_N.detach().float().cpu().numpy()))
-
-
-Plan = list[list[int]]  # micro-batches of one rank, each a list of rows; an empty one is a filler
-
-
-@dataclass(frozen=True)
-class Micro:
-    """A micro-batch on a device: right-padded sequences, and N response tokens of all of them in one row."""
-
-    ids_BT: Tensor
-    attention_BT: Tensor  # bool
-    predicts_BT: Tensor  # bool: the positions whose next token is a response token
-    labels_N: Tensor
-    mask_N: Tensor  # bool; all False for a filler
-    columns: dict[str, Tensor]  # [N]
-    lengths: list[int]  # response tokens of each row
-
-
-def collate(batch: pa.Table, rows: Sequence[int], device: torch.device, columns: Sequence[str] = ()) -> Micro:
-    """Takes rows of a batch as a micro-batch; no rows give a filler, which has a shape but counts for nothing."""
-    part = batch.take(list(rows) or [0])
-    prompts, responses = (flat(part, n).long().split(_lengths(part, n)) for n in ("prompt_ids", "response_ids"))
-    ids_BT = pad_sequence([torch.cat(pair) for pair in zip(prompts, responses, strict=True)], batch_first=True)
-    start_B1, length_B1 = (torch.tensor([len(x) for x in xs])[:, None] for xs in (prompts, responses))
-    at_T = torch.arange(ids_BT.shape[1])
-    labels_N = torch.cat(responses)
-    return Micro(
-        ids_BT=ids_BT.to(device),
-        attention_BT=(at_T < start_B1 + length_B1).to(device),
-        predicts_BT=((at_T >= start_B1 - 1) & (at_T < start_B1 + length_B1 - 1)).to(device),
-        labels_N=labels_N.to(device),
-        mask_N=torch.full_like(labels_N, bool(rows), dtype=torch.bool, device=device),
-        columns={name: flat(part, name).to(device) for name in columns},
-        lengths=[len(x) for x in responses],
-    )
-
-
-# ---- plans ----------------------------------------------------------------------------------------------------------
-
-
-def split(rows: Sequence[int], lengths: Sequence[int], ranks: int, budget: int) -> list[Plan]:
-    """Deals rows to ranks and cuts each rank's into micro-batches of at most `budget` tokens, padding counted.
-
-    Long rows come first and ranks take turns to and fro, so that tokens balance; a row beyond the budget stands alone.
-    Every rank gets equally many micro-batches: empty ones fill up.
-    """
-    plans: list[Plan] = [[] for _ in range(ranks)]
-    for turn, row in enumerate(sorted(rows, key=lambda r: (-lengths[r], r))):
-        lap, place = divmod(turn, ranks)
-        plan = plans[place if lap % 2 == 0 else ranks - 1 - place]
-        if plan and lengths[plan[-1][0]] * (len(plan[-1]) + 1) <= budget:
-            plan[-1].append(row)
-        else:
-            plan.append([row])
-    most = max(len(plan) for plan in plans)
-    return [plan + [[]] * (most - len(plan)) for plan in plans]
-
-
-def minibatches(ids: Sequence[str], config: PPOConfig, seed: int, step: int) -> list[list[int]]:
-    """The rows of each optimizer step of an iteration: every epoch a fresh order, by a hash of (seed, id, step)."""
-    out = []
-    for epoch in range(config.ppo_epochs):
-        order = sorted(range(len(ids)), key=lambda i: derive_seed(seed, ids[i], f"ppo/{step}/epoch/{epoch}"))
-        out += [order[i : i + config.minibatch_size] for i in range(0, len(ids), config.minibatch_size)]
-    return out
 
 
 # ---- rewards and advantages -----------------------------------------------------------------------------------------
@@ -283,12 +218,13 @@ def make_experience(config: PPOConfig, kl_coef: float, batch: pa.Table, *parts: 
 
     Returns the batch with the columns old_logprobs, values, advantages and returns, and the step's metrics.
     """
-    columns = {name: _joined(parts, name, len(batch)) for name in sorted({n for p in parts for n in p.column_names})}
+    names = sorted({name for part in parts for name in part.column_names} - {"row"})
+    columns = {name: _joined(parts, name, len(batch)) for name in names}
     batch = pa.table({**{name: batch[name] for name in batch.column_names}, **columns})
     old_BR, ref_BR, values_BR, rollout_BR = (
         padded(batch, name) for name in ("old_logprobs", "ref_logprobs", "values", "rollout_logprobs")
     )
-    lengths = _lengths(batch, "response_ids")
+    lengths = row_lengths(batch, "response_ids")
     mask_BR = torch.arange(old_BR.shape[1]) < torch.tensor(lengths)[:, None]
     scores_B, raw_B = (torch.tensor(batch[name].to_numpy(), dtype=torch.float32) for name in ("score", "score_raw"))
     ended_B = torch.tensor(batch["ended"].to_pylist())

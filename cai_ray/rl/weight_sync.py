@@ -8,7 +8,6 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from cai_ray.errors import StageFailed
@@ -93,7 +92,7 @@ class Sender:
             return
         self._engines.start_weight_update()
         for number, bucket in enumerate(buckets(self._model.full_parameters())):
-            name = f"cai-ray-{os.getpid()}-{number}"
+            name = f"{os.getpid()}-{number}"  # names the process, which may be killed, as the owner
             try:
                 self._engines.update_weights(write_bucket(bucket, name))
             finally:
@@ -102,7 +101,7 @@ class Sender:
 
 
 def buckets(parameters: Iterator[tuple[str, Tensor]], limit: int = BUCKET_BYTES) -> Iterator[dict[str, Tensor]]:
-    """Groups parameters into buckets of about `limit` bytes, cut between layers: vLLM loads a layer when it is whole."""
+    """Groups parameters into buckets of about `limit` bytes, cut between layers: vLLM loads whole layers."""
     bucket: dict[str, Tensor] = {}
     layer = ""
     for name, tensor in parameters:
@@ -148,8 +147,8 @@ def check_probe(actor: list[list[float]], engine: list[list[float]], limit: floa
     Raises:
         StageFailed: they disagree by more than `limit` on average: the engine does not hold the actor's weights.
     """
-    a, b = (torch.tensor([x for row in rows for x in row]) for rows in (actor, engine))
-    gap = float((a - b).abs().mean()) if a.shape == b.shape else float("inf")
+    pairs = [(a, b) for mine, theirs in zip(actor, engine, strict=True) for a, b in zip(mine, theirs, strict=False)]
+    gap = sum(abs(a - b) for a, b in pairs) / max(1, len(pairs))
     if not gap <= limit:
         raise StageFailed(
             f"after step {step}'s weight sync engine and actor differ by {gap:.2g} nats a token, more than {limit:g}",

@@ -26,8 +26,8 @@ from cai_ray.errors import DataError
 from cai_ray.models.checkpoints import load_causal_lm, load_scalar_model
 from cai_ray.models.scalar import hidden_states, lm_head_weight, scores_at_end, values_at
 from cai_ray.models.tokenization import Tokenizer, preference_input
+from cai_ray.rl.batches import Micro, Plan, collate, ragged
 from cai_ray.rl.groups import free_address
-from cai_ray.rl.rollouts import Micro, Plan, collate, ragged
 from cai_ray.rl.weight_sync import Sender
 from cai_ray.training.deepspeed import ShardedModel, init_distributed, torch_dtype
 

@@ -35,7 +35,11 @@ def _save(backend: Backend, folder: Path, template: str | None = None, **special
 def _unigram(special: list[str]) -> Backend:
     letters = sorted({*map(chr, range(33, 127)), "▁", "\n"})
     # Control symbols have score 0, the best there is: as in sentencepiece exports, the model itself would pick them.
-    scores = [*((s, 0.0) for s in special), *((w, -2.0) for w in WORDS), *((c, -8.0) for c in letters if c not in WORDS)]
+    scores = [
+        *((s, 0.0) for s in special),
+        *((w, -2.0) for w in WORDS),
+        *((c, -8.0) for c in letters if c not in WORDS),
+    ]
     return Backend(models.Unigram(scores, unk_id=0, byte_fallback=False))
 
 
@@ -73,8 +77,12 @@ def _bytes(special: list[AddedToken | str]) -> Backend:
 
 def tagged(folder: Path) -> Path:
     """Turn tokens that are not marked special and swallow the white space behind them; EOS is not the turn's end."""
-    turns = [AddedToken(f"<|{name}|>", rstrip=True, normalized=False) for name in ("system", "user", "assistant", "end")]
-    return _save(_bytes([*turns, "<|stop|>", "<|fill|>"]), folder, TAGGED, eos_token="<|stop|>", pad_token="<|stop|>")
+    turns = [
+        AddedToken(f"<|{name}|>", rstrip=True, normalized=False) for name in ("system", "user", "assistant", "end")
+    ]
+    return _save(
+        _bytes([*turns, "<|stop|>", "<|padding|>"]), folder, TAGGED, eos_token="<|stop|>", pad_token="<|stop|>"
+    )
 
 
 def pretrained(folder: Path) -> Path:

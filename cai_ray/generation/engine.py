@@ -1,0 +1,444 @@
+"""One vLLM engine: token ids in, token ids and log-probabilities out, in one continuous batch.
+
+Every stage and the PPO rollouts sample and score through this class. Sampling is plain whatever the model's
+`generation_config` says: temperature only, no top-p, no top-k, no penalties. vLLM sees no tokenizer; ids become text
+here, and stop strings are looked for here.
+"""
+
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+from cai_ray.errors import DataError, StageFailed
+from cai_ray.models.tokenization import Tokenizer
+
+Result = Any  # Completion | dict[int, float] | list[float], by the kind of request
+_NAMES = (  # keys of config.json that change no computation
+    "_name_or_path",
+    "architectures",
+    "bos_token_id",
+    "dtype",
+    "eos_token_id",
+    "pad_token_id",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+)
+
+
+@dataclass(frozen=True)
+class Request:
+    """A continuation to sample.
+
+    Attributes:
+        prompt_ids: the prompt's tokens.
+        max_new_tokens: longest continuation, tokens.
+        temperature: divides the logits; 0 is greedy.
+        seed: decides the sample, whatever else is in the batch.
+        stop: strings at which the text ends; they are cut off.
+        eos_ids: tokens at which the text ends; they stay. Empty means the model's own.
+    """
+
+    prompt_ids: Sequence[int]
+    max_new_tokens: int
+    temperature: float
+    seed: int
+    stop: tuple[str, ...] = ()
+    eos_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class ChoiceRequest:
+    """Untempered log-probabilities of named tokens right after a prompt; the result is {token: nats}."""
+
+    prompt_ids: Sequence[int]
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ScoreRequest:
+    """Untempered log-probabilities of the tokens `ids[start:]`, each given all before it; the result is a list."""
+
+    ids: Sequence[int]
+    start: int
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A sampled continuation.
+
+    Attributes:
+        ids: its tokens, EOS included, a stop string's tokens not. A token that holds the text's end and the stop
+            string's beginning stays. No token at all when the text ended before it began.
+        logprobs: of each token under the distribution that it was drawn from (logits over temperature), nats.
+        text: without control tokens and stop string, stripped.
+        ended: EOS or a stop string came; otherwise it was cut at max_new_tokens.
+        version: of the weights that wrote it.
+    """
+
+    ids: list[int]
+    logprobs: list[float]
+    text: str
+    ended: bool
+    version: int
+
+
+@dataclass(frozen=True)
+class ChoicePlan:
+    """The requests that score a set of choices, and where each choice's terms are found in their results."""
+
+    requests: list[ChoiceRequest]
+    paths: list[list[tuple[int, int]]]  # of each choice: (index into requests, token)
+
+    def scores(self, results: Sequence[Mapping[int, float]]) -> list[float]:
+        """Log-probability of each choice up to the first token that no other choice shares, nats."""
+        return [sum(results[i][token] for i, token in path) for path in self.paths]
+
+
+def plan_choices(prompt_ids: Sequence[int], choices: Sequence[Sequence[int]]) -> ChoicePlan:
+    """Plans the scoring of `choices`, token ids each, after a prompt.
+
+    Leading tokens that all choices share join the prompt, what follows a choice's first distinguishing token is not
+    scored: two choices that differ in one token cost one request of one step.
+
+    Raises:
+        DataError: fewer than two choices, or one is the beginning of another.
+    """
+    shared = min(_shared(choices[0], c) for c in choices)
+    places: dict[tuple[int, ...], int] = {}
+    tokens: list[set[int]] = []
+    paths = []
+    for i, choice in enumerate(choices):
+        others = [c for j, c in enumerate(choices) if j != i]
+        end = 1 + max((_shared(choice, other) for other in others), default=len(choice))
+        if end > len(choice):
+            raise DataError(f"choice {i + 1} of {len(choices)} cannot be told from the others by its tokens")
+        path = []
+        for t in range(shared, end):
+            place = places.setdefault(tuple(choice[:t]), len(places))
+            if place == len(tokens):
+                tokens.append(set())
+            tokens[place].add(choice[t])
+            path.append((place, choice[t]))
+        paths.append(path)
+    requests = [ChoiceRequest([*prompt_ids, *p], tuple(sorted(t))) for p, t in zip(places, tokens, strict=True)]
+    return ChoicePlan(requests, paths)
+
+
+def _shared(a: Sequence[int], b: Sequence[int]) -> int:
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
+
+
+def architecture(folder: Path) -> dict[str, Any]:
+    """What a checkpoint computes: config.json without names, token ids and formats. Equal ones can swap weights."""
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    return {k: v for k, v in config.items() if k not in _NAMES}
+
+
+def weight_names(folder: Path) -> set[str]:
+    """Names of the tensors in a folder's safetensors files, read from the headers; a tied `lm_head` counts not."""
+    from safetensors import safe_open
+
+    names: set[str] = set()
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as f:
+            names |= set(f.keys())
+    return names - {"lm_head.weight"} if architecture(folder).get("tie_word_embeddings") else names
+
+
+class Engine:
+    """A model in vLLM, stepped by its owner. Not thread-safe: one thread does everything.
+
+    Args:
+        model_folder: Hugging Face folder with safetensors.
+        format: prompt format of its tokenizer: auto, plain or chat.
+        dtype: float32 or bfloat16.
+        max_model_len: prompt and continuation together, tokens.
+        max_num_seqs: sequences in the continuous batch.
+        kv_cache_gib: KV cache on CPU, GiB.
+        tensor_parallel_size: GPUs that share the model.
+        gpu_memory_utilization: share of each GPU's memory that vLLM may take.
+        device: cpu or gpu.
+        threads: CPU threads of the arithmetic; PyTorch's default when None.
+        weight_transfer: vLLM's weight-transfer backend; `shared_memory` on CPU and `nccl` on GPU when None.
+        seed: of vLLM's own state; requests carry theirs.
+        prefix_caching: reuse of the KV cache between prompts that begin alike.
+    """
+
+    def __init__(
+        self,
+        model_folder: Path,
+        *,
+        format: str = "auto",
+        dtype: str = "bfloat16",
+        max_model_len: int = 2048,
+        max_num_seqs: int = 128,
+        kv_cache_gib: float = 1.0,
+        tensor_parallel_size: int = 1,
+        gpu_memory_utilization: float = 0.85,
+        device: str = "cpu",
+        threads: int | None = None,
+        weight_transfer: str | None = None,
+        seed: int = 0,
+        prefix_caching: bool = True,
+    ):
+        transfer = weight_transfer or ("shared_memory" if device == "cpu" else "nccl")
+        _set_environment(device, threads, transfer)  # before vLLM is imported
+        import torch
+        from vllm.config import WeightTransferConfig
+        from vllm.engine.arg_utils import EngineArgs
+        from vllm.v1.engine.llm_engine import LLMEngine
+
+        if threads:
+            torch.set_num_threads(threads)
+        if device == "cpu":
+            # Compiling costs more than it gains at the sizes that run on CPU. Prompts enter whole: after a part of
+            # one vLLM rewinds the request's generator, which PyTorch's CPU generators cannot do.
+            special: dict[str, Any] = {
+                "enforce_eager": True,
+                "kv_cache_memory_bytes": int(kv_cache_gib * 2**30),
+                "enable_chunked_prefill": False,
+                "max_num_batched_tokens": max(2048, max_model_len),
+            }
+        else:
+            special = {
+                "gpu_memory_utilization": gpu_memory_utilization,
+                "tensor_parallel_size": tensor_parallel_size,
+                "distributed_executor_backend": "mp" if tensor_parallel_size > 1 else "uni",
+            }
+        self._llm = LLMEngine.from_engine_args(
+            EngineArgs(
+                model=str(model_folder),
+                skip_tokenizer_init=True,
+                dtype=dtype,
+                max_model_len=max_model_len,
+                max_num_seqs=max_num_seqs,
+                seed=seed,
+                generation_config="vllm",
+                logprobs_mode="processed_logprobs",
+                enable_prefix_caching=prefix_caching,
+                disable_log_stats=True,
+                weight_transfer_config=WeightTransferConfig(backend=transfer),
+                **special,
+            )
+        )
+        self.model_folder, self.device, self.max_model_len = model_folder, device, max_model_len
+        self.tokenizer = Tokenizer.load(model_folder, format)
+        self.version = 0
+        self.tokens_in, self.tokens_out, self.busy_s = 0, 0, 0.0
+        self._open: dict[str, Request | ChoiceRequest | ScoreRequest] = {}
+        self._updating = False
+
+    # ---- the continuous batch -------------------------------------------------------------------------------------
+
+    @property
+    def busy(self) -> bool:
+        """Whether any request is unfinished."""
+        return bool(self._open)
+
+    def add(self, request_id: str, request: Request | ChoiceRequest | ScoreRequest) -> None:
+        """Puts a request into the batch; `step` returns its result under the same id.
+
+        Raises:
+            DataError: it has no prompt, cannot fit the engine, or vLLM refuses its parameters.
+            StageFailed: a weight update began and did not finish.
+        """
+        from vllm.exceptions import VLLMClientError
+        from vllm.inputs.engine import tokens_input
+
+        if self._updating:
+            raise StageFailed("the engine is in the middle of a weight update", "finish the update, or start it again")
+        ids = list(request.ids if isinstance(request, ScoreRequest) else request.prompt_ids)
+        new = request.max_new_tokens if isinstance(request, Request) else 1
+        if not ids or len(ids) + new > self.max_model_len:
+            raise DataError(
+                f"a prompt of {len(ids)} tokens with {new} to come does not fit the engine's {self.max_model_len}",
+                "shorten the prompt, or raise the stage's limits",
+            )
+        try:
+            self._llm.add_request(request_id, tokens_input(ids), self._params(request))
+        except VLLMClientError as e:
+            raise DataError(f"vLLM refuses the request: {e}") from None
+        self._open[request_id] = request
+        self.tokens_in += len(ids)
+
+    def abort(self, request_id: str) -> None:
+        """Drops a request; it gives no result."""
+        if self._open.pop(request_id, None):
+            self._llm.abort_request([request_id])
+
+    def step(self) -> list[tuple[str, Result]]:
+        """Advances every request by a token; returns (id, result) of those that finished."""
+        start = time.perf_counter()
+        done = []
+        for output in self._llm.step():
+            request = self._open.get(output.request_id)
+            result = None if request is None else self._result(request, output)
+            if result is not None:
+                if not output.finished:
+                    self._llm.abort_request([output.request_id])
+                del self._open[output.request_id]
+                done.append((output.request_id, result))
+        self.busy_s += time.perf_counter() - start
+        return done
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        """Samples all requests and returns their completions in order; raises what `add` raises."""
+        return self._run(requests)
+
+    def choice_logprobs(self, prompt_ids: Sequence[int], choices: Sequence[Sequence[int]]) -> list[float]:
+        """Log-probability of each choice after a prompt, up to its first distinguishing token (`plan_choices`)."""
+        plan = plan_choices(prompt_ids, choices)
+        return plan.scores(self._run(plan.requests))
+
+    def prompt_logprobs(self, ids: Sequence[Sequence[int]], starts: Sequence[int]) -> list[list[float]]:
+        """Untempered log-probabilities of `ids[i][starts[i]:]`. Slow: it bypasses the prefix cache."""
+        return self._run([ScoreRequest(i, s) for i, s in zip(ids, starts, strict=True)])
+
+    def _run(self, requests: Sequence[Any]) -> list[Any]:
+        self._require_idle()
+        for i, request in enumerate(requests):
+            self.add(str(i), request)
+        results: dict[str, Result] = {}
+        while self._open:
+            results.update(self.step())
+        return [results[str(i)] for i in range(len(requests))]
+
+    def _params(self, request: Request | ChoiceRequest | ScoreRequest) -> Any:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        # ignore_eos leaves stop_token_ids alone and keeps the generation_config's EOS out.
+        common = {"detokenize": False, "ignore_eos": True, "flat_logprobs": True, "skip_clone": True}
+        if isinstance(request, Request):
+            return SamplingParams(
+                temperature=request.temperature,
+                seed=request.seed,
+                max_tokens=request.max_new_tokens,
+                stop_token_ids=list(request.eos_ids or self.tokenizer.eos_ids),
+                logprobs=0,
+                output_kind=RequestOutputKind.CUMULATIVE if request.stop else RequestOutputKind.FINAL_ONLY,
+                **common,
+            )
+        what = (
+            {"logprob_token_ids": list(request.token_ids)}
+            if isinstance(request, ChoiceRequest)
+            else {"prompt_logprobs": 0}
+        )
+        return SamplingParams(temperature=1.0, max_tokens=1, output_kind=RequestOutputKind.FINAL_ONLY, **what, **common)
+
+    def _result(self, request: Request | ChoiceRequest | ScoreRequest, output: Any) -> Result | None:
+        """What a request came to, or None while it goes on."""
+        first = output.outputs[0]
+        if isinstance(request, ScoreRequest):
+            return output.prompt_logprobs.logprobs[request.start - 1 :]  # the first token has none
+        if isinstance(request, ChoiceRequest):
+            found = dict(zip(first.logprobs.token_ids, first.logprobs.logprobs, strict=True))
+            return {token: found[token] for token in request.token_ids}
+        ids = list(first.token_ids)
+        cut = self._cut(ids, request.stop) if request.stop else None
+        if cut is None and not output.finished:
+            return None
+        self.tokens_out += len(ids)
+        kept, text = cut or (len(ids), self.tokenizer.decode(ids))
+        ended = cut is not None or first.finish_reason == "stop"
+        return Completion(ids[:kept], list(first.logprobs.logprobs[:kept]), text, ended, self.version)
+
+    def _cut(self, ids: list[int], stops: tuple[str, ...]) -> tuple[int, str] | None:
+        """How many tokens to keep, and the text, when a stop string came; else None."""
+        # A stop string has at most as many tokens as bytes; the new token may begin after its end.
+        tail = self._decode(ids[-max(len(s.encode()) for s in stops) - 4 :])
+        if not any(s in tail for s in stops):
+            return None
+        whole = self._decode(ids)
+        places = [p for p in map(whole.find, stops) if p >= 0]
+        if not places:
+            return None
+        text = whole[: min(places)].strip()
+        kept = len(ids)
+        while kept and self._decode(ids[: kept - 1]).strip().startswith(text):
+            kept -= 1
+        return kept, text
+
+    def _decode(self, ids: list[int]) -> str:
+        return self.tokenizer.hf.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    # ---- weights --------------------------------------------------------------------------------------------------
+
+    def load_checkpoint(self, folder: Path, format: str = "auto") -> None:
+        """Swaps in the weights and the tokenizer of another checkpoint of the same architecture; `version` grows.
+
+        Raises:
+            DataError: it is of another architecture, or lacks weights. Nothing has changed then.
+            StageFailed: requests are unfinished.
+        """
+        self._require_idle()
+        if architecture(folder) != architecture(self.model_folder):
+            raise DataError(f"{folder} is of another architecture than {self.model_folder}", "start a new engine")
+        missing = weight_names(self.model_folder) - weight_names(folder)
+        if missing:
+            raise DataError(
+                f"{folder} lacks {len(missing)} weights, such as {min(missing)}", "give a complete checkpoint"
+            )
+        tokenizer = Tokenizer.load(folder, format)
+        self._updating = True
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
+        if self.device == "cpu":
+            from cai_ray.generation.weight_receiver import repack_tied_head
+
+            self._llm.apply_model(repack_tied_head)
+        self._swapped(self.version + 1)
+        self.model_folder, self.tokenizer = folder, tokenizer
+
+    def init_weight_transfer(self, info: dict[str, Any]) -> None:
+        """Connects to the trainer; with NCCL it returns when both sides have met."""
+        self._llm.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": info})
+
+    def start_weight_update(self) -> None:
+        """Opens an update; until it is finished the engine takes no requests.
+
+        Raises:
+            StageFailed: requests are unfinished: they would mix old and new weights.
+        """
+        self._require_idle()
+        self._updating = True
+        self._llm.collective_rpc("start_weight_update")
+
+    def update_weights(self, info: dict[str, Any]) -> None:
+        """Receives one part of the weights; `info` is what the backend's sender made."""
+        self._llm.collective_rpc("update_weights", kwargs={"update_info": info})
+
+    def finish_weight_update(self, version: int) -> None:
+        """Closes an update; completions carry `version` from here on."""
+        self._llm.collective_rpc("finish_weight_update")
+        self._swapped(version)
+
+    def _swapped(self, version: int) -> None:
+        # A prefix cache that survives holds states of the old weights: silent off-policy text.
+        if not self._llm.reset_prefix_cache():
+            raise StageFailed("vLLM kept its prefix cache over a weight update", "report this as a bug")
+        self.version, self._updating = version, False
+
+    def _require_idle(self) -> None:
+        if self._open:
+            raise StageFailed(f"the engine has {len(self._open)} unfinished requests", "wait for them, or abort them")
+
+    def shutdown(self) -> None:
+        """Ends vLLM's own processes and frees its memory."""
+        self._llm.engine_core.shutdown()
+
+
+def _set_environment(device: str, threads: int | None, transfer: str) -> None:
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    if device == "cpu":
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine's core in this process: it starts faster
+        os.environ["TORCH_COMPILE_DISABLE"] = "1"  # else vLLM compiles one small function in C++ for half a minute
+    elif transfer == "ipc":
+        os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # CUDA memory handles are pickles, of our own trainer
+    if threads:
+        os.environ["OMP_NUM_THREADS"] = str(threads)

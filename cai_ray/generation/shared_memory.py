@@ -1,0 +1,66 @@
+"""Weights from a trainer to vLLM engines of the same machine without GPUs: safetensors files in shared memory.
+
+This module is the sender's side and imports no vLLM. vLLM's processes find the receiving side through the entry point
+`vllm.general_plugins`, which calls `register`.
+"""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cai_ray.errors import ResourceError
+
+if TYPE_CHECKING:
+    import torch
+
+BACKEND = "shared_memory"
+_FOLDER = Path("/dev/shm")
+
+
+def register() -> None:
+    """Makes the backend known to vLLM; may be called again."""
+    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory as factory
+
+    if BACKEND not in factory._registry:
+        factory.register_engine(BACKEND, "cai_ray.generation.weight_receiver", "SharedMemoryReceiver")
+
+
+def write_bucket(tensors: "Mapping[str, torch.Tensor]", name: str) -> dict[str, Any]:
+    """Writes some of a model's tensors, under their Hugging Face names, where engines can read them.
+
+    A bucket holds whole layers: vLLM keeps a layer's tensors until all of them have come. Tied tensors are sent once.
+
+    Args:
+        tensors: any dtype; vLLM casts to the engine's.
+        name: names the file; a bucket of the same name is replaced, what engines already read of it stays as it was.
+
+    Returns:
+        What `Engine.update_weights` takes.
+
+    Raises:
+        ResourceError: shared memory is too small for the bucket.
+    """
+    from safetensors.torch import save_file
+
+    size = sum(t.numel() * t.element_size() for t in tensors.values())
+    free = shutil.disk_usage(_FOLDER).free
+    if size > free:
+        raise ResourceError(
+            f"{_FOLDER} has {free / 2**20:.0f} MiB free, a bucket of weights takes {size / 2**20:.0f} MiB",
+            "give the container more shared memory (--shm-size), or send smaller buckets",
+        )
+    path = _path(name)
+    temporary = path.with_suffix(".tmp")
+    save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, temporary)
+    temporary.replace(path)
+    return {"path": str(path)}
+
+
+def cleanup(name: str) -> None:
+    """Removes a bucket, if it is there, once the engines have taken it."""
+    _path(name).unlink(missing_ok=True)
+
+
+def _path(name: str) -> Path:
+    return _FOLDER / f"cai-ray-{name}.safetensors"

@@ -1,0 +1,86 @@
+"""Which rows form an optimizer step, and how a step is laid out on ranks and micro-batches.
+
+Both are pure functions of ids, lengths and the seed: files, workers and ranks change nothing about which rows a step
+holds, and the layout changes nothing about its loss but rounding.
+"""
+
+from collections.abc import Iterator, Sequence
+
+from cai_ray.errors import ConfigError
+from cai_ray.records import derive_seed
+
+
+def epoch_order(ids: Sequence[str], seed: int, epoch: int) -> list[int]:
+    """Indices into `ids`, sorted by a hash of (seed, epoch, id)."""
+    return sorted(range(len(ids)), key=lambda i: (derive_seed(seed, ids[i], f"epoch {epoch}"), ids[i]))
+
+
+def total_steps(rows: int, epochs: float, batch_size: int) -> int:
+    """Optimizer steps of a whole run; a partial last batch of an epoch counts as one."""
+    return sum(-(-n // batch_size) for n in _epoch_rows(rows, epochs))
+
+
+def _epoch_rows(rows: int, epochs: float) -> list[int]:
+    """Rows that each epoch takes; the last epoch may be a part of one."""
+    whole, part = int(epochs), epochs - int(epochs)
+    return [rows] * whole + ([max(1, round(part * rows))] if part else [])
+
+
+def step_rows(
+    ids: Sequence[str], seed: int, epochs: float, batch_size: int, start: int = 0
+) -> Iterator[tuple[float, list[int]]]:
+    """Yields (epochs behind after this step, the step's row indices) for every optimizer step from `start` on.
+
+    Each row comes once an epoch; no step mixes two epochs.
+    """
+    for epoch, count in enumerate(_epoch_rows(len(ids), epochs)):
+        if start * batch_size < count:
+            order = epoch_order(ids, seed, epoch)[:count]
+            for first in range(start * batch_size, count, batch_size):
+                rows = order[first : first + batch_size]
+                yield epoch + (first + len(rows)) / len(ids), rows
+        start = max(0, start - -(-count // batch_size))
+
+
+def layout(rows: Sequence[int], lengths: Sequence[int], ranks: int, microbatch_tokens: int) -> list[list[list[int]]]:
+    """One step's rows as [rank][micro-batch][row]; every rank gets as many micro-batches, the missing ones empty.
+
+    Rows are sorted by length, so that little is padding, and cut into micro-batches whose token counts, padding
+    included, are as even as the order allows. Neighbours in length run side by side on different ranks.
+
+    Args:
+        rows: indices into `lengths`.
+        lengths: tokens of each row; for a pair, of both sequences padded to the longer.
+        ranks: data-parallel ranks.
+        microbatch_tokens: most tokens in one micro-batch.
+
+    Raises:
+        ConfigError: a row alone is longer than that.
+    """
+    order = sorted(rows, key=lambda i: -lengths[i])
+    longest = lengths[order[0]] if order else 0
+    if longest > microbatch_tokens:
+        raise ConfigError(
+            f"a row of {longest} tokens does not fit microbatch_tokens={microbatch_tokens}",
+            "raise sharding.microbatch_tokens or lower max_tokens (a preference pair counts as two sequences)",
+        )
+    fewest = len(_cut(order, lengths, microbatch_tokens))
+    count = min(len(order), -(-fewest // ranks) * ranks)  # as few as the budget allows, but work for every rank
+    low, high = longest, microbatch_tokens
+    while low < high:  # the smallest budget that needs no more micro-batches than that
+        middle = (low + high) // 2
+        low, high = (low, middle) if len(_cut(order, lengths, middle)) <= count else (middle + 1, high)
+    micro = _cut(order, lengths, high)
+    micro += [[] for _ in range(-len(micro) % ranks)]
+    return [micro[rank::ranks] for rank in range(ranks)]
+
+
+def _cut(order: Sequence[int], lengths: Sequence[int], tokens: int) -> list[list[int]]:
+    """`order`, longest first, in as few consecutive groups of at most `tokens` padded tokens as there can be."""
+    groups: list[list[int]] = []
+    for i in order:
+        if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= tokens:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups

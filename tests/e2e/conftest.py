@@ -1,0 +1,62 @@
+"""One run of `tiny` through all nine stages, driven as a user drives it, and killed twice on the way."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+KILL_AFTER = ("revise", "label")  # SIGKILL of the driver as soon as these stages have committed
+LIMIT_S = 480
+
+
+def cli(*arguments: str, cwd: Path, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
+    """`cai-ray ARGUMENTS` as a process of its own session, its output in cwd/out.log."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "WANDB_"))}
+    with (cwd / "out.log").open("a") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "cai_ray.cli", *arguments],
+            cwd=cwd,
+            env={**clean, **(env or {})},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+
+def finish(process: subprocess.Popen[str], cwd: Path, expect: int = 0, limit_s: float = LIMIT_S) -> str:
+    """Waits for the end, checks the exit code, returns the output."""
+    try:
+        code = process.wait(limit_s)
+    finally:
+        process.kill()
+    output = (cwd / "out.log").read_text("utf-8")
+    assert code == expect, f"exit code {code}, expected {expect}:\n{output[-3000:]}"
+    return output
+
+
+def wait_for(path: Path, process: subprocess.Popen[str], cwd: Path, limit_s: float = LIMIT_S) -> None:
+    """Waits until `path` exists; fails when the process ends before."""
+    end = time.monotonic() + limit_s
+    while not path.exists():
+        assert process.poll() is None, (cwd / "out.log").read_text("utf-8")[-3000:]
+        assert time.monotonic() < end, f"{path} did not appear in {limit_s} s"
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The finished run directory."""
+    cwd = tmp_path_factory.mktemp("tiny")
+    for stage in KILL_AFTER:
+        process = cli("run", "tiny", cwd=cwd)
+        wait_for(cwd / "runs" / "tiny" / stage / "manifest.json", process, cwd)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    finish(cli("run", "tiny", cwd=cwd), cwd)
+    return cwd / "runs" / "tiny"

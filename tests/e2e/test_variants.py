@@ -1,0 +1,120 @@
+"""Two ranks and two engines, W&B, a foreign Ray cluster and its Job API, Ctrl-C: each from the finished run's data."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.e2e.conftest import cli, finish, wait_for
+
+TWO = "ranks=2"
+
+
+def metrics(path: Path) -> list[dict[str, float]]:
+    return [json.loads(x) for x in (path / "metrics.jsonl").read_text("utf-8").splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("stage", "overrides"),
+    [
+        ("sft", ["sft.optim.lr=9e-4", "sft.sharding.ranks=2", "sft.sharding.zero_stage=2"]),
+        (
+            "preference_model",
+            [
+                "preference_model.optim.lr=9e-4",
+                "preference_model.sharding.ranks=2",
+                "preference_model.sharding.zero_stage=3",
+            ],
+        ),
+        (
+            "ppo",
+            [
+                *("ppo.steps=2", "ppo.actor.sharding.ranks=2", "ppo.actor.sharding.zero_stage=2", "ppo.engines=2"),
+                *("ppo.critic.sharding.ranks=2", "ppo.critic.sharding.zero_stage=3"),
+            ],
+        ),
+    ],
+)
+def test_two_ranks(tiny_run: Path, tmp_path: Path, stage: str, overrides: list[str]) -> None:
+    arguments = ("run", "tiny", *overrides, "--name", "two", "--reuse", str(tiny_run), "--only", stage)
+    finish(cli(*arguments, cwd=tmp_path), tmp_path)
+    out = tmp_path / "runs" / "two" / stage
+    workers = json.loads((out / "manifest.json").read_text("utf-8"))["workers"]
+    lines = metrics(out)
+    if stage == "ppo":
+        assert {role: len(w) for role, w in workers.items()} == {
+            **dict.fromkeys(("actor", "critic", "rollout"), 2),
+            **dict.fromkeys(("reward", "reference"), 1),
+        }
+        assert all(x["rollout/logprob_gap"] < 2e-4 for x in lines)
+    else:
+        assert sum(len(w) for w in workers.values()) == 2
+        assert lines[-1].get("eval/loss", 0.0) == pytest.approx(metrics(tiny_run / stage)[-1]["eval/loss"], rel=0.2)
+
+
+def test_wandb_offline_files_hold_group_config_metrics_samples(tiny_run: Path, tmp_path: Path) -> None:
+    env = {"WANDB_MODE": "offline"}
+    arguments = ("run", "tiny", "evaluate.prompts=2", "--name", "tracked", "--reuse", str(tiny_run))
+    finish(cli(*arguments, cwd=tmp_path, env=env), tmp_path)
+    from tests.e2e.wandb_files import read_offline_runs
+
+    runs = read_offline_runs(tmp_path / "runs" / "tracked")
+    assert {r.name for r in runs} == {"tracked/evaluate", "tracked/report"}
+    assert {r.group for r in runs} == {"tracked"}
+    (evaluated,) = (r for r in runs if r.name == "tracked/evaluate")
+    assert evaluated.config["ppo"]["kl_coef"] == 0.01
+    assert any(k.startswith("ppo/harmful/score") for k in evaluated.summary)
+    assert "samples" in evaluated.summary
+
+
+def test_a_job_on_a_running_cluster(tiny_run: Path, tmp_path: Path) -> None:
+    """`ray start --head`, the real Job API, and a run that joins by RAY_ADDRESS; the cluster outlives it."""
+    ray = str(Path(sys.executable).parent / "ray")
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {
+        "RAY_prestart_worker_first_driver": "0"
+    }
+    ports = [
+        "--port=46379",
+        "--dashboard-port=48265",
+        "--ray-client-server-port=46301",
+        "--dashboard-agent-listen-port=46365",
+    ]
+    start = [ray, "start", "--head", "--num-cpus=16", f"--temp-dir={tmp_path}/r", "--include-dashboard=true", *ports]
+    subprocess.run(start, env=clean, check=True, timeout=120, capture_output=True)
+    nodes = [p for p in psutil.process_iter(["cmdline"]) if f"{tmp_path}/r" in " ".join(p.info["cmdline"] or [])]
+    try:
+        run = [sys.executable, "-m", "cai_ray.cli", "run", "tiny", "evaluate.prompts=2", f"run.dir={tmp_path}"]
+        job = [*run, "--name", "job", "--reuse", str(tiny_run)]
+        submit = [ray, "job", "submit", "--address=http://127.0.0.1:48265", "--", *job]
+        done = subprocess.run(submit, env=clean, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+        assert re.search(r"[Ss]ucceeded", done.stdout + done.stderr)
+        assert (tmp_path / "job" / "evaluate" / "manifest.json").is_file()
+        assert any(p.is_running() for p in nodes)
+    finally:
+        for p in nodes:
+            p.kill()
+
+
+def test_ctrl_c_leaves_nothing_and_says_how_to_go_on(tmp_path: Path) -> None:
+    process = cli("run", "tiny", cwd=tmp_path)
+    wait_for(tmp_path / "runs" / "tiny" / "revise" / "key.json", process, tmp_path)
+    time.sleep(8)  # engines are starting
+    below = psutil.Process(process.pid).children(recursive=True)
+    assert below
+    before = time.monotonic()
+    os.kill(process.pid, signal.SIGINT)
+    output = finish(process, tmp_path, expect=130, limit_s=15)
+    assert time.monotonic() - before < 15
+    assert "run tiny" in output
+    assert "continue" in output
+    assert not [p for p in below if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+    ours = {str(process.pid), *(str(p.pid) for p in below)}
+    assert not [p for p in Path("/dev/shm").iterdir() if ours & set(re.split(r"[-_.]", p.name))]

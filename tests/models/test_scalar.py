@@ -1,0 +1,152 @@
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from cai_ray.errors import DataError
+from cai_ray.models.checkpoints import load_causal_lm, load_scalar_model, save_pretrained
+from cai_ray.models.scalar import hidden_states, lm_head_weight, scores_at_end, values_at
+from cai_ray.models.tokenization import Tokenizer, preference_input
+
+PROMPTS = ["Hello?", "How do plants grow in the dark, and for how long?", "Why"]
+ANSWERS = ["Yes.", "They do not. <|im_end|> They wait.", "Because it is so, and has been so for as long as we know."]
+
+
+@pytest.fixture(scope="module")
+def scalar(tiny):
+    model = load_scalar_model(tiny, "float32", seed=1)
+    with torch.no_grad():
+        model.score.weight.mul_(20)  # scores of order 1 and more
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def rows(tiny):
+    tok = Tokenizer.load(tiny)
+    return [
+        preference_input(tok.prompt([{"role": "user", "content": p}]), tok.response(a), tok.eos_id, 500)[0]
+        for p, a in zip(PROMPTS, ANSWERS, strict=True)
+    ]
+
+
+def pad(rows, pad_id, left=False):
+    width = max(map(len, rows))
+    fills = [width - len(r) for r in rows]
+    ids = [[pad_id] * n + r if left else r + [pad_id] * n for r, n in zip(rows, fills, strict=True)]
+    mask = [[0] * n + [1] * len(r) if left else [1] * len(r) + [0] * n for r, n in zip(rows, fills, strict=True)]
+    return torch.tensor(ids), torch.tensor(mask)
+
+
+@torch.no_grad()
+def test_scores_equal_transformers_logits_padded_either_way(scalar, rows, tiny, tmp_path):
+    save_pretrained(scalar.state_dict(), scalar.config, Tokenizer.load(tiny), tmp_path / "pm")
+    theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / "pm").eval()
+    ids, mask = pad(rows, scalar.config.pad_token_id)
+    scores = scores_at_end(scalar, ids, mask.sum(1))
+    assert scores.dtype == torch.float32
+    assert scores.std() > 0.1  # else the comparison would prove nothing
+    for left in (False, True):
+        padded, attention = pad(rows, theirs.config.pad_token_id, left)
+        logits = theirs(input_ids=padded, attention_mask=attention).logits[:, 0]
+        assert torch.allclose(scores, logits, atol=1e-5, rtol=0)
+    one_by_one = torch.stack([theirs(input_ids=torch.tensor([r])).logits[0, 0] for r in rows])
+    assert torch.allclose(scores, one_by_one, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_with_padding_equal_to_eos_transformers_would_read_one_token_early(scalar, rows, tiny):
+    theirs = AutoModelForSequenceClassification.from_pretrained(tiny, num_labels=1).eval()
+    theirs.load_state_dict(scalar.state_dict())
+    assert theirs.config.pad_token_id == rows[0][-1]
+    early = theirs(input_ids=torch.tensor([rows[0]])).logits[0, 0]
+    ids = torch.tensor([rows[0]])
+    assert torch.allclose(early, scores_at_end(scalar, ids, torch.tensor([len(rows[0]) - 1]))[0], atol=1e-5)
+    assert not torch.allclose(early, scores_at_end(scalar, ids, torch.tensor([len(rows[0])]))[0], atol=1e-3)
+
+
+@torch.no_grad()
+def test_what_stands_at_padding_does_not_matter(scalar, rows):
+    ids, mask = pad(rows, 0)
+    other = torch.where(mask.bool(), ids, 777)
+    lengths = mask.sum(1)
+    assert torch.equal(scores_at_end(scalar, ids, lengths), scores_at_end(scalar, other, lengths))
+
+
+@torch.no_grad()
+def test_values_stand_at_the_chosen_positions_and_nowhere_else(scalar, rows):
+    ids, mask = pad(rows, 0)
+    lengths, columns = mask.sum(1), torch.arange(ids.shape[1])
+    positions = (columns[None] >= lengths[:, None] - 3) & mask.bool()
+    values = values_at(scalar, ids, mask, positions)
+    assert values.dtype == torch.float32
+    assert torch.equal(values != 0, positions)
+    for back in (1, 2, 3):
+        expected = scores_at_end(scalar, ids, lengths - back + 1)
+        assert torch.allclose(values[torch.arange(3), lengths - back], expected, atol=1e-5, rtol=0)
+    left_ids, left_mask = pad(rows, 0, left=True)
+    left = values_at(scalar, left_ids, left_mask, left_mask.bool())
+    right = values_at(scalar, ids, mask, mask.bool())
+    for row, n in enumerate(lengths.tolist()):
+        assert torch.allclose(left[row, -n:], right[row, :n], atol=1e-5, rtol=0)
+
+
+def test_values_of_no_position_are_zero_and_differentiable(scalar, rows):
+    ids, mask = pad(rows, 0)
+    none = torch.zeros_like(mask, dtype=torch.bool)
+    values = values_at(scalar, ids, mask, none)
+    assert values.shape == ids.shape
+    assert not values.any()
+    values_at(scalar, ids, mask, mask.bool()).sum().backward()
+    assert scalar.score.weight.grad is not None
+    assert scalar.score.weight.grad.abs().sum() > 0
+    scalar.zero_grad()
+
+
+@torch.no_grad()
+def test_heads_run_in_float32_in_a_bfloat16_model(tiny, rows):
+    model = load_scalar_model(tiny, "bfloat16", seed=1).eval()
+    ids, mask = pad(rows, 0)
+    lengths = mask.sum(1)
+    hidden = hidden_states(model, ids, mask)
+    assert hidden.dtype == torch.bfloat16
+    expected = (hidden[torch.arange(3), lengths - 1].double() @ model.score.weight.double().T)[:, 0]
+    assert torch.allclose(scores_at_end(model, ids, lengths).double(), expected, atol=1e-6, rtol=0)
+
+
+@torch.no_grad()
+def test_hidden_states_times_the_head_are_the_logits_and_the_head_itself_does_not_run(tiny, rows):
+    model = load_causal_lm(tiny, "float32").eval()
+    ids, mask = pad(rows, 0)
+    logits = model(input_ids=ids, attention_mask=mask).logits
+    model.lm_head.register_forward_pre_hook(lambda *_: pytest.fail("the vocabulary projection ran"))
+    hidden = hidden_states(model, ids, mask)
+    assert hidden.shape == (*ids.shape, 64)
+    real = mask.bool()
+    assert torch.allclose((hidden @ lm_head_weight(model).T)[real], logits[real], atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_positions_count_real_tokens_where_they_are_absolute():
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=50, n_positions=32, n_embd=16, n_layer=2, n_head=2)
+    model = GPT2LMHeadModel(config).eval()
+    row = [5, 6, 7, 8]
+    right = hidden_states(model, torch.tensor([[*row, 0, 0]]), torch.tensor([[1, 1, 1, 1, 0, 0]]))[0, :4]
+    left = hidden_states(model, torch.tensor([[0, 0, *row]]), torch.tensor([[0, 0, 1, 1, 1, 1]]))[0, 2:]
+    assert torch.allclose(left, right, atol=1e-5, rtol=0)
+
+
+def test_models_whose_logits_are_more_than_a_product_are_refused():
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    )
+    assert lm_head_weight(model).shape == (8, 8)
+    model.config.final_logit_softcapping = 30.0
+    with pytest.raises(DataError, match="final_logit_softcapping"):
+        lm_head_weight(model)
+    model.config.final_logit_softcapping = None
+    model.config.logit_scale = 1.0
+    assert lm_head_weight(model).shape == (8, 8)
+    model.lm_head.bias = nn.Parameter(torch.zeros(8))
+    with pytest.raises(DataError, match="bias"):
+        lm_head_weight(model)

@@ -1,0 +1,52 @@
+"""A checkpoint counts only whole, and the newest whole one is taken."""
+
+import json
+
+from cai_ray.rl.checkpoints import commit_checkpoint, forget_from, last_checkpoint
+
+
+def fill(folder, content="weights"):
+    for role in ("actor", "critic"):
+        (folder / role).mkdir(parents=True)
+        (folder / role / "part.pt").write_text(content)
+    return folder
+
+
+def test_a_folder_without_manifest_does_not_count(tmp_path):
+    assert last_checkpoint(tmp_path) is None
+    fill(tmp_path / "step-4")
+    assert last_checkpoint(tmp_path) is None
+
+
+def test_a_checkpoint_with_a_cut_or_missing_file_does_not_count(tmp_path):
+    whole = fill(tmp_path / "step-2")
+    commit_checkpoint(whole, {"step": 2})
+    later = fill(tmp_path / "step-10")
+    keep = {p: p.read_bytes() for p in whole.rglob("*") if p.is_file()}
+    commit_checkpoint(later, {"step": 10})
+    for path, content in keep.items():  # as after a crash between the manifest and the removal of older ones
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    assert last_checkpoint(tmp_path)[0] == later  # by number: as text, step-2 would come after step-10
+    (later / "critic" / "part.pt").write_text("weig")
+    folder, state = last_checkpoint(tmp_path)
+    assert (folder, state["step"]) == (whole, 2)
+    (whole / "actor" / "part.pt").unlink()
+    assert last_checkpoint(tmp_path) is None
+
+
+def test_a_new_checkpoint_removes_older_ones_and_used_rollouts_only(tmp_path):
+    commit_checkpoint(fill(tmp_path / "step-2"), {"step": 2, "kl": {"coef": 0.5}})
+    for step in (2, 3, 4):
+        (tmp_path / f"rollouts-{step}.parquet").write_text("")
+    commit_checkpoint(fill(tmp_path / "step-4"), {"step": 4, "kl": {"coef": 0.5}})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["rollouts-4.parquet", "step-4"]
+    assert last_checkpoint(tmp_path)[1]["kl"] == {"coef": 0.5}
+
+
+def test_lines_of_steps_that_are_taken_again_are_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": s, "x": s * s}) + "\n" for s in range(5)))
+    forget_from(path, 3)
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 1, 2]
+    forget_from(tmp_path / "none.jsonl", 0)

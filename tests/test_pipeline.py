@@ -1,0 +1,154 @@
+"""Planning: what is done, what has changed, what a change would cost, what may be taken over."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cai_ray.artifacts import RunDir, StageDir, write_atomic
+from cai_ray.config import Config, load_config
+from cai_ray.errors import ConfigError, DataError
+from cai_ray.execution import Request, _settle_changes, _take_over
+from cai_ray.pipeline import STAGES, downstream, model_identity, model_spec, needed, plan, stage_key, stage_of_path
+from cai_ray.progress import Reporter
+
+
+def finish(config: Config, run: RunDir, *names: str) -> None:
+    """Commits stages as a run would, with an output that depends on the stage's key."""
+    for stage in needed(config):
+        if stage.name in names:
+            out = run.stage(stage.name, config.run.seed)
+            key = stage_key(config, stage, run)
+            assert key is not None
+            out.path.mkdir(parents=True, exist_ok=True)
+            write_atomic(out.path / "key.json", json.dumps({"parts": key.parts, "inputs": key.inputs}))
+            (out.data / "part.txt").write_text(key.key, "utf-8")
+            out.commit(key, {"rows": 1})
+
+
+def actions(config: Config, run: RunDir) -> dict[str, str]:
+    return {s.stage.name: s.action for s in plan(config, run)}
+
+
+ALL = tuple(s.name for s in STAGES)
+
+
+def test_nine_stages_in_the_order_of_the_paper() -> None:
+    assert ALL == (
+        *("prompts", "revise", "sft", "sample_pairs", "label", "preference_model", "ppo", "evaluate", "report"),
+    )
+    assert tuple(s.name for s in needed(load_config("tiny"))) == ALL
+
+
+def test_a_stage_that_nothing_reads_is_left_out() -> None:
+    config = load_config(
+        "tiny", ("preference_model.data=[starter:helpful_comparisons]", "preference_model.init=pretrained")
+    )
+    assert {s.name for s in STAGES} - {s.name for s in needed(config)} == {"sample_pairs", "label"}
+    config = load_config("tiny", ("ppo.reward=/some/model", "ppo.init=helpful"))
+    assert [s.name for s in needed(config)] == ["prompts", "ppo", "evaluate", "report"]
+
+
+def test_finished_stages_are_done_and_the_next_one_runs(tmp_path: Path) -> None:
+    config, run = load_config("tiny"), RunDir(tmp_path)
+    assert actions(config, run)["prompts"] == "run"
+    finish(config, run, "prompts", "revise")
+    assert actions(config, run) == dict.fromkeys(ALL[:2], "done") | {
+        "sft": "run",
+        "sample_pairs": "wait",
+    } | dict.fromkeys(ALL[4:], "wait")
+    finish(config, run, *ALL)
+    assert set(actions(config, run).values()) == {"done"}
+
+
+def test_a_change_marks_its_stage_and_names_the_key(tmp_path: Path) -> None:
+    config, run = load_config("tiny"), RunDir(tmp_path)
+    finish(config, run, *ALL)
+    changed = load_config("tiny", ("ppo.kl_coef=0.5",))
+    steps = {s.stage.name: s for s in plan(changed, run)}
+    assert [n for n, s in steps.items() if s.action == "done"] == list(ALL[:6])
+    assert steps["ppo"].action == "changed"
+    assert steps["ppo"].differs == ("parts.config.kl_coef: 0.01 -> 0.5",)
+    with pytest.raises(ConfigError, match="kl_coef") as caught:
+        _settle_changes(changed, Request(), run)
+    assert all(way in str(caught.value) for way in ("--rebuild", "--name", "--reuse"))
+    assert run.stage("ppo").manifest() is not None  # refused means untouched
+
+
+def test_operational_changes_keep_everything(tmp_path: Path) -> None:
+    config, run = load_config("tiny"), RunDir(tmp_path)
+    finish(config, run, *ALL)
+    moved = load_config("tiny", ("cluster.engines=4", "ppo.actor.sharding.ranks=2", "sft.sharding.zero_stage=3"))
+    assert set(actions(moved, run).values()) == {"done"}
+
+
+def test_rebuild_discards_the_change_and_all_that_follows(tmp_path: Path) -> None:
+    config, run = load_config("tiny"), RunDir(tmp_path)
+    finish(config, run, *ALL)
+    changed = load_config("tiny", ("label.few_shots=1",))
+    _settle_changes(changed, Request(rebuild=True), run)
+    assert downstream(changed, "label") == ["label", "preference_model", "ppo", "evaluate", "report"]
+    assert [s.name for s in STAGES if run.stage(s.name).manifest()] == list(ALL[:4])
+    _settle_changes(changed, Request(start="sft", rebuild=True), run)
+    assert [s.name for s in STAGES if run.stage(s.name).manifest()] == list(ALL[:2])
+
+
+def test_a_begun_stage_counts_as_work(tmp_path: Path) -> None:
+    config, run = load_config("tiny"), RunDir(tmp_path)
+    finish(config, run, "prompts")
+    out = run.stage("revise")
+    finish(config, run, "revise")
+    out.manifest_path.unlink()
+    assert actions(config, run)["revise"] == "continue"
+    with pytest.raises(ConfigError, match="revise"):
+        _settle_changes(load_config("tiny", ("revise.rounds=3",)), Request(), run)
+
+
+def test_reuse_takes_over_equal_stages_by_reference(tmp_path: Path) -> None:
+    config, old, new = load_config("tiny"), RunDir(tmp_path / "a"), RunDir(tmp_path / "b")
+    finish(config, old, *ALL)
+    changed = load_config("tiny", ("ppo.kl_coef=0.1",))
+    _take_over(changed, Request(reuse=old.path), new, Reporter())
+    assert actions(changed, new) == dict.fromkeys(ALL[:6], "done") | {
+        "ppo": "run",
+        "evaluate": "wait",
+        "report": "wait",
+    }
+    assert new.stage("sft").path == old.path / "sft"
+    new.discard("sft")  # discards the reference, never the other run's work
+    assert old.stage("sft").manifest() is not None
+    with pytest.raises(ConfigError, match="no such run"):
+        _take_over(changed, Request(reuse=tmp_path / "none"), new, Reporter())
+
+
+def test_inputs_that_change_change_the_key(tmp_path: Path) -> None:
+    data = tmp_path / "p.jsonl"
+    data.write_text('{"prompt": "one"}\n', "utf-8")
+    config, run = load_config("tiny", (f"prompts.harmful=[{data}]",)), RunDir(tmp_path / "run")
+    finish(config, run, "prompts")
+    assert actions(config, run)["prompts"] == "done"
+    data.write_text('{"prompt": "two"}\n', "utf-8")
+    assert actions(config, run)["prompts"] == "changed"
+
+
+def test_models_by_key_run_and_path(tmp_path: Path) -> None:
+    config, run = load_config("tiny"), RunDir(tmp_path)
+    assert model_spec(config, "helpful").path == "tiny"
+    assert model_spec(config, "some/model").path == "some/model"
+    with pytest.raises(ConfigError, match=r"models\.feedback"):
+        model_spec(config, "feedback")
+    with pytest.raises(ConfigError, match="no finished stage"):
+        stage_of_path(f"run:{tmp_path}/sft")
+    finish(config, run, *ALL)
+    spec = model_spec(config, f"run:{tmp_path}/sft")
+    manifest = run.stage("sft").manifest()
+    assert manifest is not None
+    assert model_identity(spec) == manifest.sha256
+
+
+def test_a_damaged_manifest_says_what_to_do(tmp_path: Path) -> None:
+    out = StageDir(tmp_path / "sft")
+    out.path.mkdir()
+    out.manifest_path.write_text("{", "utf-8")
+    with pytest.raises(DataError, match="damaged"):
+        out.manifest()
