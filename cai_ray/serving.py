@@ -1,5 +1,6 @@
 """One engine in this process: `cai-ray chat` and `cai-ray critique`."""
 
+import asyncio
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from cai_ray.models import resolve_model
 from cai_ray.models.tokenization import Tokenizer
 from cai_ray.pipeline import stage_of_path
 from cai_ray.records import Row, check_messages, derive_seed, row_id
+from cai_ray.templates import STOP_PLAIN
 
 CONTEXT_TOKENS = 2048
 
@@ -22,9 +24,8 @@ class LocalEngine:
     def __init__(self, folder: Path):
         import torch
 
-        from cai_ray.generation.engine import Engine, quiet
+        from cai_ray.generation.engine import Engine
 
-        quiet()
         gpu = torch.cuda.is_available()
         self.tokenizer = Tokenizer.load(folder)
         self._engine = Engine(
@@ -39,6 +40,10 @@ class LocalEngine:
     async def ask(self, request: Any) -> Any:
         """One completion."""
         return self._engine.generate([request])[0]
+
+    async def choose(self, prompt_ids: list[int], choices: list[list[int]]) -> list[float]:
+        """Log-probability of each choice after the prompt, up to its first distinguishing token, nats."""
+        return self._engine.choice_logprobs(prompt_ids, choices)
 
 
 def model_folder(name: str) -> Path:
@@ -67,26 +72,21 @@ def chat_loop(model: str, max_new_tokens: int, temperature: float, seed: int) ->
     print(f"loading {folder} …", file=sys.stderr)
     engine = LocalEngine(folder)
     tokenizer, messages = engine.tokenizer, []
-    from cai_ray.templates import STOP_PLAIN
-
     while text := _read_turn():
         messages = check_messages([*messages, {"role": "user", "content": text}])
         ids = tokenizer.prompt(messages)
         if len(ids) + max_new_tokens > CONTEXT_TOKENS:
             print(f"the conversation has reached {CONTEXT_TOKENS} tokens; start again", file=sys.stderr)
             return
-        done = engine._engine.generate(
-            [
-                Request(
-                    prompt_ids=ids,
-                    max_new_tokens=max_new_tokens,
-                    temperature=temperature,
-                    seed=derive_seed(seed, row_id(messages), "chat"),
-                    stop=tuple(STOP_PLAIN) if tokenizer.format == "plain" else (),
-                    eos_ids=tuple(tokenizer.eos_ids),
-                )
-            ]
-        )[0]
+        request = Request(
+            prompt_ids=ids,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=derive_seed(seed, row_id(messages), "chat"),
+            stop=tuple(STOP_PLAIN) if tokenizer.format == "plain" else (),
+            eos_ids=tuple(tokenizer.eos_ids),
+        )
+        done = asyncio.run(engine.ask(request))
         print(done.text, flush=True)
         messages = [*messages, {"role": "assistant", "content": done.text}]
 
@@ -100,8 +100,6 @@ def _read_turn() -> str:
 
 def critique_once(prompt: str, response: str | None, constitution: str, model: str, seed: int) -> None:
     """Prints one critique-revision round of one prompt, as `revise` would do it, and the SFT pair that results."""
-    import asyncio
-
     from cai_ray.stages.revise import ReviseRow
 
     chosen = load_constitution(constitution)

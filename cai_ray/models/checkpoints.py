@@ -177,6 +177,8 @@ def save_pretrained(
     if config.get_text_config().tie_word_embeddings:
         tensors.pop("lm_head.weight", None)
     config.dtype = next(t.dtype for t in tensors.values() if t.is_floating_point())
+    pad_id = tokenizer.spare_id()
+    config.get_text_config().pad_token_id = pad_id
     temporary, old = out.with_name(f".{out.name}.new-{os.getpid()}"), out.with_name(f".{out.name}.old-{os.getpid()}")
     temporary.mkdir(parents=True)
     try:
@@ -189,7 +191,7 @@ def save_pretrained(
             top_k=0,
             bos_token_id=config.get_text_config().bos_token_id,
             eos_token_id=sorted(tokenizer.eos_ids),
-            pad_token_id=tokenizer.hf.pad_token_id,
+            pad_token_id=pad_id,
         ).save_pretrained(temporary)
         save_torch_state_dict(tensors, temporary, max_shard_size="5GB")
         if out.exists():

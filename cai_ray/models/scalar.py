@@ -43,10 +43,13 @@ def lm_head_weight(model: PreTrainedModel) -> torch.Tensor:
     """
     head = model.get_output_embeddings()
     config = model.config.get_text_config()
-    extra = [n for n in ("final_logit_softcapping", "logit_scale", "logits_scaling") if getattr(config, n, None)]
-    if head is None or getattr(head, "bias", None) is not None or [n for n in extra if getattr(config, n) != 1]:
+    scales = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+    found = [name for name in scales if getattr(config, name, 1) not in (None, 1)]
+    if getattr(head, "bias", None) is not None:
+        found.append("a bias")
+    if found:
         raise DataError(
-            f"{type(model).__name__} computes its logits by more than one matrix product: {extra or ['bias']}",
+            f"{type(model).__name__} computes its logits by more than one matrix product: {found}",
             "train a model with a plain output layer, such as Llama, Qwen or Mistral",
         )
     return head.weight

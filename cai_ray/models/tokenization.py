@@ -169,7 +169,7 @@ class Tokenizer:
         Raises:
             DataError: the vocabulary has no token to spare.
         """
-        pad = self._spare_id()
+        pad = self.spare_id()
         if pad is None:
             raise DataError(
                 "the vocabulary has no token that could serve as padding: all special tokens end generation",
@@ -177,7 +177,8 @@ class Tokenizer:
             )
         return pad
 
-    def _spare_id(self) -> int | None:
+    def spare_id(self) -> int | None:
+        """`pad_id`, or None where the vocabulary has no token to spare (a language model can do without)."""
         added = {t.content.lower(): i for i, t in sorted(self.hf.added_tokens_decoder.items())}
         named = [i for word in ("pad", "unused", "reserved", "endoftext") for name, i in added.items() if word in name]
         rows = range(len(self.hf), self._vocab_size)[:1]  # embedding rows that no token uses
@@ -192,7 +193,7 @@ class Tokenizer:
         """
         hf = copy.deepcopy(self.hf)
         forget_origin(hf)
-        pad = self._spare_id()
+        pad = self.spare_id()
         if pad is not None and pad < len(hf):
             hf.pad_token = hf.convert_ids_to_tokens(pad)
         if self.format == "plain":

@@ -223,13 +223,13 @@ def _model_cautions(record: Record) -> Iterator[str]:
         yield f"The preference model is near chance on held-out pairs: accuracy {accuracy:.0%}."
     gaps = record.stage("ppo").series.get("rollout/logprob_gap", ([], []))[1]
     if gaps and max(gaps) > MAX_GAP:
-        yield f"Rollout engine and trainer disagreed by up to {max(gaps):.3f} nats a token: PPO's ratios are that far off."
+        yield f"Engine and trainer disagreed by up to {max(gaps):.3f} nats a token; PPO's ratios are as far off."
 
 
 def _data_cautions(record: Record) -> Iterator[str]:
     sections = json.dumps([m.config for m in record.manifests.values()] or record.config)
     if '"starter:' in sections:
-        yield "The starter prompts and comparisons were written for cai-ray; they are not human labels and no benchmark."
+        yield "The starter prompts and comparisons were written for cai-ray: they are not human labels, no benchmark."
     identities = [i for m in record.manifests.values() for i in m.models.values()]
     if any(i.startswith(("embedded@", "tiny@")) for i in identities):
         yield (

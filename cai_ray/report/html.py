@@ -51,7 +51,7 @@ def write_report(run: RunDir) -> Path:
 
 def render(record: Record) -> str:
     """The page."""
-    env = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=False, undefined=StrictUndefined)
+    env = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined)
     env.trim_blocks = env.lstrip_blocks = True
     env.filters |= {"seconds": seconds, "size": size, "count": count, "clip": clip}
     return env.get_template("report.html.j2").render(

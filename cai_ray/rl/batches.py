@@ -1,4 +1,4 @@
-"""Batches as they travel and as they are computed on: ragged Arrow columns, micro-batches, and who does which rows.
+"""Batches as they travel and as they are computed on: ragged Arrow columns, right-padded micro-batches.
 
 Shapes: B sequences, T tokens, R response tokens of the longest one, N response tokens of all of them, one after the
 other. A batch is an Arrow table with a row per response and a list column per token-wise quantity.
@@ -11,9 +11,6 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-
-from cai_ray.config import PPOConfig
-from cai_ray.records import derive_seed
 
 
 def row_lengths(batch: pa.Table, name: str) -> list[int]:
@@ -46,8 +43,7 @@ class Micro:
 
     ids_BT: Tensor
     attention_BT: Tensor  # bool
-    predicts_BT: Tensor  # bool: the positions whose next token is a response token
-    labels_N: Tensor
+    response_BT: Tensor  # bool: the response tokens
     mask_N: Tensor  # bool; all False for a filler
     columns: dict[str, Tensor]  # [N]
     lengths: list[int]  # response tokens of each row
@@ -57,43 +53,16 @@ def collate(batch: pa.Table, rows: Sequence[int], device: torch.device, columns:
     """Takes rows of a batch as a micro-batch; no rows give a filler, which has a shape but counts for nothing."""
     part = batch.take(list(rows) or [0])
     prompts, responses = (flat(part, n).long().split(row_lengths(part, n)) for n in ("prompt_ids", "response_ids"))
-    ids_BT = pad_sequence([torch.cat(pair) for pair in zip(prompts, responses, strict=True)], batch_first=True)
-    start_B1, length_B1 = (torch.tensor([len(x) for x in xs])[:, None] for xs in (prompts, responses))
+    ids = [torch.cat(pair) for pair in zip(prompts, responses, strict=True)]
+    ids_BT = pad_sequence(ids, batch_first=True)
+    start_B1, end_B1 = (torch.tensor([len(x) for x in xs])[:, None] for xs in (prompts, ids))
     at_T = torch.arange(ids_BT.shape[1])
-    labels_N = torch.cat(responses)
+    lengths = [len(x) for x in responses]
     return Micro(
         ids_BT=ids_BT.to(device),
-        attention_BT=(at_T < start_B1 + length_B1).to(device),
-        predicts_BT=((at_T >= start_B1 - 1) & (at_T < start_B1 + length_B1 - 1)).to(device),
-        labels_N=labels_N.to(device),
-        mask_N=torch.full_like(labels_N, bool(rows), dtype=torch.bool, device=device),
+        attention_BT=(at_T < end_B1).to(device),
+        response_BT=((at_T >= start_B1) & (at_T < end_B1)).to(device),
+        mask_N=torch.full((sum(lengths),), bool(rows), device=device),
         columns={name: flat(part, name).to(device) for name in columns},
-        lengths=[len(x) for x in responses],
+        lengths=lengths,
     )
-
-
-def split(rows: Sequence[int], lengths: Sequence[int], ranks: int, budget: int) -> list[Plan]:
-    """Deals rows to ranks and cuts each rank's into micro-batches of at most `budget` tokens, padding counted.
-
-    Long rows come first and ranks take turns to and fro, so that tokens balance; a row beyond the budget stands alone.
-    Every rank gets equally many micro-batches: empty ones fill up.
-    """
-    plans: list[Plan] = [[] for _ in range(ranks)]
-    for turn, row in enumerate(sorted(rows, key=lambda r: (-lengths[r], r))):
-        lap, place = divmod(turn, ranks)
-        plan = plans[place if lap % 2 == 0 else ranks - 1 - place]
-        if plan and lengths[plan[-1][0]] * (len(plan[-1]) + 1) <= budget:
-            plan[-1].append(row)
-        else:
-            plan.append([row])
-    most = max(len(plan) for plan in plans)
-    return [plan + [[]] * (most - len(plan)) for plan in plans]
-
-
-def minibatches(ids: Sequence[str], config: PPOConfig, seed: int, step: int) -> list[list[int]]:
-    """The rows of each optimizer step of an iteration: every epoch a fresh order, by a hash of (seed, id, step)."""
-    out = []
-    for epoch in range(config.ppo_epochs):
-        order = sorted(range(len(ids)), key=lambda i: derive_seed(seed, ids[i], f"ppo/{step}/epoch/{epoch}"))
-        out += [order[i : i + config.minibatch_size] for i in range(0, len(ids), config.minibatch_size)]
-    return out

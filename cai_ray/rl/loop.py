@@ -9,7 +9,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,8 +22,8 @@ from cai_ray.artifacts import StageDir, write_atomic
 from cai_ray.config import Cluster, PPOConfig
 from cai_ray.errors import StageFailed
 from cai_ray.models.tokenization import Tokenizer
-from cai_ray.records import Row
-from cai_ray.rl.batches import Plan, minibatches, split
+from cai_ray.records import Row, derive_seed
+from cai_ray.rl.batches import Plan
 from cai_ray.rl.checkpoints import commit_checkpoint, forget_from, last_checkpoint
 from cai_ray.rl.groups import RESTARTS, Call, Group, WorkerDied, placed, wait
 from cai_ray.rl.rollouts import (
@@ -33,14 +33,15 @@ from cai_ray.rl.rollouts import (
     prompts_of_steps,
     requests,
 )
-from cai_ray.rl.weight_sync import GAP_LIMITS, check_probe
+from cai_ray.rl.weight_sync import GAP_LIMITS, check_gap, mean_gap
 from cai_ray.rl.workers import Actor, Critic, Reference, Reward, Setup
+from cai_ray.training.batches import layout, step_rows
 
 TRAINER_RESTARTS = 2  # times that a lost actor or critic is started again from the last checkpoint
 ROLLOUT_TRIES = 3
 log = logging.getLogger(__name__)
 
-Progress = Callable[[float, float | None, str], None]
+Bar = Callable[[float, float | None, str], None]
 
 
 def run_ppo(
@@ -55,7 +56,7 @@ def run_ppo(
     device: str,
     seed: int,
     out: StageDir,
-    progress: Progress | None = None,
+    progress: Callable[[], AbstractContextManager[Bar]] | None = None,
 ) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
     """Trains the policy against the preference model; continues from the last whole checkpoint in `out`.
 
@@ -70,7 +71,7 @@ def run_ppo(
         device: cpu | gpu.
         seed: the run's.
         out: gets metrics, samples, checkpoints, snapshots and the model.
-        progress: told (steps done, steps, a few words).
+        progress: opens a progress bar, which is told (steps done, steps, a few words).
 
     Returns the last step's metrics with counts, and role -> [{pid, node}] of each worker.
 
@@ -92,16 +93,16 @@ def run_ppo(
     }
     for attempt in range(TRAINER_RESTARTS + 1):
         try:
-            with _started(setup, ranks, cluster) as groups:
-                workers = _Controller(setup, cluster, groups, engines, steps, out, progress).run()
+            with _started(setup, ranks, cluster) as groups, progress() if progress else nullcontext() as bar:
+                workers = _Controller(setup, cluster, groups, engines, steps, out, bar).run()
             break
         except WorkerDied as e:
             if attempt == TRAINER_RESTARTS:
                 raise
             log.warning("%s; starting again from the last checkpoint", e.message)
     last = json.loads((out.path / "metrics.jsonl").read_text("utf-8").splitlines()[-1])
-    prompts_read = len({row["id"] for step in steps for row in step})
-    return {**last, "steps": config.steps, "prompts": prompts_read, "quarantined": len(too_long)}, workers
+    counts = {"prompts_used": len({row["id"] for step in steps for row in step}), "quarantined": len(too_long)}
+    return {**{k: v for k, v in last.items() if k not in ("step", "time")}, "steps": config.steps, **counts}, workers
 
 
 @contextmanager
@@ -148,7 +149,7 @@ class _Controller:
     engines: list[Any]
     steps: list[list[Row]]
     out: StageDir
-    progress: Progress | None
+    bar: Bar | None
 
     def __post_init__(self) -> None:
         self.config, self.limit = self.setup.config, self.cluster.step_timeout_s
@@ -163,16 +164,16 @@ class _Controller:
         workers = self._workers()
         gap_limit = GAP_LIMITS[self._dtype]
         first = self._resume()
+        self.begun, self.times = time.monotonic(), {}
         for step in range(first, config.steps):
-            started, self.times = time.monotonic(), {}
-
             # 1. Roll out on the engines, which hold the actor's weights; kept on disk before anything else happens.
             rollouts, seen = self._roll_out(step)
             lengths, ids = seen["lengths"], seen["ids"]
 
             # 2., 3. Score, reference log-probs, old log-probs, values. With a single optimizer step of a single
             # micro-batch the update goes on from these forward passes; else it computes them again.
-            updates = minibatches(ids, config, self.setup.seed, step)
+            shuffle = derive_seed(self.setup.seed, f"step {step}", "ppo/minibatches")
+            updates = [rows for _, rows in step_rows(ids, shuffle, config.ppo_epochs, config.minibatch_size)]
             plans = {role: [self._split(role, rows, lengths) for rows in updates] for role in ("actor", "critic")}
             whole = {role: self._split(role, range(len(ids)), lengths) for role in self.groups}
             keep = {role: len(updates) == 1 and len(whole[role][0]) == 1 for role in plans}
@@ -191,7 +192,7 @@ class _Controller:
                 experience, done = self.shape.remote(config, self.kl.coef, rollouts, *payloads)
                 (shaped,) = wait([Call("the advantage task", done)], self.limit, f"advantages of step {step}")
             metrics = shaped["metrics"]
-            self._check_gap(metrics["rollout/logprob_gap"], gap_limit, step)
+            check_gap(metrics["rollout/logprob_gap"], gap_limit, f"in the rollouts of step {step}")
 
             # 7. Update actor and critic, minibatch by minibatch.
             totals = [sum(seen["responses"][row] for row in rows) for rows in updates]
@@ -208,10 +209,10 @@ class _Controller:
                 self._sync(step + 1)
                 metrics["policy/logprob_shift"] = self._probe(experience, seen["probe"], gap_limit, step)
 
-            # 9. Checkpoint, log.
-            self._keep(step + 1)
+            # 9. Log, checkpoint (whose time shows in the next step's line).
             metrics |= _learning("policy", stats["update_actor"][1]) | _learning("value", stats["update_critic"][1])
-            self._log(step, metrics, shaped["samples"], seen, time.monotonic() - started)
+            self._log(step, metrics, shaped["samples"], seen)
+            self._keep(step + 1)
         with out.phase("export"):
             wait(self.groups["actor"].submit("export", out.model), self.limit, "export of the policy")
         return workers
@@ -237,7 +238,7 @@ class _Controller:
 
     def _split(self, role: str, rows: Sequence[int], lengths: Sequence[int]) -> list[Plan]:
         sharding = (self.config.actor if role in ("actor", "reference") else self.config.critic).sharding
-        return split(rows, lengths, len(self.groups[role].workers), sharding.microbatch_tokens)
+        return layout(sorted(rows), lengths, len(self.groups[role].workers), sharding.microbatch_tokens)
 
     def _submit(self, role: str, method: str, batch: Any, *args: Any, plan: Mapping[str, list[Plan]]) -> list[Call]:
         return self.groups[role].submit(method, batch, each=[(own, *args) for own in plan[role]])
@@ -311,7 +312,7 @@ class _Controller:
             calls.append(Call(f"rollout {i}", engine.prompt_logprobs.remote(ids, starts)))
         actor, *others = wait(calls, self.limit, f"probe after step {step}")
         for engine in others[len(self.groups["actor"].workers) - 1 :]:
-            check_probe(actor["logprobs"], engine, limit, step)
+            check_gap(mean_gap(actor["logprobs"], engine), limit, f"after the weight sync of step {step}")
         return actor["shift"]
 
     def _keep(self, step: int) -> None:
@@ -331,17 +332,18 @@ class _Controller:
                 target = self.out.path / "snapshots" / f"step-{step}"
                 wait(actor.submit("export", target), self.limit, f"snapshot {target.name}")
 
-    def _log(self, step: int, metrics: dict[str, float], samples: list[Row], seen: dict[str, Any], wall: float) -> None:
-        tokens = sum(seen["lengths"])
+    def _log(self, step: int, metrics: dict[str, float], samples: list[Row], seen: dict[str, Any]) -> None:
+        wall, tokens = time.monotonic() - self.begun, sum(seen["lengths"])
         metrics |= {f"time/{phase}": seconds for phase, seconds in self.times.items()}
         metrics |= {"time/step": wall, "perf/tokens_per_s": tokens / wall}
         metrics["rollout/tokens_per_s"] = sum(seen["responses"]) / self.times["rollout"]
+        self.begun, self.times = time.monotonic(), {}
         self.out.metrics(step, metrics)
         for row in samples:
             self.out.sample({"step": step, **row})
-        if self.progress:
+        if self.bar:
             score, kl = metrics["objective/score"], metrics["objective/kl"]
-            self.progress(step + 1, self.config.steps, f"score {score:.2f}, KL {kl:.3f}, {tokens / wall:.0f} tokens/s")
+            self.bar(step + 1, self.config.steps, f"score {score:.2f}, KL {kl:.3f}, {tokens / wall:.0f} tokens/s")
 
 
 def _learning(name: str, ranks: list[dict[str, Any]]) -> dict[str, float]:

@@ -141,17 +141,20 @@ def _nccl_trainer(model: ShardedModel, hf: nn.Module, engines: Engines) -> Any:
     return NCCLTrainerWeightTransferEngine.trainer_init(info, client=engines, source=Source())
 
 
-def check_probe(actor: list[list[float]], engine: list[list[float]], limit: float, step: int) -> float:
-    """Compares the log-probs that actor and engine give the same tokens; returns the mean gap in nats.
+def mean_gap(actor: list[list[float]], engine: list[list[float]]) -> float:
+    """Mean |difference| of the log-probs that both sides give the same tokens, nats; rows count as far as both go."""
+    pairs = [pair for mine, theirs in zip(actor, engine, strict=True) for pair in zip(mine, theirs, strict=False)]
+    return sum(abs(a - b) for a, b in pairs) / max(1, len(pairs))
+
+
+def check_gap(gap: float, limit: float, when: str) -> None:
+    """Stops the run when engine and actor do not compute the same.
 
     Raises:
-        StageFailed: they disagree by more than `limit` on average: the engine does not hold the actor's weights.
+        StageFailed: `gap`, in nats a token on average, is above `limit`, or no number.
     """
-    pairs = [(a, b) for mine, theirs in zip(actor, engine, strict=True) for a, b in zip(mine, theirs, strict=False)]
-    gap = sum(abs(a - b) for a, b in pairs) / max(1, len(pairs))
     if not gap <= limit:
         raise StageFailed(
-            f"after step {step}'s weight sync engine and actor differ by {gap:.2g} nats a token, more than {limit:g}",
-            "the engine does not hold the actor's weights, or computes with another precision than cai-ray knows of",
+            f"{when}, engine and actor differ by {gap:.2g} nats a token on average, more than {limit:g}",
+            "the engine does not hold the actor's weights, or computes in another precision than it was told to",
         )
-    return gap

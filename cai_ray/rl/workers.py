@@ -20,16 +20,17 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from cai_ray.algo.masking import partial_mean
-from cai_ray.algo.ppo import logprobs_from_hidden, policy_loss, value_loss
+from cai_ray.algo.ppo import policy_loss, value_loss
 from cai_ray.config import Learner, PPOConfig
 from cai_ray.errors import DataError
 from cai_ray.models.checkpoints import load_causal_lm, load_scalar_model
-from cai_ray.models.scalar import hidden_states, lm_head_weight, scores_at_end, values_at
+from cai_ray.models.scalar import scores_at_end, values_at
 from cai_ray.models.tokenization import Tokenizer, preference_input
 from cai_ray.rl.batches import Micro, Plan, collate, ragged
 from cai_ray.rl.groups import free_address
 from cai_ray.rl.weight_sync import Sender
 from cai_ray.training.deepspeed import ShardedModel, init_distributed, torch_dtype
+from cai_ray.training.sft import TokenLogprobs
 
 Answer = tuple[Any, dict[str, Any]]
 
@@ -57,19 +58,6 @@ class Setup:
         return self.config.max_prompt_tokens + self.config.max_new_tokens + 1
 
 
-class PolicyForward(nn.Module):
-    """Log-probs and entropies at response positions; the head's weight is read in here, where ZeRO-3 gathers it."""
-
-    def __init__(self, hf: PreTrainedModel):
-        super().__init__()
-        self.hf = hf
-
-    def forward(self, micro: Micro, temperature: float) -> tuple[Tensor, Tensor]:
-        """(logprobs_N, entropy_N) of the labels."""
-        hidden_NH = hidden_states(self.hf, micro.ids_BT, micro.attention_BT)[micro.predicts_BT]
-        return logprobs_from_hidden(hidden_NH, lm_head_weight(self.hf), micro.labels_N, temperature)
-
-
 class ValueForward(nn.Module):
     """Values of the states in which each response token was chosen."""
 
@@ -77,9 +65,10 @@ class ValueForward(nn.Module):
         super().__init__()
         self.hf = hf
 
-    def forward(self, micro: Micro) -> Tensor:
+    def forward(self, ids_BT: Tensor, attention_mask_BT: Tensor, response_BT: Tensor) -> Tensor:
         """values_N."""
-        return values_at(self.hf, micro.ids_BT, micro.attention_BT, micro.predicts_BT)[micro.predicts_BT]
+        before_BT = response_BT.roll(-1, dims=1)  # no row begins with its response
+        return values_at(self.hf, ids_BT, attention_mask_BT, before_BT)[before_BT]
 
 
 def _identity() -> dict[str, Any]:
@@ -110,7 +99,7 @@ class Reference:
         self._device, self._temperature = setup.torch_device, setup.config.temperature
         # The actor's own dtype: the KL at the first step is then 0, not the distance between two precisions.
         dtype = torch_dtype(setup.config.actor.sharding)
-        self._model = PolicyForward(load_causal_lm(setup.policy, dtype)).to(self._device).eval()
+        self._model = TokenLogprobs(load_causal_lm(setup.policy, dtype)).to(self._device).eval()
 
     def info(self) -> Answer:
         """Process and node."""
@@ -119,9 +108,11 @@ class Reference:
     @torch.inference_mode()
     def logprobs(self, batch: pa.Table, plan: Plan) -> Answer:
         """Table (row, ref_logprobs)."""
-        return _per_token(
-            "ref_logprobs", batch, plan, self._device, lambda micro: self._model(micro, self._temperature)[0]
-        ), {}
+
+        def predict(micro: Micro) -> Tensor:
+            return self._model(micro.ids_BT, micro.attention_BT, micro.response_BT, self._temperature)[0]
+
+        return _per_token("ref_logprobs", batch, plan, self._device, predict), {}
 
 
 class Reward:
@@ -186,7 +177,7 @@ class _Trained:
         self._kept: Any = None  # the last forward pass with its graph, for the update to go on from
         self._model: ShardedModel
 
-    def _build(self) -> "PolicyForward | ValueForward":
+    def _build(self) -> "TokenLogprobs | ValueForward":
         raise NotImplementedError
 
     def info(self) -> Answer:
@@ -260,11 +251,12 @@ class Actor(_Trained):
 
     _sender: Sender | None = None
 
-    def _build(self) -> PolicyForward:
-        return PolicyForward(load_causal_lm(self._setup.policy, torch_dtype(self._learner.sharding)))
+    def _build(self) -> TokenLogprobs:
+        return TokenLogprobs(load_causal_lm(self._setup.policy, torch_dtype(self._learner.sharding)))
 
     def _predict(self, micro: Micro, temperature: float | None = None) -> tuple[Tensor, Tensor]:
-        return self._model.module(micro, temperature or self._setup.config.temperature)
+        temperature = temperature or self._setup.config.temperature
+        return self._model.module(micro.ids_BT, micro.attention_BT, micro.response_BT, temperature)
 
     def logprobs(self, batch: pa.Table, plan: Plan, keep: bool) -> Answer:
         """Table (row, old_logprobs)."""
@@ -320,7 +312,7 @@ class Critic(_Trained):
         return ValueForward(load_scalar_model(init, torch_dtype(self._learner.sharding), seed=setup.seed))
 
     def _predict(self, micro: Micro) -> tuple[Tensor]:
-        return (self._model.module(micro),)
+        return (self._model.module(micro.ids_BT, micro.attention_BT, micro.response_BT),)
 
     def values(self, batch: pa.Table, plan: Plan, keep: bool) -> Answer:
         """Table (row, values)."""

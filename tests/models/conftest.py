@@ -15,7 +15,8 @@ BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 WORDS = ["▁the", "▁is", "Hello", "▁Hello", "▁Human", "Assistant", "▁Assistant", "ing", "▁a", ":", "INST", "end", "▁▁"]
 
 INST = (
-    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] | trim + ' [/INST]' }}"
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] | trim + ' [/INST]' }}"
     "{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'] + eos_token }}"
     "{% else %}{{ raise_exception('only user and assistant roles are known') }}{% endif %}{% endfor %}"
 )

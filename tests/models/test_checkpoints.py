@@ -3,6 +3,7 @@ import shutil
 
 import huggingface_hub
 import pytest
+import safetensors.torch
 import torch
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors import safe_open
@@ -23,8 +24,8 @@ def copy_of_tiny(tiny, tmp_path):
 
 
 def test_names_folders_and_the_hub(tiny, copy_of_tiny, monkeypatch, tmp_path):
-    monkeypatch.setenv("HOME", str(tmp_path))
     assert resolve_model("tiny") == tiny
+    monkeypatch.setenv("HOME", str(tmp_path))
     assert resolve_model(str(copy_of_tiny)) == copy_of_tiny
     assert resolve_model("~/copy") == copy_of_tiny
     asked = []
@@ -37,16 +38,10 @@ def test_names_folders_and_the_hub(tiny, copy_of_tiny, monkeypatch, tmp_path):
     assert resolve_model("owner/name", "v1") == copy_of_tiny
     ((name, kwargs),) = asked
     assert (name, kwargs["revision"]) == ("owner/name", "v1")
-    wanted = huggingface_hub.utils.filter_repo_objects(
-        ["model.safetensors", "pytorch_model.bin", "config.json", "tokenizer.json", "chat_template.jinja", "model.py"]
-        + ["onnx/model.safetensors", "consolidated.safetensors", "model.safetensors.index.json", "README.md"],
-        allow_patterns=kwargs["allow_patterns"],
-        ignore_patterns=kwargs["ignore_patterns"],
-    )
-    assert sorted(wanted) == ["chat_template.jinja", "config.json", "model.safetensors"] + [
-        "model.safetensors.index.json",
-        "tokenizer.json",
-    ]
+    good = ["chat_template.jinja", "config.json", "model.safetensors", "model.safetensors.index.json", "tokenizer.json"]
+    bad = ["README.md", "consolidated.safetensors", "model.py", "onnx/model.safetensors", "pytorch_model.bin"]
+    patterns = {key: kwargs[key] for key in ("allow_patterns", "ignore_patterns")}
+    assert list(huggingface_hub.utils.filter_repo_objects(good + bad, **patterns)) == good
 
 
 @pytest.mark.parametrize("path", ["/nowhere/model", "./nowhere", "~/nowhere", "runs/demo/sft/model"])
@@ -91,8 +86,8 @@ def test_pickled_weights_are_refused(copy_of_tiny):
 
 def test_corrupt_and_missing_weights_are_refused(copy_of_tiny):
     weights = copy_of_tiny / "model.safetensors"
-    state = load_file(weights)
     content = weights.read_bytes()
+    state = safetensors.torch.load(content)  # not from the file, which is mapped into memory and overwritten below
     for broken in (content[: len(content) // 2], b"\xff" * 64, b""):
         weights.write_bytes(broken)
         with pytest.raises(DataError, match="cannot be loaded"):
@@ -177,7 +172,7 @@ def test_a_saved_language_model_is_what_it_was(tiny, tmp_path):
     assert (config["architectures"], config["dtype"], config["use_cache"]) == (["LlamaForCausalLM"], "float32", True)
     generation = again.generation_config
     assert (generation.temperature, generation.top_p, generation.top_k) == (1.0, 1.0, 0)
-    assert (generation.eos_token_id, generation.pad_token_id) == ([2], 0)
+    assert (generation.eos_token_id, generation.pad_token_id, config["pad_token_id"]) == ([2], 0, 0)
     assert Tokenizer.load(out).hf.chat_template == tok.hf.chat_template
     assert resolve_model(str(out)) == out
     assert model.config.use_cache is False  # the caller's configuration is untouched

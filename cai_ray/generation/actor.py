@@ -1,0 +1,274 @@
+"""The Ray actor that holds an engine: many callers, one continuous batch.
+
+vLLM belongs to one thread; callers wait in the actor's event loop. A conversation of several steps is a *program* that
+runs here: a row that finishes a step asks its next at once, so steps of different rows share the batch and no row waits
+for another.
+"""
+
+import asyncio
+import contextlib
+import os
+import sys
+import traceback
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any, Protocol
+
+import pyarrow as pa
+
+from cai_ray.errors import CaiError
+from cai_ray.generation.engine import (
+    ChoiceRequest,
+    Completion,
+    Engine,
+    Request,
+    Result,
+    ScoreRequest,
+    plan_choices,
+)
+from cai_ray.models.tokenization import Tokenizer
+from cai_ray.records import Row, to_table
+
+BAD = "bad_reason"  # column beside a program's own: why the row is bad, null where it is good
+
+
+class Program(Protocol):
+    """What the engine does with one row; picklable."""
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Schema of the rows that come out."""
+        ...
+
+    async def __call__(self, row: Row, engine: "EngineActor") -> Row:
+        """The row that comes out; a CaiError makes it a bad row and stops no other."""
+        ...
+
+
+@dataclass(frozen=True)
+class Watch:
+    """How rows that kill their engine are found.
+
+    Attributes:
+        journal: folder where each engine notes the rows that it holds.
+        suspects: ids that were in an engine when it died; they run one at a time, beside the others.
+        culprits: ids that were there twice; they are bad rows.
+    """
+
+    journal: Path
+    suspects: frozenset[str] = frozenset()
+    culprits: frozenset[str] = frozenset()
+
+    def held_by(self, engine_name: str) -> frozenset[str]:
+        """Ids of the rows that an engine had begun and not ended."""
+        path = self.journal / engine_name
+        notes = path.read_text("utf-8").split() if path.is_file() else []
+        return frozenset(row for row, times in Counter(notes).items() if times % 2)
+
+
+class EngineActor:
+    """An engine behind an event loop; `pool.EnginePool` makes it a Ray actor.
+
+    Args:
+        name: how log and journal call it.
+        log_file: takes all that this process and vLLM's own processes print.
+        model_folder: what `Engine` loads.
+        options: further arguments of `Engine`.
+    """
+
+    def __init__(self, name: str, log_file: Path, model_folder: Path, options: dict[str, Any]):
+        _print_to(log_file)
+        self.name = name
+        self._thread = ThreadPoolExecutor(1, "engine")  # OpenMP and CUDA remember the thread that made the engine
+        self._engine: Engine = self._thread.submit(lambda: Engine(model_folder, **options)).result()
+        self._inbox: deque[tuple[str, Any]] = deque()  # (id, request), or (id, None) to abort
+        self._futures: dict[str, asyncio.Future[Result]] = {}
+        self._numbers, self._rows = count(), 0
+        self._driver: asyncio.Task[None] | None = None
+        self._running: set[asyncio.Task[Any]] = set()
+        self._alone, self._wake = asyncio.Lock(), asyncio.Event()
+
+    # ---- requests -------------------------------------------------------------------------------------------------
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Of the model that is loaded."""
+        return self._engine.tokenizer
+
+    async def ask(self, request: Request) -> Completion:
+        """Samples one continuation; raises DataError when it does not fit the engine."""
+        return await self._submit(request)
+
+    async def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        """Samples many continuations, returned in order."""
+        return await asyncio.gather(*map(self._submit, requests))
+
+    async def choose(self, prompt_ids: Sequence[int], choices: Sequence[Sequence[int]]) -> list[float]:
+        """Log-probability of each choice after a prompt, up to its first distinguishing token, nats."""
+        plan = plan_choices(prompt_ids, choices)
+        return plan.scores(await asyncio.gather(*map(self._submit, plan.requests)))
+
+    async def prompt_logprobs(self, ids: Sequence[Sequence[int]], starts: Sequence[int]) -> list[list[float]]:
+        """Untempered log-probabilities of `ids[i][starts[i]:]`, nats."""
+        requests = [ScoreRequest(i, s) for i, s in zip(ids, starts, strict=True)]
+        return await asyncio.gather(*map(self._submit, requests))
+
+    async def _submit(self, request: Request | ChoiceRequest | ScoreRequest) -> Result:
+        if self._driver is None:
+            self._driver = asyncio.create_task(self._drive())
+            self._driver.add_done_callback(_die)
+        key = str(next(self._numbers))
+        future = self._futures[key] = asyncio.get_running_loop().create_future()
+        self._inbox.append((key, request))
+        self._wake.set()
+        try:
+            return await future
+        except asyncio.CancelledError:
+            self._futures.pop(key, None)
+            self._inbox.append((key, None))
+            self._wake.set()
+            raise
+
+    async def _drive(self) -> None:
+        """Steps the engine while there is work and hands each result to its caller."""
+        while True:
+            self._wake.clear()
+            for key, result in await self._call(self._advance):
+                future = self._futures.pop(key, None)
+                if future is None or future.done():
+                    continue
+                if isinstance(result, CaiError):
+                    future.set_exception(result)
+                else:
+                    future.set_result(result)
+            if not self._futures:
+                await self._wake.wait()
+
+    def _advance(self) -> list[tuple[str, Any]]:
+        results: list[tuple[str, Any]] = []
+        while self._inbox:
+            key, request = self._inbox.popleft()
+            try:
+                self._engine.abort(key) if request is None else self._engine.add(key, request)
+            except CaiError as e:
+                results.append((key, e))
+        return results + (self._engine.step() if self._engine.busy else [])
+
+    async def _call(self, function: Any, *args: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *args)
+
+    # ---- programs -------------------------------------------------------------------------------------------------
+
+    async def run(self, program: Program, table: pa.Table, watch: Watch | None = None) -> pa.Table:
+        """Runs a program on every row of a block at once, in the one continuous batch.
+
+        Returns:
+            A table of `program.schema` and the column `bad_reason`, rows in order. A bad row has its id and the reason.
+
+        Raises:
+            Exception: what a program raised that is no CaiError: a bug, not a bad row.
+        """
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(self._row(program, row, watch)) for row in table.to_pylist()]
+                self._running.update(tasks)
+        except BaseExceptionGroup as e:
+            raise e.exceptions[0] from None
+        finally:
+            self._running.difference_update(tasks)
+        return to_table((t.result() for t in tasks), program.schema.append(pa.field(BAD, pa.string())))
+
+    async def _row(self, program: Program, row: Row, watch: Watch | None) -> Row:
+        try:
+            if watch is None:
+                out = await program(row, self)
+            elif row["id"] in watch.culprits:
+                out = {"id": row["id"], BAD: "its engine died on it twice"}
+            else:
+                async with self._alone if row["id"] in watch.suspects else contextlib.nullcontext():
+                    with self._noted(row["id"], watch):
+                        out = await program(row, self)
+        except CaiError as e:
+            out = {"id": row["id"], BAD: e.message}
+        self._rows += 1
+        return out
+
+    @contextlib.contextmanager
+    def _noted(self, row_id: str, watch: Watch) -> Iterator[None]:
+        with (watch.journal / self.name).open("a") as journal:
+            print(row_id, file=journal, flush=True)
+            try:
+                yield
+            finally:
+                print(row_id, file=journal)
+
+    async def abort(self) -> None:
+        """Ends every program that runs here; their callers see it cancelled."""
+        for task in list(self._running):
+            task.cancel()
+        await asyncio.gather(*self._running, return_exceptions=True)
+        while self._inbox:  # until the engine has dropped their requests
+            await asyncio.sleep(0.01)
+
+    # ---- weights and bookkeeping ----------------------------------------------------------------------------------
+
+    async def load_checkpoint(self, folder: Path, format: str = "auto") -> None:
+        """`Engine.load_checkpoint`."""
+        await self._call(self._engine.load_checkpoint, folder, format)
+
+    async def init_weight_transfer(self, info: dict[str, Any]) -> None:
+        """`Engine.init_weight_transfer`."""
+        await self._call(self._engine.init_weight_transfer, info)
+
+    async def start_weight_update(self) -> None:
+        """`Engine.start_weight_update`."""
+        await self._call(self._engine.start_weight_update)
+
+    async def update_weights(self, info: dict[str, Any]) -> None:
+        """`Engine.update_weights`."""
+        await self._call(self._engine.update_weights, info)
+
+    async def finish_weight_update(self, version: int) -> None:
+        """`Engine.finish_weight_update`."""
+        await self._call(self._engine.finish_weight_update, version)
+
+    async def stats(self) -> dict[str, float]:
+        """Since the start: prompt and sampled tokens of finished requests, seconds of stepping, rows; and what waits."""
+        e = self._engine
+        return {
+            "tokens_in": e.tokens_in,
+            "tokens_out": e.tokens_out,
+            "busy_s": e.busy_s,
+            "rows": self._rows,
+            "unfinished": len(self._futures),
+        }
+
+    async def info(self) -> dict[str, Any]:
+        """Who this is: name, process, node, and the version of its weights."""
+        return {"name": self.name, "pid": os.getpid(), "node": os.uname().nodename, "version": self._engine.version}
+
+    async def shutdown(self) -> None:
+        """Ends vLLM's own processes; the actor is of no use afterwards."""
+        await self._call(self._engine.shutdown)
+
+
+def _print_to(log_file: Path) -> None:
+    """Sends what this process and its children print, at the level of file descriptors, to a file."""
+    log_file.parent.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    with log_file.open("ab") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+
+
+def _die(driver: "asyncio.Task[None]") -> None:
+    """An engine that raised is broken. The process ends, so that every caller sees the same: a dead actor."""
+    if not driver.cancelled():
+        traceback.print_exception(driver.exception())
+        sys.stderr.flush()
+        os._exit(1)

@@ -1,0 +1,182 @@
+"""Engines as Ray actors: started when a stage needs them, kept while the next stage's model fits in."""
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+
+from cai_ray.config import Cluster
+from cai_ray.errors import CaiError, ResourceError, StageFailed
+from cai_ray.generation.actor import EngineActor
+from cai_ray.generation.engine import architecture
+
+LOG_LINES = 12
+PING_S = 60.0
+
+
+@dataclass
+class _Live:
+    name: str
+    handle: ActorHandle
+    log_file: Path
+    model: tuple[Path, str]  # folder, format
+    kind: tuple[Any, ...]  # architecture, dtype: what load_checkpoint cannot change
+    max_model_len: int
+
+
+class EnginePool:
+    """The engines of a run.
+
+    Args:
+        cluster: how many, how large, how long to wait.
+        device: cpu or gpu.
+        log_dir: folder for one log file per engine.
+    """
+
+    def __init__(self, cluster: Cluster, device: str, log_dir: Path):
+        self.cluster, self.device, self.log_dir = cluster, device, log_dir
+        self._live: list[_Live] = []
+
+    def engines(
+        self,
+        folder: Path,
+        *,
+        format: str = "auto",
+        dtype: str = "bfloat16",
+        max_model_len: int,
+        count: int | None = None,
+    ) -> list[ActorHandle]:
+        """Engines that hold a model, idle, in a stable order.
+
+        Living engines of the same architecture are given the new weights; others are replaced, and so are dead ones.
+
+        Args:
+            folder: Hugging Face folder of the model.
+            format: prompt format: auto, plain or chat.
+            dtype: float32 or bfloat16.
+            max_model_len: longest prompt and continuation together, tokens.
+            count: how many; `cluster.engines` when None.
+
+        Raises:
+            ResourceError: the cluster is too small for them; the message carries the arithmetic.
+            StageFailed: one did not start in time or died; the message ends with its last log lines.
+        """
+        count = count or self.cluster.engines
+        kind, model = (architecture(folder), dtype), (folder, format)
+        fit = [e for e in self._live if e.kind == kind and e.max_model_len >= max_model_len and _answers(e)][:count]
+        self._stop([e for e in self._live if e not in fit])
+        self._live = fit
+        for e in fit:
+            ray.get(e.handle.abort.remote(), timeout=PING_S)
+        swaps = [(e, e.handle.load_checkpoint.remote(*model)) for e in fit if e.model != model]
+        fresh = [self._start(model, kind, dtype, max_model_len, count) for _ in range(self._room_for(count - len(fit)))]
+        self._live = fit + fresh
+        self._await([*swaps, *((e, e.handle.info.remote()) for e in fresh)])
+        for e, _ in swaps:
+            e.model = model
+        return [e.handle for e in self._live]
+
+    def release(self) -> None:
+        """Stops all engines and frees what they hold, before training on the same devices."""
+        self._stop(self._live)
+        self._live = []
+
+    close = release
+
+    def _start(
+        self, model: tuple[Path, str], kind: tuple[Any, ...], dtype: str, max_model_len: int, count: int
+    ) -> _Live:
+        cluster, gpus = self.cluster, self.device == "gpu"
+        name = f"engine-{uuid4().hex[:8]}"
+        log_file = self.log_dir / f"{name}.log"
+        options: dict[str, Any] = {
+            "format": model[1],
+            "dtype": dtype,
+            "max_model_len": max_model_len,
+            "max_num_seqs": cluster.max_num_seqs,
+            "device": self.device,
+        }
+        environment = {"VLLM_NO_USAGE_STATS": "1"}
+        if gpus:
+            options["tensor_parallel_size"] = cluster.tensor_parallel_size
+            options["gpu_memory_utilization"] = cluster.gpu_memory_utilization
+        else:
+            # Ray gives a worker one thread. On CPU the phases of a run take turns, so the engines share all cores.
+            options["threads"] = max(1, (os.cpu_count() or 1) // count)
+            options["kv_cache_gib"] = cluster.kv_cache_gib
+            environment |= {"OMP_NUM_THREADS": str(options["threads"]), "TORCH_COMPILE_DISABLE": "1"}
+        handle = (
+            ray.remote(EngineActor)
+            .options(
+                name=name,
+                num_cpus=1,
+                num_gpus=cluster.tensor_parallel_size if gpus else 0,
+                max_restarts=0,
+                max_task_retries=0,
+                runtime_env={"env_vars": environment},
+            )
+            .remote(name, log_file, model[0], options)
+        )
+        return _Live(name, handle, log_file, model, kind, max_model_len)
+
+    def _room_for(self, fresh: int) -> int:
+        """Passes `fresh` on when the cluster can hold that many new engines beside the living ones."""
+        nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]
+        engines = fresh + len(self._live)
+        per_gpus, total_gpus = self.cluster.tensor_parallel_size, sum(n.get("GPU", 0) for n in nodes)
+        if self.device == "gpu" and engines > sum(int(n.get("GPU", 0) // per_gpus) for n in nodes):
+            raise ResourceError(
+                f"{engines} engines of {per_gpus} GPUs need {engines * per_gpus} GPUs, each engine's on one machine; "
+                f"the cluster has {total_gpus:g} on {len(nodes)} machines",
+                "lower cluster.engines or cluster.tensor_parallel_size, or add machines",
+            )
+        cpus = sum(n.get("CPU", 0) for n in nodes)
+        if engines + 2 > cpus:
+            raise ResourceError(
+                f"{engines} engines take {engines} CPU slots and Ray Data 2 more; the cluster has {cpus:g}",
+                "lower cluster.engines, or start Ray with more logical CPUs (ray start --num-cpus)",
+            )
+        return fresh
+
+    def _await(self, waiting: list[tuple[_Live, Any]]) -> None:
+        deadline = time.monotonic() + self.cluster.start_timeout_s
+        for engine, ref in waiting:
+            try:
+                ray.get(ref, timeout=max(0.0, deadline - time.monotonic()))
+            except (GetTimeoutError, RayActorError, RayTaskError) as e:
+                self.release()
+                if isinstance(e, CaiError):  # such as weights that do not fit
+                    raise
+                what = "died" if isinstance(e, RayActorError) else "failed"
+                if isinstance(e, GetTimeoutError):
+                    what = f"did not start within {self.cluster.start_timeout_s:g} s"
+                raise StageFailed(
+                    f"{engine.name} {what}; the end of {engine.log_file}:\n{log_tail(engine.log_file)}",
+                    "mend what the log says; for a slow machine raise cluster.start_timeout_s",
+                ) from None
+
+    def _stop(self, engines: list[_Live]) -> None:
+        goodbyes = [e.handle.shutdown.remote() for e in engines]
+        ray.wait(goodbyes, num_returns=len(goodbyes), timeout=20) if goodbyes else None
+        for e in engines:
+            ray.kill(e.handle)
+
+
+def log_tail(log_file: Path) -> str:
+    """The last lines of an engine's log, indented."""
+    lines = log_file.read_text("utf-8", "replace").splitlines() if log_file.is_file() else ["(no log)"]
+    return "\n".join(f"    {line[:300]}" for line in lines[-LOG_LINES:])
+
+
+def _answers(engine: _Live) -> bool:
+    try:
+        ray.get(engine.handle.info.remote(), timeout=PING_S)
+    except (RayActorError, GetTimeoutError):
+        return False
+    return True

@@ -1,0 +1,288 @@
+"""The training loop of one rank under Ray Train; it reads top to bottom as numbered steps.
+
+Nothing in it draws a random number that outlives a step: the row order is a hash, dropout is off and each step is seeded
+anew. So the step count is the whole position in the data, and a resumed run repeats an uninterrupted one.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Literal
+
+from cai_ray.artifacts import StageDir, write_atomic
+from cai_ray.config import PreferenceModelConfig, SftConfig
+from cai_ray.errors import CaiError, DataError, StageFailed
+from cai_ray.records import Row, derive_seed
+from cai_ray.training.batches import epoch_order, layout, step_rows, total_steps
+
+if TYPE_CHECKING:
+    import torch
+
+    from cai_ray.models.tokenization import Tokenizer
+    from cai_ray.training.deepspeed import ShardedModel
+
+Kind = Literal["sft", "preference_model"]
+EVAL_ROWS = 1024  # held-out rows that are evaluated, the first by a hash of the id: accuracy to 1.6 points
+REWARD_ROWS = 8  # with fewer held-out pairs, mean and std of the reward come from training rows
+PULSE_S = 2.0
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that one training run is told; it travels to every rank."""
+
+    kind: Kind
+    config: SftConfig | PreferenceModelConfig
+    model: Path
+    format: str  # of prompts: auto | plain | chat
+    inputs: tuple[Path, ...]  # folders of parquet
+    out: Path  # the stage's directory, seen by every rank
+    seed: int
+    device: Literal["cpu", "gpu"]
+    max_bad_fraction: float
+    start_timeout_s: float
+    step_timeout_s: float
+
+
+def storage(out: Path) -> tuple[Path, str]:
+    """Ray Train's storage path and run name within a stage: the same for every attempt, so each finds the last one."""
+    return out / "checkpoints", "train"
+
+
+def train(told: dict[str, Job]) -> dict[str, Any]:
+    """Ray Train's function: `{"metrics": …}` from every rank, or `{"error": …}`.
+
+    A CaiError is returned, not raised: it has the same cause on every rank, so trying again would only repeat it.
+    """
+    try:
+        return {"metrics": _train(told["job"])}
+    except CaiError as error:
+        return {"error": error}
+
+
+def _train(job: Job) -> dict[str, float]:
+    # 1. This rank: its log, its threads, its place among the others.
+    import ray.train
+    import torch
+    import torch.distributed as dist
+
+    out, config, sharding = StageDir(job.out, job.seed), job.config, job.config.sharding
+    rank, world = ray.train.get_context().get_world_rank(), ray.train.get_context().get_world_size()
+    pulse = _own_log(rank_log(out, rank))
+    from cai_ray.models.tokenization import Tokenizer
+    from cai_ray.training.deepspeed import ShardedModel, init_distributed
+
+    device = torch.device("cpu")
+    if job.device == "gpu":
+        device = torch.device("cuda", torch.cuda.current_device())  # chosen by Ray Train
+    else:
+        torch.set_num_threads(sharding.cpus_per_rank)
+    init_distributed(device, job.step_timeout_s)
+
+    # 2. Rows to examples. Every rank tokenises all rows and holds them as int32: 5 GB for a billion tokens.
+    tokenizer, task = Tokenizer.load(job.model, job.format), _task(job.kind)
+    trained, held_out, counts = _examples(job, task, tokenizer, out if rank == 0 else None, pulse)
+    ids = [e.id for e in trained]
+    steps = total_steps(len(trained), config.epochs, config.batch_size)
+
+    # 3. The model, and where an earlier attempt left it.
+    pulse()
+    module = task.load(job.model, sharding.dtype, derive_seed(job.seed, "head", job.kind))
+    model = ShardedModel(module, config.optim, sharding, steps, device)
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint:
+        model.load(Path(checkpoint.path))
+    if rank == 0:
+        _forget_steps(out, model.steps_done)
+
+    def micro_batches(batch: Sequence[Any], rows: Sequence[int]) -> Iterator[tuple[list[int], list[Any], Any]]:
+        """This rank's micro-batches of `rows`, indices into `batch`: (indices, examples, tensors)."""
+        for micro in layout(rows, [e.length for e in batch], world, sharding.microbatch_tokens)[rank]:
+            pulse()
+            chosen = [batch[i] for i in micro]
+            yield micro, chosen, task.collate(chosen, tokenizer.pad_id, device)
+
+    def scores(batch: Sequence[Any]) -> list[Any]:
+        """`task.score` of every example, on every rank."""
+        mine: dict[int, Any] = {}
+        model.module.eval()
+        with torch.no_grad():
+            for micro, chosen, tensors in micro_batches(batch, range(len(batch))):
+                mine.update(zip(micro, task.score(model.module, chosen, tensors), strict=True))
+        model.module.train()
+        parts: list[dict[int, Any]] = [{}] * world
+        dist.all_gather_object(parts, mine)
+        return [score for _, score in sorted({i: s for part in parts for i, s in part.items()}.items())]
+
+    # 4. Held-out rows before the first step.
+    if model.steps_done == 0 and held_out:
+        before = task.summary(held_out, scores(held_out))
+        if rank == 0:
+            out.metrics(0, before)
+
+    # 5. The steps.
+    done = model.steps_done
+    for epoch, rows in step_rows(ids, job.seed, config.epochs, config.batch_size, start=done):
+        began, lr = time.monotonic(), model.lr
+        torch.manual_seed(derive_seed(job.seed, str(done), "step"))
+        total = sum(trained[i].units for i in rows)
+        loss = torch.zeros((), device=device)
+        for _, chosen, tensors in micro_batches(trained, rows):
+            part = task.loss(model.module, chosen, tensors, config, total)
+            model.backward(part)
+            loss += part.detach()
+        norm = model.step()
+        dist.all_reduce(loss)
+        line = {"train/loss": float(loss), "train/lr": lr, "train/grad_norm": norm, "train/epoch": epoch}
+        line["perf/tokens_per_s"] = sum(trained[i].tokens for i in rows) / (time.monotonic() - began)
+        if rank == 0:
+            out.metrics(done, line)
+        done = model.steps_done
+        if done % config.checkpoint_every == 0:
+            _checkpoint(model, job.out)
+
+    # 6. Held-out rows after the last step, and the reward's scale.
+    metrics = {**counts, "steps": done}
+    after = scores(held_out)
+    if held_out:
+        metrics |= task.summary(held_out, after)
+    if rank == 0 and held_out:
+        out.metrics(done, task.summary(held_out, after))
+    updates = {}
+    if job.kind == "preference_model":
+        if len(held_out) < REWARD_ROWS:
+            after = scores([trained[i] for i in epoch_order(ids, job.seed, 0)[:EVAL_ROWS]])
+        updates = reward_scale([s for pair in after for s in pair])
+
+    # 7. The model's folder.
+    pulse()
+    model.export(tokenizer, out.path / "model", updates)
+    return {**metrics, **updates}
+
+
+def rank_log(out: StageDir, rank: int) -> Path:
+    """A rank's log file; its time of change is also the rank's sign of life."""
+    return out.logs / f"rank-{rank}.log"
+
+
+def reward_scale(scores: Sequence[float]) -> dict[str, float]:
+    """Mean and standard deviation of the reward, as config.json keeps them.
+
+    Raises:
+        StageFailed: the scores do not vary or are not finite; PPO would divide by that.
+    """
+    import statistics
+
+    mean, std = statistics.fmean(scores), statistics.stdev(scores)
+    if not 0 < std < float("inf"):
+        raise StageFailed(
+            f"the preference model gives {len(scores)} answers a standard deviation of {std}",
+            "train it longer or with another rate: it does not tell answers apart",
+        )
+    return {"reward_mean": mean, "reward_std": std}
+
+
+def _task(kind: Kind) -> ModuleType:
+    from cai_ray.training import preference, sft
+
+    return sft if kind == "sft" else preference
+
+
+def _own_log(path: Path) -> Callable[[], None]:
+    """Sends all that this process prints to `path`; returns a function that touches it as a sign of life."""
+    log = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    for stream in (1, 2):
+        os.dup2(log, stream)
+    os.utime(path)
+    last = time.monotonic()
+
+    def pulse() -> None:
+        nonlocal last
+        if time.monotonic() - last > PULSE_S:
+            os.utime(path)
+            last = time.monotonic()
+
+    return pulse
+
+
+def _examples(
+    job: Job, task: ModuleType, tokenizer: "Tokenizer", out: StageDir | None, pulse: Callable[[], None]
+) -> tuple[list[Any], list[Any], dict[str, float]]:
+    """(train examples, held-out examples, counts); a row that cannot be read goes to the quarantine of `out`."""
+    made: dict[str, list[Any]] = {"train": [], "test": []}
+    bad: list[dict[str, str]] = []
+    rows = without = 0
+    for row in _rows(job.inputs, task.COLUMNS):
+        pulse()
+        rows += 1
+        try:
+            new = task.examples(row, tokenizer, job.config)
+        except DataError as error:
+            bad.append({"id": row["id"], "reason": error.message})
+            continue
+        without += not new
+        made["test" if row["split"] == "test" else "train"] += new
+    if out:
+        write_atomic(out.quarantine_path, "".join(json.dumps(b, ensure_ascii=False) + "\n" for b in bad))
+    if len(bad) > job.max_bad_fraction * rows:
+        raise StageFailed(
+            f"{len(bad)} of {rows} rows are bad, the first for: {bad[0]['reason']}", f"see quarantine.jsonl in {job.out}"
+        )
+    trained, held_out = (sorted(made[split], key=lambda e: e.id) for split in ("train", "test"))
+    if not trained:
+        raise DataError(
+            f"no training rows in {[str(p) for p in job.inputs]}: {rows} rows, {len(held_out)} held-out examples",
+            "give rows whose split is train",
+        )
+    if len({e.id for e in trained}) != len(trained):
+        raise DataError("two training rows have the same id", "give each input folder once")
+    held_out = [held_out[i] for i in sorted(epoch_order([e.id for e in held_out], job.seed, -1)[:EVAL_ROWS])]
+    counts = {
+        "rows": rows,
+        "quarantined": len(bad),
+        "rows_without_example": without,
+        "train_examples": len(trained),
+        "test_examples": len(held_out),
+        "truncated": sum(e.truncated for e in trained),
+    }
+    return trained, held_out, counts
+
+
+def _rows(folders: Sequence[Path], columns: Sequence[str]) -> Iterator[Row]:
+    import pyarrow.dataset
+
+    for folder in folders:
+        data = pyarrow.dataset.dataset(folder, format="parquet")
+        for batch in data.to_batches(columns=list(columns), batch_size=1024):
+            yield from batch.to_pylist()
+
+
+def _checkpoint(model: "ShardedModel", out: Path) -> None:
+    """Writes the model's state where Ray Train keeps it, each rank its part, and reports it."""
+    import ray.train
+    from ray.train.v2.api.report_config import CheckpointUploadMode
+
+    path, name = storage(out)
+    folder = path / name / f"step-{model.steps_done:06d}"
+    model.save(folder)
+    # It lies in Ray Train's folder already: nothing is copied. The last but one is removed once this one is on record.
+    ray.train.report(
+        {"steps_done": model.steps_done},
+        checkpoint=ray.train.Checkpoint.from_directory(str(folder)),
+        checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
+    )
+
+
+def _forget_steps(out: StageDir, steps_done: int) -> None:
+    """Drops the metrics of steps that an interrupted attempt took after its last checkpoint: they come again."""
+    path = out.path / "metrics.jsonl"
+    if path.is_file():
+        kept = []
+        for line in path.read_text("utf-8").splitlines(keepends=True):
+            if line.endswith("\n") and json.loads(line)["step"] < steps_done:
+                kept.append(line)
+        write_atomic(path, "".join(kept))

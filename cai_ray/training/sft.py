@@ -1,0 +1,133 @@
+"""Supervised fine-tuning: what a revision row teaches, and its loss. Knows nothing of ranks, steps or Ray.
+
+Shapes: B sequences, T tokens, N loss positions.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cai_ray.algo.ppo import logprobs_from_hidden, nll_loss
+from cai_ray.config import SftConfig
+from cai_ray.models.checkpoints import load_causal_lm
+from cai_ray.models.scalar import hidden_states, lm_head_weight
+from cai_ray.models.tokenization import Tokenizer, sft_example
+from cai_ray.records import Row
+
+COLUMNS = ("id", "messages", "kind", "split", "initial_response", "rounds")
+Batch = Mapping[str, Tensor]
+Score = tuple[float, float]  # summed log-prob, its tokens
+
+
+@dataclass(frozen=True)
+class Example:
+    """One conversation with one answer to learn."""
+
+    id: str
+    ids_T: np.ndarray  # int32
+    loss_mask_T: np.ndarray  # bool: the answer and its EOS
+    truncated: bool
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are read."""
+        return len(self.ids_T)
+
+    @property
+    def length(self) -> int:
+        """Tokens that the example takes in a micro-batch where it is the longest."""
+        return len(self.ids_T)
+
+    @property
+    def units(self) -> int:
+        """What the loss is averaged over: tokens with loss."""
+        return int(self.loss_mask_T[1:].sum())
+
+
+class TokenLogprobs(nn.Module):
+    """Log-probs and entropies at chosen tokens only; also the forward pass of PPO's actor and reference.
+
+    One module call holds backbone and head, so that ZeRO-3 gathers the head's weight too.
+    """
+
+    def __init__(self, hf: Any):
+        super().__init__()
+        self.hf = hf
+
+    def forward(
+        self, ids_BT: Tensor, attention_mask_BT: Tensor, wanted_BT: Tensor, temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """(logprobs_N, entropy_N) in float32 nats of the wanted tokens, row by row; the first token is never wanted."""
+        hidden_BTH = hidden_states(self.hf, ids_BT, attention_mask_BT)
+        wanted = wanted_BT[:, 1:]
+        return logprobs_from_hidden(
+            hidden_BTH[:, :-1][wanted], lm_head_weight(self.hf), ids_BT[:, 1:][wanted], temperature
+        )
+
+
+def load(folder: Path, dtype: str, seed: int) -> TokenLogprobs:
+    """The model to train; `seed` is for models with a fresh head, which this one has not."""
+    return TokenLogprobs(load_causal_lm(folder, dtype))
+
+
+def examples(row: Row, tokenizer: Tokenizer, config: SftConfig) -> list[Example]:
+    """The examples of one `Revision` row: its chosen revisions, or a helpful row's sampled answer.
+
+    A harmful row's initial response is never learned, and neither is an empty answer; such a row may give none.
+
+    Raises:
+        DataError: the chat template refuses the conversation.
+    """
+    out = []
+    for name, text in _answers(row, config.rounds):
+        ids, mask, truncated = sft_example(tokenizer, row["messages"], text, config.max_tokens)
+        out.append(Example(name, np.array(ids, np.int32), np.array(mask, bool), truncated))
+    return out
+
+
+def _answers(row: Row, rounds: str | tuple[int, ...]) -> list[tuple[str, str]]:
+    if row["kind"] == "helpful":
+        texts = {row["id"]: row["initial_response"]}
+    else:
+        numbered = {k: r["revision"] for k, r in enumerate(row["rounds"] or [], 1)}
+        chosen = {"all": list(numbered), "last": list(numbered)[-1:]}.get(rounds, rounds)  # type: ignore[arg-type]
+        texts = {f"{row['id']}-{k}": numbered[k] for k in chosen if k in numbered}  # type: ignore[index]
+    return [(name, text) for name, text in texts.items() if text and text.strip()]
+
+
+def collate(batch: Sequence[Example], pad_id: int, device: torch.device) -> Batch:
+    """Right-padded tensors of a micro-batch; an empty one becomes a row of padding whose one token has no loss."""
+    rows = len(batch) or 1
+    width = max((len(e.ids_T) for e in batch), default=2)
+    ids, real, wanted = np.full((rows, width), pad_id), np.zeros((rows, width), bool), np.zeros((rows, width), bool)
+    for i, e in enumerate(batch):
+        ids[i, : len(e.ids_T)], real[i, : len(e.ids_T)], wanted[i, : len(e.ids_T)] = e.ids_T, True, e.loss_mask_T
+    if not batch:
+        real[:], wanted[:, 1] = True, True
+    wanted[:, 0] = False
+    tensors = {"ids_BT": ids, "attention_mask_BT": real, "wanted_BT": wanted}
+    return {name: torch.from_numpy(x).to(device) for name, x in tensors.items()}
+
+
+def loss(module: nn.Module, batch: Sequence[Example], tensors: Batch, config: SftConfig, total: int) -> Tensor:
+    """The micro-batch's part of the step's mean negative log-prob; `total` counts the whole step's loss tokens."""
+    logprobs_N, _ = module(**tensors)
+    return nll_loss(logprobs_N, torch.full_like(logprobs_N, bool(batch), dtype=torch.bool), total)[0]
+
+
+def score(module: nn.Module, batch: Sequence[Example], tensors: Batch) -> list[Score]:
+    """Each example's summed log-prob (nats) and loss tokens."""
+    logprobs_N, _ = module(**tensors)
+    parts = logprobs_N.split([e.units for e in batch]) if batch else ()
+    return [(float(part.double().sum()), float(len(part))) for part in parts]
+
+
+def summary(batch: Sequence[Example], scores: Sequence[Score]) -> dict[str, float]:
+    """Held-out loss (nats per token) and perplexity."""
+    mean = -sum(s for s, _ in scores) / max(1.0, sum(n for _, n in scores))
+    return {"eval/loss": mean, "eval/perplexity": float(np.exp(min(mean, 700.0)))}

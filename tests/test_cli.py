@@ -1,0 +1,96 @@
+"""The command line: one readable message with the fix, the right exit code, and nothing harmed."""
+
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from cai_ray.cli import main
+
+
+def call(*arguments: str) -> Result:
+    return CliRunner().invoke(main, list(arguments), catch_exceptions=False)
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # shipped configs go by name from any folder
+
+
+def test_help_has_two_examples_everywhere() -> None:
+    for words in (["run"], ["plan"], ["config", "show"], ["report"], ["chat"], ["critique"], ["doctor"]):
+        text = call(*words, "--help").output
+        assert text.split("Examples:")[1].count("cai-ray ") >= 2, words
+    assert "neighbour's wifi" in call("critique", "--help").output
+    assert "邻居" in call("critique", "--help").output
+
+
+def test_config_show_prints_the_resolved_configuration() -> None:
+    output = call("config", "show", "tiny", "ppo.kl_coef=0.25").output
+    assert "kl_coef: 0.25" in output
+    assert "gae_lambda: 0.95" in output
+
+
+def test_plan_lists_the_stages() -> None:
+    result = call("plan", "tiny")
+    assert result.exit_code == 0, result.output
+    for stage in ("prompts", "revise", "sft", "sample_pairs", "label", "preference_model", "ppo", "evaluate", "report"):
+        assert stage in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["run", "tiny", "ppo.kl_coeff=1"], "did you mean 'kl_coef'"),
+        (["run", "no_such_config"], "neither a file nor one of"),
+        (["run", "tiny", "prompts.harmful=[gone.jsonl]"], "no data at 'gone.jsonl'"),
+        (["run", "tiny", "models.helpful=/no/such/model"], "/no/such/model"),
+        (["run", "tiny", "constitution.critique=gone.yaml"], "gone.yaml"),
+        (["run", "tiny", "constitution.critique.only=[no-such-tag]"], "no-such-tag"),
+        (["run", "tiny", "--only", "no_such_stage"], "stages are prompts"),
+        (["run", "tiny", "cluster.kv_cache_gib=100000"], "GiB"),
+        (["run", "tiny", "--reuse", "nowhere"], "no such run directory"),
+        (["report", "nowhere"], "no run directory"),
+        (["chat", "/no/such/model"], "/no/such/model"),
+        (["plan", "tiny", "revise.rounds=zero"], "revise.rounds"),
+    ],
+    ids=lambda v: " ".join(v) if isinstance(v, list) else "",
+)
+def test_bad_input_gives_one_message_and_exit_code_2(arguments: list[str], words: str) -> None:
+    result = call(*arguments)
+    assert result.exit_code == 2, result.output
+    assert words in result.output
+    assert "Traceback" not in result.output
+    assert not list(Path("runs").rglob("manifest.json"))
+
+
+def test_an_empty_constitution_is_refused() -> None:
+    Path("empty.yaml").write_text("name: empty\nversion: 1\nprinciples: []\n", "utf-8")
+    result = call("run", "tiny", "constitution.critique=empty.yaml")
+    assert result.exit_code == 2
+    assert "principle" in result.output
+
+
+def test_a_full_disk_is_found_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    import shutil
+    from collections import namedtuple
+
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2**40, 2**40 - 2**20, 2**20))
+    result = call("run", "tiny")
+    assert result.exit_code == 2
+    assert "GiB free" in result.output
+    assert "run.dir" in result.output
+
+
+def test_help_is_quick() -> None:
+    import subprocess
+    import sys
+
+    times = []
+    for _ in range(3):
+        start = time.monotonic()
+        subprocess.run([sys.executable, "-m", "cai_ray.cli", "--help"], check=True, capture_output=True, timeout=30)
+        times.append(time.monotonic() - start)
+    assert min(times) < 0.5
