@@ -237,7 +237,7 @@ class EngineActor:
         await self._call(self._engine.finish_weight_update, version)
 
     async def stats(self) -> dict[str, float]:
-        """Since the start: prompt and sampled tokens of finished requests, seconds of stepping, rows; and what waits."""
+        """Since the start: tokens of finished requests, seconds of stepping, finished rows; and unfinished requests."""
         e = self._engine
         return {
             "tokens_in": e.tokens_in,
@@ -248,8 +248,10 @@ class EngineActor:
         }
 
     async def info(self) -> dict[str, Any]:
-        """Who this is: name, process, node, and the version of its weights."""
-        return {"name": self.name, "pid": os.getpid(), "node": os.uname().nodename, "version": self._engine.version}
+        """Who this is: name, process, node, sequences that it takes at once, and the version of its weights."""
+        e = self._engine
+        node = os.uname().nodename
+        return {"name": self.name, "pid": os.getpid(), "node": node, "slots": e.max_num_seqs, "version": e.version}
 
     async def shutdown(self) -> None:
         """Ends vLLM's own processes; the actor is of no use afterwards."""

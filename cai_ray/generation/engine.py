@@ -227,7 +227,8 @@ class Engine:
                 **special,
             )
         )
-        self.model_folder, self.device, self.max_model_len = model_folder, device, max_model_len
+        self.model_folder, self.device = model_folder, device
+        self.max_model_len, self.max_num_seqs = max_model_len, max_num_seqs
         self.tokenizer = Tokenizer.load(model_folder, format)
         self.version = 0
         self.tokens_in, self.tokens_out, self.busy_s = 0, 0, 0.0

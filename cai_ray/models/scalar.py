@@ -3,6 +3,8 @@
 Shapes: B sequences, T tokens, H hidden, V vocabulary. Heads run in float32 whatever the model's dtype.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -41,7 +43,7 @@ def lm_head_weight(model: PreTrainedModel) -> torch.Tensor:
     Raises:
         DataError: the model does more than that: a bias, soft-capped or scaled logits.
     """
-    head = model.get_output_embeddings()
+    head: Any = model.get_output_embeddings()
     config = model.config.get_text_config()
     scales = ("final_logit_softcapping", "logit_scale", "logits_scaling")
     found = [name for name in scales if getattr(config, name, 1) not in (None, 1)]

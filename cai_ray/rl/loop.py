@@ -56,6 +56,8 @@ def run_ppo(
     device: str,
     seed: int,
     out: StageDir,
+    engine_dtype: str | None = None,
+    restart_engines: Callable[[], list[Any]] | None = None,
     progress: Callable[[], AbstractContextManager[Bar]] | None = None,
 ) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
     """Trains the policy against the preference model; continues from the last whole checkpoint in `out`.
@@ -65,12 +67,14 @@ def run_ppo(
         policy: start and reference of the policy, Hugging Face folder.
         reward_model: the preference model's folder.
         prompts: `Prompt` rows to train on, harmful and helpful.
-        engines: handles of `EngineActor`s that hold the policy.
+        engines: handles of `EngineActor`s that hold the policy; they hold it again at the end.
         format: prompt format of the policy: auto | plain | chat.
         cluster: time limits.
         device: cpu | gpu.
         seed: the run's.
         out: gets metrics, samples, checkpoints, snapshots and the model.
+        engine_dtype: precision of the engines; the actor's when None. It decides how far their log-probs may differ.
+        restart_engines: starts engines anew in place of dead ones and returns all; without it a dead engine is the end.
         progress: opens a progress bar, which is told (steps done, steps, a few words).
 
     Returns the last step's metrics with counts, and role -> [{pid, node}] of each worker.
@@ -80,9 +84,11 @@ def run_ppo(
         DataError: no prompt fits, or the preference model does not suit the policy.
         StageFailed: a worker did not answer, engine and actor disagree, or the gradient is not finite.
     """
-    setup = Setup(config, policy, reward_model, format, device, seed, cluster.step_timeout_s)
-    tokenizer = Tokenizer.load(policy, format)
-    steps, too_long = prompts_of_steps(prompts, config, seed, tokenizer)
+    setup = Setup(
+        config, policy, reward_model, format, device, seed, cluster.step_timeout_s, cluster.tensor_parallel_size
+    )
+    limit = max(GAP_LIMITS[dtype] for dtype in {config.actor.sharding.dtype, engine_dtype} - {None})
+    steps, too_long = prompts_of_steps(prompts, config, seed, Tokenizer.load(policy, format))
     out.quarantine_path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(out.quarantine_path, "".join(json.dumps(row) + "\n" for row in too_long))
     ranks = {
@@ -94,12 +100,13 @@ def run_ppo(
     for attempt in range(TRAINER_RESTARTS + 1):
         try:
             with _started(setup, ranks, cluster) as groups, progress() if progress else nullcontext() as bar:
-                workers = _Controller(setup, cluster, groups, engines, steps, out, bar).run()
+                workers = _Controller(setup, groups, engines, restart_engines, steps, out, limit, bar).run()
             break
         except WorkerDied as e:
             if attempt == TRAINER_RESTARTS:
                 raise
             log.warning("%s; starting again from the last checkpoint", e.message)
+            engines = restart_engines() if restart_engines else engines
     last = json.loads((out.path / "metrics.jsonl").read_text("utf-8").splitlines()[-1])
     counts = {"prompts_used": len({row["id"] for step in steps for row in step}), "quarantined": len(too_long)}
     return {**{k: v for k, v in last.items() if k not in ("step", "time")}, "steps": config.steps, **counts}, workers
@@ -144,15 +151,16 @@ class _Controller:
     """One attempt at the whole loop, with the groups that it has."""
 
     setup: Setup
-    cluster: Cluster
     groups: dict[str, Group]
     engines: list[Any]
+    restart_engines: Callable[[], list[Any]] | None
     steps: list[list[Row]]
     out: StageDir
+    gap_limit: float  # nats a token
     bar: Bar | None
 
     def __post_init__(self) -> None:
-        self.config, self.limit = self.setup.config, self.cluster.step_timeout_s
+        self.config, self.limit = self.setup.config, self.setup.timeout_s
         self.times: dict[str, float] = {}
         self.kl = FixedKL(self.config.kl_coef)
         self.keep = ray.remote(num_cpus=0, num_returns=2)(keep_rollouts)
@@ -162,7 +170,6 @@ class _Controller:
         """Runs every step that no checkpoint covers and exports the policy; returns who worked."""
         config, out = self.config, self.out
         workers = self._workers()
-        gap_limit = GAP_LIMITS[self._dtype]
         first = self._resume()
         self.begun, self.times = time.monotonic(), {}
         for step in range(first, config.steps):
@@ -192,7 +199,7 @@ class _Controller:
                 experience, done = self.shape.remote(config, self.kl.coef, rollouts, *payloads)
                 (shaped,) = wait([Call("the advantage task", done)], self.limit, f"advantages of step {step}")
             metrics = shaped["metrics"]
-            check_gap(metrics["rollout/logprob_gap"], gap_limit, f"in the rollouts of step {step}")
+            check_gap(metrics["rollout/logprob_gap"], self.gap_limit, f"in the rollouts of step {step}")
 
             # 7. Update actor and critic, minibatch by minibatch.
             totals = [sum(seen["responses"][row] for row in rows) for rows in updates]
@@ -207,7 +214,7 @@ class _Controller:
             # 8. Send the new weights to the engines, and see that both sides compute the same with them.
             with self._clock("sync"):
                 self._sync(step + 1)
-                metrics["policy/logprob_shift"] = self._probe(experience, seen["probe"], gap_limit, step)
+                metrics["policy/logprob_shift"] = self._probe(experience, seen["probe"], step)
 
             # 9. Log, checkpoint (whose time shows in the next step's line).
             metrics |= _learning("policy", stats["update_actor"][1]) | _learning("value", stats["update_critic"][1])
@@ -215,6 +222,7 @@ class _Controller:
             self._keep(step + 1)
         with out.phase("export"):
             wait(self.groups["actor"].submit("export", out.model), self.limit, "export of the policy")
+            self._ask_engines("load_checkpoint", self.setup.policy, self.setup.format)
         return workers
 
     # ---- what the steps are made of ---------------------------------------------------------------------------------
@@ -247,13 +255,13 @@ class _Controller:
         each = [([plan[rank] for plan in plans], totals) for rank in range(len(self.groups[role].workers))]
         return self.groups[role].submit("update", experience, each=each)
 
-    def _engine_info(self) -> list[dict[str, Any]]:
-        calls = [Call(f"rollout {i}", engine.info.remote()) for i, engine in enumerate(self.engines)]
-        return wait(calls, self.limit, "rollout engines")
+    def _ask_engines(self, method: str, *args: Any) -> list[Any]:
+        calls = [Call(f"rollout {i}", getattr(engine, method).remote(*args)) for i, engine in enumerate(self.engines)]
+        return wait(calls, self.limit, f"rollout engines ({method})")
 
     def _workers(self) -> dict[str, list[dict[str, Any]]]:
         found = {r: wait(g.submit("info"), self.limit, f"the {r}'s start") for r, g in self.groups.items()}
-        return found | {"rollout": [{k: info[k] for k in ("pid", "node")} for info in self._engine_info()]}
+        return found | {"rollout": [{k: info[k] for k in ("pid", "node")} for info in self._ask_engines("info")]}
 
     def _resume(self) -> int:
         """Loads the last whole checkpoint, clears what came after it, and brings the engines to the same weights."""
@@ -275,24 +283,26 @@ class _Controller:
         asked = requests(self.steps[step], self.config, self.setup.seed, step)
         share, program = -(-count // len(self.engines)), RollOut(self.config)
         for attempt in range(ROLLOUT_TRIES):
-            if not path.is_file() and {info["version"] for info in self._engine_info()} != {step}:
-                self._sync(step, fresh=True)  # an engine was started again, with the weights of another time
-            with self._clock("rollout"):
-                calls = [
-                    Call(f"rollout {i}", engine.run.remote(program, asked.slice(i * share, share)), fetch=False)
-                    for i, engine in enumerate(self.engines)
-                    if not path.is_file() and i * share < count
-                ]
-                try:
+            try:
+                with self._clock("rollout"):
+                    if not path.is_file() and {info["version"] for info in self._ask_engines("info")} != {step}:
+                        self._sync(step, fresh=True)
+                    calls = [
+                        Call(f"rollout {i}", engine.run.remote(program, asked.slice(i * share, share)), fetch=False)
+                        for i, engine in enumerate(self.engines)
+                        if not path.is_file() and i * share < count
+                    ]
                     wait(calls, self.limit, f"rollout of step {step}")
                     rollouts, done = self.keep.remote(path, count, *[call.done for call in calls])
-                    (seen,) = wait([Call("the rollout engines", done)], self.limit, f"rollout of step {step}")
-                except WorkerDied as e:
-                    log.warning("%s (try %d of %d)", e.message, attempt + 1, ROLLOUT_TRIES)
-                    continue
-            if seen["versions"] == [step]:
-                return rollouts, seen
-            path.unlink()
+                    (seen,) = wait([Call("an engine", done)], self.limit, f"rollout of step {step}")
+                if seen["versions"] == [step]:
+                    return rollouts, seen
+                path.unlink()
+            except WorkerDied as e:
+                if self.restart_engines is None:
+                    raise StageFailed(e.message, "the same command continues from the last checkpoint") from e
+                log.warning("%s; starting it again (%d of %d)", e.message, attempt + 1, ROLLOUT_TRIES)
+                self.engines = self.restart_engines()
         raise StageFailed(
             f"rollout of step {step}: {ROLLOUT_TRIES} tries brought no {count} responses of one policy",
             "see the engines' logs",
@@ -302,7 +312,7 @@ class _Controller:
         calls = self.groups["actor"].submit("sync", self.engines, version, fresh)
         wait(calls, self.limit, f"weight sync before step {version}")
 
-    def _probe(self, experience: Any, probe: list[tuple[list[int], list[int]]], limit: float, step: int) -> float:
+    def _probe(self, experience: Any, probe: list[tuple[list[int], list[int]]], step: int) -> float:
         """Compares engines and actor on a few of the step's responses; returns how far the update moved them."""
         # Engines want room for one more token, which the longest response has used up: its last token is left out.
         room = self.config.max_prompt_tokens + self.config.max_new_tokens - 1
@@ -312,7 +322,7 @@ class _Controller:
             calls.append(Call(f"rollout {i}", engine.prompt_logprobs.remote(ids, starts)))
         actor, *others = wait(calls, self.limit, f"probe after step {step}")
         for engine in others[len(self.groups["actor"].workers) - 1 :]:
-            check_gap(mean_gap(actor["logprobs"], engine), limit, f"after the weight sync of step {step}")
+            check_gap(mean_gap(actor["logprobs"], engine), self.gap_limit, f"after the weight sync of step {step}")
         return actor["shift"]
 
     def _keep(self, step: int) -> None:

@@ -20,6 +20,7 @@ from cai_ray.algo.masking import masked_mean, masked_var, masked_whiten
 from cai_ray.algo.ppo import gae, shaped_rewards
 from cai_ray.config import PPOConfig
 from cai_ray.errors import DataError, StageFailed
+from cai_ray.generation.actor import BAD
 from cai_ray.generation.engine import Request
 from cai_ray.models.tokenization import Tokenizer
 from cai_ray.records import PROMPT, Row, derive_seed, to_table
@@ -172,7 +173,7 @@ def keep_rollouts(path: Path, count: int, *parts: pa.Table) -> tuple[pa.Table, d
     Args:
         path: parquet file of the step.
         count: responses that were asked for.
-        parts: tables of schema ROLLOUTS.
+        parts: tables of schema ROLLOUTS and a column that names what is wrong with a row.
 
     Returns the batch in the order of its rows, and what the controller may see of it.
 
@@ -180,10 +181,13 @@ def keep_rollouts(path: Path, count: int, *parts: pa.Table) -> tuple[pa.Table, d
         StageFailed: responses are missing.
     """
     if parts:
-        batch = pa.concat_tables(parts).sort_by("row")
-        if batch["row"].to_pylist() != list(range(count)):
+        batch = pa.concat_tables(parts)
+        reasons = [reason for reason in batch[BAD].to_pylist() if reason]
+        batch = batch.select(ROLLOUTS.names).sort_by("row")
+        if reasons or batch["row"].to_pylist() != list(range(count)):
             raise StageFailed(
-                f"{count} responses were asked for, {len(batch)} came", "the engines' logs say why; run it again"
+                f"{count} responses were asked for, {len(batch) - len(reasons)} came; {reasons[0] if reasons else ''}",
+                "the engines' logs say more; the same command continues",
             )
         temporary = path.with_name(f".{path.name}.tmp")
         pq.write_table(batch, temporary)

@@ -20,32 +20,35 @@ GAP_LIMITS = {"float32": 1e-3, "bfloat16": 0.05}  # nats, mean over tokens; two 
 
 
 class Engines:
-    """The engines' side of a transfer, as vLLM's trainer classes expect it: each call goes to all engines at once."""
+    """The engines' side of a transfer, as vLLM's trainer classes expect it: each call goes to all engines at once.
 
-    def __init__(self, handles: list[Any], timeout_s: float):
-        self._handles, self._timeout_s = handles, timeout_s
+    Args:
+        handles: of the rollout engines.
+        gpus: GPUs, and so receiving processes, of each engine; 0 on CPU.
+        timeout_s: longest wait for one answer.
+    """
+
+    def __init__(self, handles: list[Any], gpus: int, timeout_s: float):
+        self._handles, self.gpus, self._timeout_s = handles, gpus, timeout_s
         self.version = 0
 
-    def _all(self, method: str, *args: Any, each: list[Any] | None = None) -> list[Any]:
+    def __len__(self) -> int:
+        return len(self._handles)
+
+    def _all(self, method: str, *args: Any, each: list[Any] | None = None) -> None:
         calls = [
             Call(f"rollout {i}", getattr(engine, method).remote(*args, *([each[i]] if each else [])))
             for i, engine in enumerate(self._handles)
         ]
-        return wait(calls, self._timeout_s, f"weight sync ({method})")
-
-    def gpus(self) -> list[int]:
-        """Tensor-parallel processes of each engine."""
-        return [info["tensor_parallel_size"] for info in self._all("info")]
+        wait(calls, self._timeout_s, f"weight sync ({method})")
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         """Each engine's processes get ranks of their own behind the sender's rank 0."""
-        sizes = self.gpus()
-        offsets = [1 + sum(sizes[:i]) for i in range(len(sizes))] if "rank_offset" in init_info else None
-        infos = [{**init_info, "rank_offset": o} for o in offsets] if offsets else [init_info] * len(sizes)
-        self._all("init_weight_transfer", each=infos)
+        ranks = [{"rank_offset": 1 + i * self.gpus} if self.gpus else {} for i in range(len(self))]
+        self._all("init_weight_transfer", each=[{**init_info, **own} for own in ranks])
 
     def start_weight_update(self) -> None:
-        """Engines finish what they run and wait for weights."""
+        """Engines, idle now, wait for weights."""
         self._all("start_weight_update")
 
     def update_weights(self, update_info: Any) -> None:
@@ -63,18 +66,15 @@ class Sender:
     Args:
         model: source of the weights.
         hf: the transformers model inside, for names and shapes.
-        engines: handles of the rollout engines.
-        device: cpu | gpu.
-        timeout_s: longest wait for one answer of the engines.
+        engines: the receiving side.
     """
 
-    def __init__(self, model: ShardedModel, hf: nn.Module, engines: list[Any], device: str, timeout_s: float):
-        self._model, self._device = model, device
-        self._engines = Engines(engines, timeout_s)
-        if device == "gpu":
-            self._nccl = _nccl_trainer(model, hf, self._engines)
+    def __init__(self, model: ShardedModel, hf: nn.Module, engines: Engines):
+        self._model, self._engines = model, engines
+        if engines.gpus:
+            self._nccl = _nccl_trainer(model, hf, engines)
         elif model.rank == 0:
-            self._engines.init_weight_transfer_engine({})
+            engines.init_weight_transfer_engine({})
 
     def send(self, version: int) -> None:
         """Returns when all engines hold the weights as `version`.
@@ -83,7 +83,7 @@ class Sender:
             StageFailed: an engine did not answer.
         """
         self._engines.version = version
-        if self._device == "gpu":
+        if self._engines.gpus:
             self._nccl.send_weights()
             return
         if self._model.rank != 0:
@@ -135,7 +135,7 @@ def _nccl_trainer(model: ShardedModel, hf: nn.Module, engines: Engines) -> Any:
     info = NCCLTrainerInitInfo(
         master_address=address,
         master_port=port,
-        world_size=1 + sum(engines.gpus()) if model.rank == 0 else 0,
+        world_size=1 + len(engines) * engines.gpus,
         rank=model.rank,
     )
     return NCCLTrainerWeightTransferEngine.trainer_init(info, client=engines, source=Source())

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import ray
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -28,7 +27,7 @@ from cai_ray.models.scalar import scores_at_end, values_at
 from cai_ray.models.tokenization import Tokenizer, preference_input
 from cai_ray.rl.batches import Micro, Plan, collate, ragged
 from cai_ray.rl.groups import free_address
-from cai_ray.rl.weight_sync import Sender
+from cai_ray.rl.weight_sync import Engines, Sender
 from cai_ray.training.deepspeed import ShardedModel, init_distributed, torch_dtype
 from cai_ray.training.sft import TokenLogprobs
 
@@ -46,6 +45,7 @@ class Setup:
     device: str  # cpu | gpu
     seed: int
     timeout_s: float  # longest wait for the other ranks
+    engine_gpus: int  # that share one rollout engine
 
     @property
     def torch_device(self) -> torch.device:
@@ -72,7 +72,7 @@ class ValueForward(nn.Module):
 
 
 def _identity() -> dict[str, Any]:
-    return {"pid": os.getpid(), "node": ray.get_runtime_context().get_node_id()}
+    return {"pid": os.getpid(), "node": os.uname().nodename}
 
 
 def _table(name: str, rows: Sequence[int], values: pa.Array) -> pa.Table:
@@ -158,10 +158,10 @@ def _same_tokens(setup: Setup) -> Tokenizer:
 
 
 def _moments(config: Any, setup: Setup) -> tuple[float, float]:
-    mean, std = (getattr(config, name, None) for name in ("score_mean", "score_std"))
+    mean, std = (getattr(config, name, None) for name in ("reward_mean", "reward_std"))
     if mean is None or not std:
         raise DataError(
-            f"the preference model {setup.reward_model} stores score_mean {mean} and score_std {std}",
+            f"the preference model {setup.reward_model} stores reward_mean {mean} and reward_std {std}",
             "train it with cai-ray, add both to its config.json, or set ppo.normalize_scores=false",
         )
     return mean, std
@@ -276,7 +276,9 @@ class Actor(_Trained):
     def sync(self, engines: list[Any], version: int, fresh: bool) -> Answer:
         """Sends the weights to the engines, which then hold version `version`; `fresh` connects to them anew."""
         if fresh or self._sender is None:
-            self._sender = Sender(self._model, self._hf, engines, self._setup.device, self._setup.timeout_s)
+            setup = self._setup
+            gpus = setup.engine_gpus if setup.device == "gpu" else 0
+            self._sender = Sender(self._model, self._hf, Engines(engines, gpus, setup.timeout_s))
         self._sender.send(version)
         return None, {}
 

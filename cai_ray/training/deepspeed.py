@@ -58,7 +58,7 @@ def init_distributed(device: torch.device, timeout_s: float = 1800.0) -> None:
     if device.type == "cpu":
         # On a CPU, DeepSpeed would compile a shared-memory extension here, for more than a minute, whose all-reduce
         # only its inference uses. An empty table of usable extensions stops the compiler; gloo does the work.
-        deepspeed.ops.__compatible_ops__ = {}
+        vars(deepspeed.ops)["__compatible_ops__"] = {}
     else:
         torch.cuda.set_device(device)
     backend, timeout = ("gloo" if device.type == "cpu" else "nccl"), timedelta(seconds=timeout_s)
@@ -133,7 +133,7 @@ class ShardedModel:
         if sharding.offload_optimizer and self._stage:
             pinned = device.type != "cpu"
             config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": pinned}
-        self.module, *_ = deepspeed.initialize(model=model, optimizer=_adamw(model, optim), config=config)
+        self.module: Any = deepspeed.initialize(model=model, optimizer=_adamw(model, optim), config=config)[0]
         self.module.enable_backward_allreduce = self._stage > 0  # at stage 0 step() does it, and only where needed
 
     @property

@@ -1,7 +1,7 @@
 """The training loop of one rank under Ray Train; it reads top to bottom as numbered steps.
 
-Nothing in it draws a random number that outlives a step: the row order is a hash, dropout is off and each step is seeded
-anew. So the step count is the whole position in the data, and a resumed run repeats an uninterrupted one.
+The row order is a hash, dropout is off and each step is seeded anew: the step count is the whole position in the data,
+and a resumed run repeats an uninterrupted one.
 """
 
 import json
@@ -20,8 +20,6 @@ from cai_ray.records import Row, derive_seed
 from cai_ray.training.batches import epoch_order, layout, step_rows, total_steps
 
 if TYPE_CHECKING:
-    import torch
-
     from cai_ray.models.tokenization import Tokenizer
     from cai_ray.training.deepspeed import ShardedModel
 
@@ -226,11 +224,12 @@ def _examples(
             continue
         without += not new
         made["test" if row["split"] == "test" else "train"] += new
-    if out:
+    if out and bad:
         write_atomic(out.quarantine_path, "".join(json.dumps(b, ensure_ascii=False) + "\n" for b in bad))
     if len(bad) > job.max_bad_fraction * rows:
         raise StageFailed(
-            f"{len(bad)} of {rows} rows are bad, the first for: {bad[0]['reason']}", f"see quarantine.jsonl in {job.out}"
+            f"{len(bad)} of {rows} rows are bad, the first for: {bad[0]['reason']}",
+            f"see quarantine.jsonl in {job.out}",
         )
     trained, held_out = (sorted(made[split], key=lambda e: e.id) for split in ("train", "test"))
     if not trained:
@@ -240,8 +239,8 @@ def _examples(
         )
     if len({e.id for e in trained}) != len(trained):
         raise DataError("two training rows have the same id", "give each input folder once")
-    held_out = [held_out[i] for i in sorted(epoch_order([e.id for e in held_out], job.seed, -1)[:EVAL_ROWS])]
-    counts = {
+    held_out = [held_out[i] for i in epoch_order([e.id for e in held_out], seed=0, epoch=0)[:EVAL_ROWS]]
+    counts: dict[str, float] = {
         "rows": rows,
         "quarantined": len(bad),
         "rows_without_example": without,
@@ -264,7 +263,6 @@ def _rows(folders: Sequence[Path], columns: Sequence[str]) -> Iterator[Row]:
 def _checkpoint(model: "ShardedModel", out: Path) -> None:
     """Writes the model's state where Ray Train keeps it, each rank its part, and reports it."""
     import ray.train
-    from ray.train.v2.api.report_config import CheckpointUploadMode
 
     path, name = storage(out)
     folder = path / name / f"step-{model.steps_done:06d}"
@@ -273,7 +271,7 @@ def _checkpoint(model: "ShardedModel", out: Path) -> None:
     ray.train.report(
         {"steps_done": model.steps_done},
         checkpoint=ray.train.Checkpoint.from_directory(str(folder)),
-        checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
+        checkpoint_upload_mode=ray.train.CheckpointUploadMode.NO_UPLOAD,
     )
 
 

@@ -78,12 +78,13 @@ def examples(row: Row, tokenizer: Tokenizer, config: PreferenceModelConfig) -> l
     """
     if row["label_prob"] is None or not 0 <= row["label_prob"] <= 1:
         raise DataError(f"label_prob is {row['label_prob']}, expected a probability")
-    prompt, inputs, truncated = tokenizer.prompt(row["messages"]), [], False
-    for text in (row["response_a"], row["response_b"]):
-        ids, cut = preference_input(prompt, tokenizer.response(text), tokenizer.eos_id, config.max_tokens)
-        inputs.append(np.array(ids, np.int32))
-        truncated |= cut
-    return [Example(row["id"], *inputs, row["label_prob"], row["source"], truncated)]
+    prompt = tokenizer.prompt(row["messages"])
+    (a, a_cut), (b, b_cut) = (
+        preference_input(prompt, tokenizer.response(row[name]), tokenizer.eos_id, config.max_tokens)
+        for name in ("response_a", "response_b")
+    )
+    a_T, b_T = np.array(a, np.int32), np.array(b, np.int32)
+    return [Example(row["id"], a_T, b_T, row["label_prob"], row["source"], a_cut or b_cut)]
 
 
 def collate(batch: Sequence[Example], pad_id: int, device: torch.device) -> Batch:

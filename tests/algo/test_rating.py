@@ -65,6 +65,17 @@ def test_lopsided_numbers_converge():
     assert ratings["a"].elo == pytest.approx(400 * math.log10(20_000), abs=0.05)
 
 
+def test_a_design_on_which_undamped_newton_steps_diverge():
+    # everybody beats the anchor; among the others there is a cycle of very unequal weights
+    games = {("b", "a"): 77, ("c", "a"): 4472, ("d", "a"): 1158, ("b", "c"): 4585, ("d", "b"): 3, ("c", "d"): 2}
+    elo = elos(fit_elo("abcd", [(*pair, 1.0) for pair, n in games.items() for _ in range(n)], "a", samples=2))
+    # at the maximum each player wins as often as the ratings expect
+    for player in "bcd":
+        expected = sum(n / (1 + 10 ** ((elo[j] - elo[i]) / 400)) for (i, j), n in games.items() if i == player)
+        expected += sum(n / (1 + 10 ** ((elo[i] - elo[j]) / 400)) for (i, j), n in games.items() if j == player)
+        assert expected == pytest.approx(sum(n for (i, _), n in games.items() if i == player), abs=0.01)
+
+
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.floats(-1.5, 1.5), min_size=2, max_size=5), st.randoms(use_true_random=False))
 def test_known_strengths_are_found_whatever_the_order_and_direction(strengths, random):

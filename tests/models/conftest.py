@@ -98,6 +98,11 @@ def pretrained_bos(folder: Path) -> Path:
     return folder
 
 
+def only_eos(folder: Path) -> Path:
+    """No chat template, and EOS is the only special token: nothing is left for padding."""
+    return _save(_bytes(["<|stop|>"]), folder, eos_token="<|stop|>", pad_token="<|stop|>")
+
+
 def embedded_tokenizer(folder: Path) -> Path:
     """The embedded model's: byte-level BPE and ChatML with a default system prompt."""
     del folder
@@ -111,7 +116,11 @@ CHAT: dict[str, Callable[[Path], Path]] = {
     "legacy": legacy,
     "tagged": tagged,
 }
-PLAIN: dict[str, Callable[[Path], Path]] = {"pretrained": pretrained, "pretrained-bos": pretrained_bos}
+PLAIN: dict[str, Callable[[Path], Path]] = {
+    "pretrained": pretrained,
+    "pretrained-bos": pretrained_bos,
+    "only-eos": only_eos,
+}
 
 
 @pytest.fixture(scope="session")

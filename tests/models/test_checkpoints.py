@@ -148,10 +148,9 @@ def test_the_padding_token_of_a_scalar_model_differs_from_eos(tiny):
     assert load_scalar_model(tiny, "float32").config.pad_token_id == 0
 
 
-def test_a_model_without_a_spare_token_cannot_score(tmp_path, write_json, tiny):
-    from tests.models.conftest import _bytes, _save
-
-    folder = _save(_bytes(["<|stop|>"]), tmp_path / "m", eos_token="<|stop|>")
+def test_a_model_without_a_spare_token_cannot_score(tmp_path, write_json, tiny, tokenizer_folder):
+    folder = tmp_path / "model"
+    shutil.copytree(tokenizer_folder("only-eos"), folder)
     shutil.copy(tiny / "model.safetensors", folder)
     write_json(folder / "config.json", {"vocab_size": 257, "model_type": "llama"})
     with pytest.raises(DataError, match="padding"):

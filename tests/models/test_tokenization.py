@@ -208,9 +208,8 @@ def test_generation_config_adds_to_what_ends_generation(tokenizer_folder, tmp_pa
 
 
 def test_padding_may_be_an_embedding_row_without_token_but_never_eos(tokenizer_folder, tmp_path, write_json):
-    from tests.models.conftest import _bytes, _save
-
-    folder = _save(_bytes(["<|stop|>"]), tmp_path / "one", eos_token="<|stop|>", pad_token="<|stop|>")
+    folder = tmp_path / "model"
+    shutil.copytree(tokenizer_folder("only-eos"), folder)
     tok = Tokenizer.load(folder)
     with pytest.raises(DataError, match="no token that could serve as padding"):
         _ = tok.pad_id

@@ -1,0 +1,301 @@
+"""Rows through engines with Ray Data: durable block by block, bad rows apart, an engine's death survived.
+
+A block is durable once Ray Data has written it and its checkpoint. The same call again generates only what is missing;
+finished rows keep their bytes.
+"""
+
+import json
+import logging
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.dataset
+import pyarrow.parquet as pq
+import ray
+import ray.data
+from ray.actor import ActorHandle
+from ray.data.checkpoint import CheckpointConfig
+from ray.exceptions import GetTimeoutError, RayActorError, RayError
+
+from cai_ray.artifacts import StageDir, write_atomic
+from cai_ray.errors import DataError, StageFailed
+from cai_ray.generation.actor import BAD, Program, Watch
+
+RESTARTS = 2  # times that a stage goes on with fresh engines after one died
+POLL_S = 1.0
+ANSWER_S = 30.0
+PART_ROWS = 10_000
+_LIGHT = {"num_cpus": 0.1}  # tasks that only move rows take little of a CPU slot, so that slots cannot deadlock
+
+
+@dataclass(frozen=True)
+class MapSettings:
+    """How rows are fed to engines.
+
+    Attributes:
+        engines: how many.
+        rows_per_block: rows that become durable together.
+        max_bad_fraction: share of bad rows beyond which the stage fails.
+        timeout_s: longest time without any progress of any engine, seconds.
+        progress: opens a display; what it yields is called with (rows done, rows in all, a few words).
+    """
+
+    engines: int
+    rows_per_block: int
+    max_bad_fraction: float
+    timeout_s: float
+    progress: Callable[[], AbstractContextManager[Callable[[float, float | None, str], None]]]
+
+
+@dataclass(frozen=True)
+class RowCounts:
+    """What became of the rows: rows_in == rows_out + quarantined."""
+
+    rows_in: int
+    rows_out: int
+    quarantined: int
+
+    def as_metrics(self) -> dict[str, float]:
+        """The counts by name."""
+        return asdict(self)
+
+
+def map_rows(
+    inputs: Path,
+    program: Program,
+    get_engines: Callable[[], Sequence[ActorHandle]],
+    out: StageDir,
+    *,
+    settings: MapSettings,
+) -> RowCounts:
+    """Runs a program on every row of a folder of parquet files; the ids of rows must be unique.
+
+    Writes data/part-*.parquet, sorted by id, of `program.schema`, and quarantine.jsonl with {id, reason} of each bad
+    row. A bad row is one for which the program raised a CaiError, or on which an engine died twice.
+
+    Args:
+        inputs: folder of the rows.
+        program: what is done with a row.
+        get_engines: gives idle engines with the model; it is asked again after an engine died.
+        out: the stage's directory; what is durable lives under checkpoints/.
+        settings: sizes and limits.
+
+    Raises:
+        DataError: two input rows have one id.
+        StageFailed: too many bad rows, engines that die again and again, or no progress. What is done is kept.
+    """
+    expected = _ids(inputs)
+    if len(set(expected)) < len(expected):
+        raise DataError(f"{inputs} holds {len(expected)} rows but {len(set(expected))} ids", "make the ids unique")
+    work = _Work(inputs, out.checkpoints / "rows", out.checkpoints / "ids", out.checkpoints / "in_flight")
+    if len(work.done()) < len(expected):
+        _generate(work, program, get_engines, len(expected), settings)
+    return _publish(work, program.schema, set(expected), out, settings.max_bad_fraction)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """Where an unfinished stage keeps its rows."""
+
+    inputs: Path
+    rows: Path  # parquet, a file a block
+    ids: Path  # Ray Data's checkpoint of the same blocks
+    journal: Path
+
+    def done(self) -> list[str]:
+        """Ids of the durable rows; a block that is being written has a pending checkpoint only."""
+        return _ids(self.ids, lambda name: ".pending" not in name)
+
+
+def _ids(folder: Path, counts: Callable[[str], bool] = lambda name: True) -> list[str]:
+    files = [f for f in sorted(folder.glob("*.parquet")) if counts(f.name)] if folder.is_dir() else []
+    return [i for f in files for i in pq.read_table(f, columns=["id"])["id"].to_pylist()]
+
+
+# ---- generating -----------------------------------------------------------------------------------------------------
+
+
+def _generate(
+    work: _Work, program: Program, get_engines: Callable[[], Sequence[ActorHandle]], total: int, settings: MapSettings
+) -> None:
+    """Fills `work` with every missing row."""
+    work.rows.mkdir(parents=True, exist_ok=True)
+    work.journal.mkdir(parents=True, exist_ok=True)
+    watch = Watch(work.journal)
+    for attempt in range(RESTARTS + 1):
+        engines = get_engines()
+        infos = ray.get([e.info.remote() for e in engines], timeout=ANSWER_S)
+        try:
+            _run(work, _feed(work, program, engines, infos, watch, settings), engines, infos, total, settings)
+            return
+        except RayError:
+            dead = [info["name"] for e, info in zip(engines, infos, strict=True) if not _alive(e)]
+            if not dead:
+                raise  # a bug in the program, or in Ray Data
+            held = frozenset[str]().union(*map(watch.held_by, dead))
+            if attempt == RESTARTS:
+                raise StageFailed(
+                    f"engines died {RESTARTS + 1} times, the last with {len(held)} rows: {', '.join(dead)}",
+                    "read the engines' logs, then continue with the same command",
+                ) from None
+            watch = Watch(work.journal, watch.suspects | held, watch.culprits | (watch.suspects & held))
+
+
+class _Client:
+    """Forwards blocks to the engine that has the fewest; holds nothing and computes nothing."""
+
+    def __init__(self, engines: Sequence[ActorHandle], program: Any, watch: Watch):
+        self._engines, self._program, self._watch = list(engines), program, watch
+        self._blocks = [0] * len(engines)
+
+    async def __call__(self, block: pa.Table) -> pa.Table:
+        i = min(range(len(self._engines)), key=self._blocks.__getitem__)
+        self._blocks[i] += 1
+        try:
+            return await self._engines[i].run.remote(self._program, block, self._watch)
+        finally:
+            self._blocks[i] -= 1
+
+
+def _feed(
+    work: _Work,
+    program: Program,
+    engines: Sequence[ActorHandle],
+    infos: Sequence[dict[str, Any]],
+    watch: Watch,
+    settings: MapSettings,
+) -> Callable[[], None]:
+    """The Ray Data job that generates what is missing, ready to be started."""
+    # Enough blocks in flight to fill every engine while the slowest rows of some blocks are awaited.
+    in_flight = sum(-(-info["slots"] // settings.rows_per_block) + 1 for info in infos)
+    arguments = (engines, ray.put(program), watch)
+
+    def job() -> None:
+        context = ray.data.DataContext.get_current().copy()
+        context.checkpoint_config = CheckpointConfig("id", str(work.ids), delete_checkpoint_on_success=False)
+        context.enable_progress_bars = False
+        context.execution_no_progress_timeout_s = -1  # it counts blocks, which may take long; _run watches tokens
+        with ray.data.DataContext.current(context), _quiet():
+            rows = ray.data.read_parquet(str(work.inputs), partitioning=None, ray_remote_args=_LIGHT)
+            rows.repartition(target_num_rows_per_block=settings.rows_per_block).map_batches(
+                _Client,
+                batch_size=None,
+                batch_format="pyarrow",
+                fn_constructor_args=arguments,
+                compute=ray.data.ActorPoolStrategy(
+                    size=1, max_tasks_in_flight_per_actor=in_flight, max_concurrent_calls_per_actor=in_flight
+                ),
+                max_restarts=0,
+                **_LIGHT,
+            ).write_parquet(str(work.rows), ray_remote_args=_LIGHT)
+
+    return job
+
+
+def _run(
+    work: _Work,
+    job: Callable[[], None],
+    engines: Sequence[ActorHandle],
+    infos: Sequence[dict[str, Any]],
+    total: int,
+    settings: MapSettings,
+) -> None:
+    """Runs a job to its end; shows its progress, and stops it when the engines stand still."""
+    before, first = len(work.done()), _stats(engines)
+    start = moved = time.monotonic()
+    last = first
+    with ThreadPoolExecutor(1, "ray-data") as thread, settings.progress() as show:
+        future: Future[None] = thread.submit(job)
+        try:
+            while not wait([future], POLL_S).done:
+                now, stats = time.monotonic(), _stats(engines)
+                moved = now if stats != last else moved
+                last = stats
+                rows, tokens = (sum(s.get(k, 0) for s in stats) - sum(s.get(k, 0) for s in first) for k in _SHOWN)
+                show(min(total, before + rows), total, f"{tokens / (now - start):.0f} tokens/s")
+                if now - moved > settings.timeout_s:
+                    names = ", ".join(i["name"] for i, s in zip(infos, stats, strict=True) if s.get("unfinished", 1))
+                    raise StageFailed(
+                        f"no progress for {settings.timeout_s:.0f} s; waiting for {names or 'Ray Data'}",
+                        "read the engines' logs; where steps are that slow, raise cluster.step_timeout_s",
+                    )
+        finally:
+            if not future.done():  # stuck, or interrupted: without engines the job ends at once
+                for engine in engines:
+                    ray.kill(engine)
+        future.result()
+
+
+_SHOWN = ("rows", "tokens_out")
+
+
+def _stats(engines: Sequence[ActorHandle]) -> list[dict[str, float]]:
+    """Each engine's stats; empty for one that does not answer."""
+    out = []
+    for ref in [e.stats.remote() for e in engines]:
+        try:
+            out.append(ray.get(ref, timeout=ANSWER_S))
+        except (GetTimeoutError, RayActorError):
+            out.append({})
+    return out
+
+
+def _alive(engine: ActorHandle) -> bool:
+    try:
+        ray.get(engine.info.remote(), timeout=ANSWER_S)
+    except (GetTimeoutError, RayActorError):
+        return False
+    return True
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps Ray Data's words off the terminal; its log file, in Ray's session folder, has them all."""
+    handlers = [h for h in logging.getLogger("ray.data").handlers if isinstance(h, logging.StreamHandler)]
+    levels = [h.level for h in handlers]
+    for h in handlers:
+        h.setLevel(logging.CRITICAL + 1)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for h, level in zip(handlers, levels, strict=True):
+            h.setLevel(level)
+
+
+# ---- publishing -----------------------------------------------------------------------------------------------------
+
+
+def _publish(work: _Work, schema: pa.Schema, expected: set[str], out: StageDir, max_bad_fraction: float) -> RowCounts:
+    """Sorts the durable rows into the stage's data and its quarantine."""
+    table = pa.dataset.dataset(work.rows, format="parquet").to_table().sort_by("id") if expected else None
+    got = table["id"].to_pylist() if table else []
+    if len(got) != len(expected) or set(got) != expected:
+        raise StageFailed(
+            f"{len(expected)} rows went in and {len(got)} with {len(set(got))} ids came out",
+            f"report this as a bug; to start the stage afresh remove {out.checkpoints}",
+        )
+    reasons = table[BAD].to_pylist() if table else []
+    bad = [{"id": i, "reason": r} for i, r in zip(got, reasons, strict=True) if r is not None]
+    write_atomic(out.quarantine_path, "".join(json.dumps(b, ensure_ascii=False) + "\n" for b in bad))
+    if len(bad) > max_bad_fraction * len(expected):
+        common = "; ".join(f"{n} x {reason}" for reason, n in Counter(b["reason"] for b in bad).most_common(3))
+        raise StageFailed(
+            f"{len(bad)} of {len(expected)} rows are bad, the limit is {max_bad_fraction:.1%}; most often: {common}",
+            f"mend them (all are listed in {out.quarantine_path}) or raise run.max_bad_fraction",
+        )
+    for old in out.data.glob("part-*.parquet"):
+        old.unlink()
+    good = table.filter(table[BAD].is_null()).select(schema.names).cast(schema) if table else schema.empty_table()
+    for number, first in enumerate(range(0, max(1, good.num_rows), PART_ROWS)):
+        pq.write_table(good.slice(first, PART_ROWS), out.data / f"part-{number:05d}.parquet")
+    return RowCounts(len(expected), good.num_rows, len(bad))
