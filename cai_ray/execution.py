@@ -234,6 +234,7 @@ class Execution:
             out.path / "key.json", json.dumps({"parts": key.parts, "inputs": key.inputs}, indent=1, default=str)
         )
         start, tracker = time.monotonic(), StageTracker(config, out, self.run.path)
+        out.on_metrics = tracker.log
         manifest = None
         try:
             manifest = stage.run(self, out, key)
@@ -334,9 +335,10 @@ class Execution:
             revisions=self.run.stage("revise").data,
             model=self._model(name),
             format=self._format(name),
+            max_bad_fraction=self.config.run.max_bad_fraction,
             cluster=self.config.cluster,
             device=self._training_device(),
-            progress=lambda: self.reporter.bar("sft", "steps"),
+            progress=lambda: self.reporter.bar("sft", "epochs"),
         )
         return sft(self.config.sft, inputs, out)
 
@@ -353,7 +355,7 @@ class Execution:
             max_bad_fraction=self.config.run.max_bad_fraction,
             cluster=self.config.cluster,
             device=self._training_device(),
-            progress=lambda: self.reporter.bar("preference_model", "steps"),
+            progress=lambda: self.reporter.bar("preference_model", "epochs"),
         )
         return preference_model(config, inputs, out)
 

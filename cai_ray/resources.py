@@ -1,132 +1,39 @@
 """What a run needs, before anything starts: rows, processes, memory with its arithmetic, minutes; and whether it fits.
 
-Memory is exact where parameters, gradients and optimizer state are counted, and rough for activations. Minutes come
-from floating-point operations (2 per parameter and token forward, 6 with the backward pass, 8 with recomputation) at
-the rates below, prompts of PROMPT_TOKENS and responses of full length: right within a factor of two or three.
+Memory is exact where weights, gradients and optimizer state are counted, and rough for activations. Minutes come from
+floating-point operations (2 per parameter and token forward, 6 with the backward pass, 8 where activations are
+recomputed) at the rates below, prompts of PROMPT_TOKENS and responses of full length: right within a factor of three.
+What is unknown is NaN (see `shapes`): it refuses nothing.
 """
 
-import contextlib
 import gzip
-import json
 import math
 import os
-import shutil
-import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from cai_ray.cluster import LOGICAL_CPUS
-from cai_ray.config import Config, PPOConfig, Sharding, Source
-from cai_ray.errors import DataError, ResourceError
-from cai_ray.pipeline import evaluated, feedback_model, model_spec, needed, preference_init, stage_of_path
+from cai_ray.config import Config, Sharding, Source
+from cai_ray.errors import ResourceError
+from cai_ray.pipeline import evaluated, feedback_model, model_spec, needed, preference_init
+from cai_ray.shapes import GIB, model_shape
 from cai_ray.shipped import asset_path
 
-GIB = 2**30
 CPU_RATE = 100e9  # float32 operations per second of a small machine, all roles together
-GPU_RATE = 300e12  # bfloat16, an H100-class GPU at about a third of its peak: training and scoring
+GPU_RATE = 300e12  # bfloat16, one H100-class GPU at about a third of its peak: training and scoring
 DECODE_RATE = 100e12  # the same GPU while it samples
 PROMPT_TOKENS = 150  # a typical prompt
 START_MINUTES = 0.5  # of a stage's processes
 TRAIN_SHARE = 0.9  # of conversations; the rest is held out
-LIBRARIES_GIB = {"cpu": 0.7, "gpu": 1.5}  # Python, torch and theirs; on a GPU its context and communication buffers
+LIBRARIES_GIB = {"cpu": 0.7, "gpu": 1.5}  # Python and torch; on a GPU its context and communication buffers
+PPO_CPUS = {"cpu": 0.1, "gpu": 1.0}  # logical CPUs of a worker, as `rl.groups` asks for them
 GATHERED = 1e9  # parameters that ZeRO-3 holds whole at a time
-HEAD_TOKENS = 1024  # tokens whose logits exist at a time
-SAMPLED = 50  # lines from which a file's prompts per line are learnt
+ENGINE_TOKENS = 8192  # tokens of one engine step on a GPU
+SHARD_ABOVE_GIB = 60.0  # weights that only look are sharded over their ranks where one 80 GB GPU is too small
 WIDTH = {"float32": 4, "bfloat16": 2}
-GENERATING = ("revise", "sample_pairs", "label", "evaluate")
 
-Part = tuple[str, float, int]  # purpose, GiB in all, number of processes that share it
-
-
-@dataclass(frozen=True)
-class Shape:
-    """The dimensions of a decoder with gated MLPs (Llama, Mistral, Qwen, Gemma and their kin)."""
-
-    hidden: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    intermediate: int
-    vocab: int
-    max_positions: int
-    tied: bool
-
-    @property
-    def parameters(self) -> int:
-        """Parameters with the LM head; a scalar head in its place is smaller."""
-        attention = 2 * self.hidden * self.head_dim * (self.heads + self.kv_heads)
-        layer = attention + 3 * self.hidden * self.intermediate + 2 * self.hidden
-        return self.layers * layer + self.hidden + self.vocab * self.hidden * (1 if self.tied else 2)
-
-    def gib(self, width: int) -> float:
-        """Size of the weights with `width` bytes each."""
-        return self.parameters * width / GIB
-
-    def kv_gib(self, tokens: int, width: int) -> float:
-        """Keys and values of `tokens` tokens."""
-        return 2 * self.layers * self.kv_heads * self.head_dim * tokens * width / GIB
-
-    def activations(self, tokens: int, width: int, kept_layers: float) -> float:
-        """GiB of activations: `kept_layers` layers whole, and the chunk of logits with its gradient in float32."""
-        layer = tokens * (10 * self.hidden + 4 * self.intermediate) * width
-        return (kept_layers * layer + 2 * HEAD_TOKENS * self.vocab * 4) / GIB
-
-
-KNOWN = {  # so that the shipped configurations can be planned before anything is downloaded
-    "embedded": Shape(576, 30, 9, 3, 64, 1536, 49152, 8192, True),
-    "tiny": Shape(64, 2, 2, 2, 32, 128, 49152, 2048, True),
-    "mistralai/Mistral-7B-v0.1": Shape(4096, 32, 32, 8, 128, 14336, 32000, 32768, False),
-    "mistralai/Mistral-7B-Instruct-v0.1": Shape(4096, 32, 32, 8, 128, 14336, 32000, 32768, False),
-    "meta-llama/Llama-3.1-8B": Shape(4096, 32, 32, 8, 128, 14336, 128256, 131072, False),
-    "meta-llama/Llama-3.1-70B": Shape(8192, 80, 64, 8, 128, 28672, 128256, 131072, False),
-    "meta-llama/Llama-3.1-70B-Instruct": Shape(8192, 80, 64, 8, 128, 28672, 128256, 131072, False),
-}
-
-
-def model_shape(config: Config, name: str) -> Shape | None:
-    """The shape behind a model's name (a stage, a key of `models`, a path); None where no config.json is at hand."""
-    starts = {"sft": config.sft.init, "preference_model": preference_init(config), "ppo": config.ppo.init}
-    for _ in starts:
-        name = starts.get(name, name)
-    spec = model_spec(config, name)
-    if spec.path in KNOWN:
-        return KNOWN[spec.path]
-    stage = stage_of_path(spec.path)
-    folder = stage.model if stage else Path(spec.path).expanduser()
-    return _read_shape(folder if folder.is_dir() else _cached(spec.path, spec.revision))
-
-
-def _cached(hub_id: str, revision: str | None) -> Path:
-    """The newest snapshot of a model in the hub cache, found without the hub's library."""
-    home = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
-    cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub") / f"models--{hub_id.replace('/', '--')}"
-    ref = cache / "refs" / (revision or "main")
-    commit = ref.read_text("utf-8").strip() if ref.is_file() else revision
-    found = [cache / "snapshots" / commit] if commit else sorted(cache.glob("snapshots/*"))
-    return found[-1] if found else cache
-
-
-def _read_shape(folder: Path) -> Shape | None:
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-        c = json.loads((folder / "config.json").read_text("utf-8"))
-        c = c.get("text_config") or c
-        if not any(k in c for k in ("num_local_experts", "num_experts", "n_routed_experts")):
-            heads = c["num_attention_heads"]
-            return Shape(
-                hidden=c["hidden_size"],
-                layers=c["num_hidden_layers"],
-                heads=heads,
-                kv_heads=c.get("num_key_value_heads") or heads,
-                head_dim=c.get("head_dim") or c["hidden_size"] // heads,
-                intermediate=c["intermediate_size"],
-                vocab=c["vocab_size"],
-                max_positions=c["max_position_embeddings"],
-                tied=bool(c.get("tie_word_embeddings", False)),
-            )
-    return None
+Part = tuple[str, float, int]  # purpose, GiB in all, number of processes or GPUs that share it
 
 
 # ---- processes and their memory -------------------------------------------------------------------------------------
@@ -140,92 +47,299 @@ class Role:
     count: int
     gpus: int
     cpus: float
-    parts: tuple[Part, ...] | None  # None: the model's shape is unknown
+    flops: float  # for each token of the stage's rows, all processes together
+    parts: tuple[Part, ...]
     host: tuple[Part, ...] = ()
 
     @property
-    def gib(self) -> float | None:
+    def gib(self) -> float:
         """GiB of one process, or of one of its GPUs."""
-        return None if self.parts is None else sum(total / n for _, total, n in self.parts)
-
-    @property
-    def host_gib(self) -> float:
-        """GiB of host memory that one process takes beside its GPU."""
-        return sum(total / n for _, total, n in self.host)
+        return sum(total / n for _, total, n in self.parts)
 
     @property
     def arithmetic(self) -> str:
-        """The memory as a sum a person can check."""
-        if self.parts is None:
-            return f"{self.name}: unknown, because the model's config.json is not here"
-        terms = " + ".join(_term(p) for p in self.parts)
-        where = f"{self.name} (each of {self.count})" if self.count > 1 else self.name
-        host = f", and in host memory {' + '.join(_term(p) for p in self.host)}" if self.host else ""
-        return f"{where}: {terms} = {self.gib:.1f} GiB{' a GPU' if self.gpus else ''}{host}"
+        """The memory as a sum that can be checked by hand."""
+        title = f"{self.name} (each of {self.count})" if self.count > 1 else self.name
+        if math.isnan(self.gib):
+            return f"{title}: unknown, because the model's config.json is not here"
+        host = f"; in host memory {_sum(self.host)} GiB" if self.host else ""
+        return f"{title}: {_sum(self.parts)} = {self.gib:.1f} GiB{' a GPU' if self.gpus else ''}{host}"
 
 
-def _term(part: Part) -> str:
-    purpose, total, n = part
-    return f"{purpose} {total:.1f}" + (f"/{n}" if n > 1 else "")
+def _sum(parts: Iterable[Part]) -> str:
+    return " + ".join(f"{purpose} {total:.2f}" + (f"/{n}" if n > 1 else "") for purpose, total, n in parts)
 
 
-def _engine(config: Config, name: str, stage: str, device: str, idle: bool = False) -> Role:
-    spec, shape, cluster = _spec_dtype(config, name), model_shape(config, name), config.cluster
-    count, tp = cluster.engines, cluster.tensor_parallel_size
-    if stage == "ppo":
-        count, tp = config.ppo.engines, config.ppo.tensor_parallel_size
-    title = "idle engine" if idle else "engine"
-    libraries: Part = ("libraries", LIBRARIES_GIB[device], 1)
+def _engine(config: Config, stage: str, name: str, device: str) -> Role:
+    shape, own = model_shape(config, name), config.ppo if stage == "ppo" else config.cluster
+    spec = model_spec(config, name) if name in type(config.models).model_fields else config.models.helpful
+    width, tp = WIDTH[spec.dtype], own.tensor_parallel_size if device == "gpu" else 1
+    parts: list[Part] = [("weights", shape.gib(width), tp), ("libraries", LIBRARIES_GIB[device], 1)]
     if device == "cpu":
-        parts = shape and (("weights", shape.gib(spec), 1), ("KV cache", cluster.kv_cache_gib, 1), libraries)
-        return Role(title, count, 0, 1, parts)
-    work = shape and shape.activations(8192, spec, 1)
-    parts = shape and (
-        ("weights", shape.gib(spec), tp),
-        ("KV cache of one sequence", shape.kv_gib(_lengths(config)[stage], spec), min(tp, shape.kv_heads)),
-        ("activations", work or 0.0, tp),
-        libraries,
-    )
-    return Role(title, count, tp, 1, parts)
+        parts.append(("KV cache", config.cluster.kv_cache_gib, 1))
+    else:  # it takes its share of the GPU whatever it needs: this is the least with which it starts
+        cache: Part = ("KV of one sequence", shape.kv_gib(context_tokens(config, stage), width), tp)
+        parts += [cache, ("activations", shape.work_gib(ENGINE_TOKENS, width), tp)]
+    return Role("engine", own.engines, tp if device == "gpu" else 0, 1, 2 * shape.parameters, tuple(parts))
 
 
-def _spec_dtype(config: Config, name: str) -> int:
-    known = name in type(config.models).model_fields
-    return WIDTH[(model_spec(config, name) if known else config.models.helpful).dtype]
-
-
-def _trainer(config: Config, role: str, name: str, sharding: Sharding, device: str) -> Role:
-    """A trained model over DeepSpeed ranks, counted as `training.deepspeed` builds it."""
+def _trainer(config: Config, role: str, name: str, sharding: Sharding, device: str, passes: float) -> Role:
+    """A model under training, counted as `training.deepspeed` builds it; `passes` updates see each token."""
     shape, n, width = model_shape(config, name), sharding.ranks, WIDTH[sharding.dtype]
-    zero = max(2, sharding.zero_stage) if width == 2 else sharding.zero_stage
-    gpus = int(device == "gpu")
-    if shape is None:
-        return Role(role, n, gpus, sharding.cpus_per_rank, None)
-    adam = 12 if zero else 8  # two moments, and from stage 1 on a float32 copy of the weights
-    optimizer: Part = ("optimizer", shape.gib(adam), n if zero else 1)
-    kept = 1 if sharding.gradient_checkpointing else shape.layers
-    work = shape.activations(sharding.microbatch_tokens, width, kept)
-    if sharding.gradient_checkpointing:
-        work += shape.layers * sharding.microbatch_tokens * shape.hidden * width / GIB
+    zero = max(2, sharding.zero_stage) if sharding.dtype == "bfloat16" else sharding.zero_stage
+    layers, inputs = (1, shape.layers) if sharding.gradient_checkpointing else (shape.layers, 0)
     parts: list[Part] = [
         ("weights", shape.gib(width), n if zero == 3 else 1),
         ("gradients", shape.gib(4), n if zero >= 2 else 1),
-        ("activations", work, 1),
+        ("activations", shape.work_gib(sharding.microbatch_tokens, width, layers, inputs), 1),
         ("libraries", LIBRARIES_GIB[device], 1),
     ]
     if zero == 3 and n > 1:
         parts.append(("gathered layers", min(GATHERED, shape.parameters) * width / GIB, 1))
-    offloaded = sharding.offload_optimizer and zero and gpus
-    host = (optimizer,) if offloaded else ()
-    return Role(role, n, gpus, sharding.cpus_per_rank, tuple([*parts[:2], *([] if host else [optimizer]), *parts[2:]]), host)
+    host: list[Part] = []
+    # AdamW keeps two moments, and from stage 1 on a float32 copy of the weights.
+    optimizer: Part = ("optimizer", shape.gib(12 if zero else 8), n if zero else 1)
+    (host if sharding.offload_optimizer and zero and device == "gpu" else parts).append(optimizer)
+    update = (8 if sharding.gradient_checkpointing else 6) * passes
+    cpus, flops = (sharding.cpus_per_rank, update) if role == "rank" else (PPO_CPUS[device], update + 2)
+    return Role(role, n, int(device == "gpu"), cpus, flops * shape.parameters, tuple(parts), tuple(host))
 
 
 def _onlooker(config: Config, role: str, name: str, sharding: Sharding, ranks: int, device: str) -> Role:
-    """A model that only looks: reward, reference, scorer."""
-    shape, width = model_shape(config, name), WIDTH[sharding.dtype]
-    parts = shape and (
-        ("weights", shape.gib(width), 1),
-        ("activations", shape.activations(sharding.microbatch_tokens, width, 1), 1),
-        ("libraries", LIBRARIES_GIB[device], 1),
+    """A model that only looks: reference, reward, scorer."""
+    shape, width, gpus = model_shape(config, name), WIDTH[sharding.dtype], int(device == "gpu")
+    split = ranks if gpus and shape.gib(width) > SHARD_ABOVE_GIB else 1
+    work: Part = ("activations", shape.work_gib(sharding.microbatch_tokens, width), 1)
+    parts = (("weights", shape.gib(width), split), work, ("libraries", LIBRARIES_GIB[device], 1))
+    return Role(role, ranks, gpus, PPO_CPUS[device], 2 * shape.parameters, parts)
+
+
+def stage_roles(config: Config, stage: str, device: str) -> tuple[Role, ...]:
+    """The processes that live at the same time in a stage; on CPU engines stay alive while others train."""
+    p, starts = config.ppo, {"sft": config.sft.init, "preference_model": preference_init(config)}
+    sampled = {"revise": "helpful", "sample_pairs": config.sample_pairs.model, "label": feedback_model(config)}
+    sampled |= {"ppo": p.init, "evaluate": "ppo"}
+    if stage in starts:
+        section, names = getattr(config, stage), [s.name for s in needed(config)]
+        before = [s for s in names[: names.index(stage)] if s in sampled][-1:] if device == "cpu" else []
+        idle = [replace(_engine(config, s, sampled[s], device), name="idle engine", flops=0.0) for s in before]
+        return (_trainer(config, "rank", starts[stage], section.sharding, device, section.epochs), *idle)
+    if stage not in sampled:
+        return ()
+    engine = _engine(config, stage, sampled[stage], device)
+    if stage == "evaluate":
+        looks = Sharding(dtype="float32", microbatch_tokens=context_tokens(config, stage))
+        return (engine, _onlooker(config, "scorer", p.reward, looks, 1, device))
+    if stage != "ppo":
+        return (engine,)
+    critic = p.reward if p.critic_init == "reward" else p.init
+    return (
+        engine,
+        _trainer(config, "actor", p.init, p.actor.sharding, device, p.ppo_epochs),
+        _trainer(config, "critic", critic, p.critic.sharding, device, p.ppo_epochs),
+        _onlooker(config, "reward", p.reward, p.critic.sharding, p.inference_ranks, device),
+        _onlooker(config, "reference", p.init, p.actor.sharding, p.inference_ranks, device),
     )
-    return Role(role, ranks, int(device == "gpu"), sharding.cpus_per_rank, parts)
+
+
+# ---- rows and minutes -----------------------------------------------------------------------------------------------
+
+
+def context_tokens(config: Config, stage: str) -> int:
+    """The longest sequence that a stage's models see, tokens."""
+    r, s, f, p, e = config.revise, config.sample_pairs, config.label, config.ppo, config.evaluate
+    return {
+        "revise": r.max_prompt_tokens + max(r.max_new_tokens, r.max_critique_tokens),
+        "sft": config.sft.max_tokens,
+        "sample_pairs": s.max_prompt_tokens + s.max_new_tokens,
+        "label": f.max_prompt_tokens + (f.max_rationale_tokens if f.format == "cot" else 0) + 8,
+        "preference_model": config.preference_model.max_tokens,
+        "ppo": p.max_prompt_tokens + p.max_new_tokens + 1,  # a truncated response is scored with EOS appended
+        "evaluate": e.max_prompt_tokens + e.max_new_tokens + 1,
+    }[stage]
+
+
+def source_rows(source: Source) -> float:
+    """Lines of a source's jsonl files, or its limit; NaN where counting is not cheap. A transcript may hold more."""
+    name = source.path.removeprefix("starter:")
+    path = asset_path(f"{name}.jsonl") if name != source.path else Path(name).expanduser()
+    files = [f for f in sorted(path.rglob("*")) if f.is_file()] if path.is_dir() else [path]
+    count = 0.0 if files and all(f.is_file() and ".jsonl" in f.suffixes for f in files) else math.nan
+    for file in files if not math.isnan(count) else ():
+        with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as lines:
+            count += sum(1 for line in lines if line.strip())
+    return count if source.limit is None else min(source.limit, count)
+
+
+def stage_rows(config: Config) -> dict[str, tuple[float, float]]:
+    """Each stage's rows, and the tokens that pass its models for one row; what the prefix cache holds counts once."""
+    r, f, p, e = config.revise, config.label, config.ppo, config.evaluate
+    harmful, helpful = (sum(source_rows(s) for s in g) for g in (config.prompts.harmful, config.prompts.helpful))
+    samples, rounds = helpful * r.helpful_samples_per_prompt, config.sft.rounds
+    revisions = harmful * ({"all": r.rounds, "last": 1}[rounds] if isinstance(rounds, str) else len(rounds))
+    pairs = sum(harmful if s.path == "label" else source_rows(s) for s in config.preference_model.data)
+    pair = config.sample_pairs.max_new_tokens
+    question = PROMPT_TOKENS + 2 * pair + (f.max_rationale_tokens if f.format == "cot" else 0)
+    answer = PROMPT_TOKENS + r.max_new_tokens
+    per_harmful = answer + r.rounds * (answer + r.max_critique_tokens)
+    return {
+        "prompts": (harmful + helpful, 0),
+        "revise": (harmful + samples, (harmful * per_harmful + samples * answer) / max(1, harmful + samples)),
+        "sft": (TRAIN_SHARE * (revisions + samples), min(config.sft.max_tokens, answer)),
+        "sample_pairs": (harmful, PROMPT_TOKENS + 2 * pair),
+        "label": (harmful, f.principles_per_pair * (2 if f.swap else 1) * question),
+        "preference_model": (TRAIN_SHARE * pairs, 2 * (PROMPT_TOKENS + pair)),
+        "ppo": (p.steps * p.rollout_batch_size, PROMPT_TOKENS + p.max_new_tokens),
+        "evaluate": (len(evaluated(config)) * 2 * e.prompts, PROMPT_TOKENS + e.max_new_tokens),
+        "report": (0, 0),
+    }
+
+
+@dataclass(frozen=True)
+class StageNeed:
+    """What one stage needs."""
+
+    stage: str
+    rows: float
+    minutes: float
+    roles: tuple[Role, ...]
+
+    @property
+    def rows_text(self) -> str:
+        """Rows for a table."""
+        return "unknown" if math.isnan(self.rows) else f"{self.rows:,.0f}" if self.rows else ""
+
+    @property
+    def minutes_text(self) -> str:
+        """Minutes for a table."""
+        return "unknown" if math.isnan(self.minutes) else f"{self.minutes:,.0f}" if self.minutes >= 1 else "under 1"
+
+    @property
+    def processes(self) -> str:
+        """Processes with their GPUs, as `2 actor x 1 GPU`."""
+        return ", ".join(f"{r.count} {r.name}" + (f" x {r.gpus} GPU" if r.gpus else "") for r in self.roles)
+
+    @property
+    def memory_text(self) -> str:
+        """GiB of one process of each role (on GPUs: of each of its GPUs)."""
+        return ", ".join(f"{r.name} {'unknown' if math.isnan(r.gib) else f'{r.gib:.1f} GiB'}" for r in self.roles)
+
+    @property
+    def arithmetic(self) -> str:
+        """How the memory comes about, one line for each role."""
+        return "\n".join(r.arithmetic for r in self.roles)
+
+
+def estimate(config: Config, device: str | None = None) -> list[StageNeed]:
+    """What each stage needs on `cpu` or `gpu`; without a device, on the one that this machine would use."""
+    device, amounts, needs = device or likely_device(config), stage_rows(config), []
+    for stage in (s.name for s in needed(config)):
+        roles, (rows, tokens) = stage_roles(config, stage, device), amounts[stage]
+        work = [rows * tokens * r.flops for r in roles]
+        seconds = sum(work) / CPU_RATE  # all roles share one machine
+        if device == "gpu":  # engines first, then the others side by side
+            rates = [(DECODE_RATE if r.name == "engine" else GPU_RATE) * r.count * r.gpus for r in roles]
+            spent = {r.name: w / rate for r, w, rate in zip(roles, work, rates, strict=True)}
+            seconds = spent.pop("engine", 0.0) + max(spent.values(), default=0.0)
+        needs.append(StageNeed(stage, rows, seconds / 60 + (START_MINUTES if roles else 0), roles))
+    return needs
+
+
+# ---- whether it fits ------------------------------------------------------------------------------------------------
+
+
+def check_lengths(config: Config) -> None:
+    """Refuses sequences that a model or a micro-batch cannot hold.
+
+    Raises:
+        ResourceError: with the numbers.
+    """
+    learners = {"sft": [config.sft], "ppo": [config.ppo.actor, config.ppo.critic]}
+    learners["preference_model"] = [config.preference_model]
+    for stage in needed(config):
+        if stage.name in ("prompts", "report"):
+            continue
+        tokens, fix = context_tokens(config, stage.name), f"lower the token limits of {stage.name}"
+        for name in stage.models(config):
+            limit = model_shape(config, name).max_positions
+            if tokens > limit:
+                message = f"{stage.name}: prompt and response may have {tokens} tokens, the model {name} takes {limit}"
+                raise ResourceError(message, fix)
+        row = tokens * (2 if stage.name == "preference_model" else 1)  # a pair counts as two sequences
+        for size in (learner.sharding.microbatch_tokens for learner in learners.get(stage.name, ())):
+            if size < row:
+                message = f"{stage.name}: a row may have {row} tokens, but sharding.microbatch_tokens is {size}"
+                raise ResourceError(message, f"raise microbatch_tokens, or {fix}")
+
+
+def check(
+    config: Config,
+    device: str,
+    host_memory_gib: float = math.inf,
+    cpus: float = math.inf,
+    gpus: float = math.inf,
+    gpu_memory_gib: float = math.inf,
+) -> None:
+    """Refuses what a machine or cluster cannot hold; a limit that is left out is not checked.
+
+    Args:
+        config: the run.
+        device: `cpu` or `gpu`.
+        host_memory_gib: memory of all machines together.
+        cpus: logical CPUs of all machines together.
+        gpus: GPUs of all machines together.
+        gpu_memory_gib: memory of one GPU.
+
+    Raises:
+        ResourceError: with the arithmetic.
+    """
+    check_lengths(config)
+    for need in estimate(config, device):
+        engines = sum(r.count * r.gpus for r in need.roles if r.name == "engine")
+        others = [r for r in need.roles if r.name != "engine"]
+        apart = engines + sum(r.count * r.gpus for r in others)
+        # PPO's roles share GPUs where there are too few: rank i of each on GPU i.
+        shared = need.stage == "ppo" and apart > gpus
+        together = engines + max((r.count * r.gpus for r in others), default=0) if shared else apart
+        in_host = sum(r.count * sum(g / n for _, g, n in (r.host if r.gpus else r.parts)) for r in need.roles)
+        fix = "raise zero_stage, ranks or tensor_parallel_size, lower microbatch_tokens, or set offload_optimizer"
+        wants = [
+            ("CPUs", sum(r.count * r.cpus for r in need.roles), cpus, "lower cpus_per_rank, ranks or engines"),
+            ("GPUs", together, gpus, "lower engines, tensor_parallel_size or ranks, or join a larger cluster"),
+            ("GiB of memory", in_host, host_memory_gib, "lower microbatch_tokens, kv_cache_gib, ranks or engines"),
+        ]
+        for r in (r for r in need.roles if r.gpus):
+            share = config.cluster.gpu_memory_utilization if r.name == "engine" else 1
+            wants.append((f"GiB of a GPU for the {r.name}", r.gib, share * gpu_memory_gib, fix))
+        if shared:
+            wants.append(("GiB of each shared GPU", sum(r.gib for r in others), gpu_memory_gib, fix))
+        for what, amount, limit, fix in wants:
+            if amount > limit:
+                lines = "".join(f"\n    {line}" for line in need.arithmetic.splitlines())
+                raise ResourceError(
+                    f"{need.stage} needs {amount:.4g} {what}, there are {limit:.4g}; {need.processes}:{lines}", fix
+                )
+
+
+def likely_device(config: Config) -> str:
+    """`cpu` or `gpu`: what the configuration says, else what this machine has."""
+    from cai_ray.doctor import local_gpus
+
+    wanted = config.cluster.device
+    return wanted if wanted != "auto" else "gpu" if local_gpus() else "cpu"
+
+
+def check_here(config: Config) -> None:
+    """Checks a run against this machine; one that is meant for another cluster only for its lengths.
+
+    Raises:
+        ResourceError: with the arithmetic.
+    """
+    from cai_ray.doctor import host_memory_gib, local_gpus
+
+    device, gpus = likely_device(config), local_gpus()
+    if config.cluster.address or os.environ.get("RAY_ADDRESS") or (device == "gpu" and not gpus):
+        check_lengths(config)
+        return
+    slots = max(LOGICAL_CPUS, os.cpu_count() or 1)  # what `cluster.start_ray` declares
+    check(config, device, host_memory_gib(), slots, len(gpus), min((gpu.gib for gpu in gpus), default=math.inf))

@@ -18,14 +18,13 @@ def wandb_wanted(tracking: Tracking) -> bool:
 
 
 class StageTracker:
-    """One W&B run for one stage. Metrics that a worker wrote to metrics.jsonl are followed from the driver.
+    """One W&B run for one stage.
 
     The W&B run's id is derived from run and stage: a resumed stage continues its own curve.
     """
 
     def __init__(self, config: Config, out: StageDir, run_path: Path):
         self._out = out
-        self._seen = 0
         self._run: Any = None
         if not wandb_wanted(config.tracking):
             return
@@ -48,26 +47,15 @@ class StageTracker:
             settings=wandb.Settings(console="off", silent=True),
         )
 
-    def poll(self) -> None:
-        """Passes on the lines of metrics.jsonl that are new since the last call."""
-        path = self._out.path / "metrics.jsonl"
-        if self._run is None or not path.is_file():
-            return
-        with path.open("rb") as f:
-            f.seek(self._seen)
-            for line in f:
-                if not line.endswith(b"\n"):
-                    break  # still being written
-                self._seen += len(line)
-                values = json.loads(line)
-                step = values.pop("step")
-                self._run.log({**values, f"{self._out.name}/step": step})
+    def log(self, stage: str, step: int, values: Mapping[str, float]) -> None:
+        """Passes on one line of metrics; `step` becomes the metric `STAGE/step`."""
+        if self._run is not None:
+            self._run.log({**values, f"{stage}/step": step})
 
     def finish(self, manifest: Manifest | None) -> None:
         """Logs the key numbers and a table of samples, and closes the W&B run; without a manifest, as failed."""
         if self._run is None:
             return
-        self.poll()
         if manifest:
             self._run.summary.update({k: v for k, v in manifest.metrics.items() if isinstance(v, int | float)})
             self._log_samples()

@@ -22,18 +22,19 @@ import pyarrow.parquet as pq
 import ray
 import ray.data
 from ray.actor import ActorHandle
+from ray.data import ExecutionResources
 from ray.data.checkpoint import CheckpointConfig
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
 from cai_ray.artifacts import StageDir, write_atomic
 from cai_ray.errors import DataError, StageFailed
 from cai_ray.generation.actor import BAD, Program, Watch
+from cai_ray.generation.pool import DATA_CPUS
 
 RESTARTS = 2  # times that a stage goes on with fresh engines after one died
 POLL_S = 1.0
 ANSWER_S = 30.0
 PART_ROWS = 10_000
-_LIGHT = {"num_cpus": 0.1}  # tasks that only move rows take little of a CPU slot, so that slots cannot deadlock
 
 
 @dataclass(frozen=True)
@@ -181,10 +182,11 @@ def _feed(
     def job() -> None:
         context = ray.data.DataContext.get_current().copy()
         context.checkpoint_config = CheckpointConfig("id", str(work.ids), delete_checkpoint_on_success=False)
+        context.execution_options.resource_limits = ExecutionResources(cpu=DATA_CPUS)
         context.enable_progress_bars = False
         context.execution_no_progress_timeout_s = -1  # it counts blocks, which may take long; _run watches tokens
         with ray.data.DataContext.current(context), _quiet():
-            rows = ray.data.read_parquet(str(work.inputs), partitioning=None, ray_remote_args=_LIGHT)
+            rows = ray.data.read_parquet(str(work.inputs), partitioning=None)
             rows.repartition(target_num_rows_per_block=settings.rows_per_block).map_batches(
                 _Client,
                 batch_size=None,
@@ -193,9 +195,9 @@ def _feed(
                 compute=ray.data.ActorPoolStrategy(
                     size=1, max_tasks_in_flight_per_actor=in_flight, max_concurrent_calls_per_actor=in_flight
                 ),
+                num_cpus=0.1,
                 max_restarts=0,
-                **_LIGHT,
-            ).write_parquet(str(work.rows), ray_remote_args=_LIGHT)
+            ).write_parquet(str(work.rows))
 
     return job
 

@@ -16,6 +16,7 @@ from cai_ray.errors import CaiError, ResourceError, StageFailed
 from cai_ray.generation.actor import EngineActor
 from cai_ray.generation.engine import architecture
 
+DATA_CPUS = 3  # slots that Ray Data may take beside the engines; each task that moves rows is a process of its own
 LOG_LINES = 12
 PING_S = 60.0
 
@@ -137,9 +138,9 @@ class EnginePool:
                 "lower cluster.engines or cluster.tensor_parallel_size, or add machines",
             )
         cpus = sum(n.get("CPU", 0) for n in nodes)
-        if engines + 2 > cpus:
+        if engines + DATA_CPUS > cpus:
             raise ResourceError(
-                f"{engines} engines take {engines} CPU slots and Ray Data 2 more; the cluster has {cpus:g}",
+                f"{engines} engines take {engines} CPU slots and Ray Data {DATA_CPUS} more; the cluster has {cpus:g}",
                 "lower cluster.engines, or start Ray with more logical CPUs (ray start --num-cpus)",
             )
         return fresh

@@ -22,6 +22,10 @@ class WorkerDied(StageFailed):
     """A process that holds training state is gone; its group starts again from the last checkpoint."""
 
 
+class EngineDied(StageFailed):
+    """A rollout engine is gone; another takes its place and is given the actor's weights."""
+
+
 @dataclass(frozen=True)
 class Call:
     """An answer that is awaited: `done` carries scalars (or the error), `payload` stays where it is.
@@ -33,6 +37,7 @@ class Call:
     done: Any
     payload: Any = None
     fetch: bool = True
+    lost: type[StageFailed] = WorkerDied  # what to raise when the process is gone
 
 
 def wait(calls: Sequence[Call], timeout_s: float, what: str) -> list[Any]:
@@ -40,7 +45,7 @@ def wait(calls: Sequence[Call], timeout_s: float, what: str) -> list[Any]:
 
     Raises:
         StageFailed: not all answered in time; the message names who did not.
-        WorkerDied: a process is gone.
+        WorkerDied, EngineDied: a process is gone.
         CaiError: what a worker raised.
     """
     deadline = time.monotonic() + timeout_s
@@ -65,11 +70,11 @@ def _answer(call: Call, what: str, timeout_s: float) -> Any:
     try:
         return ray.get(call.done, timeout=timeout_s)
     except RayActorError as e:
-        raise WorkerDied(f"{what}: {call.who} is gone", "see its log, and the machine's memory") from e
+        raise call.lost(f"{what}: {call.who} is gone", "see its log, and the machine's memory") from e
     except RayTaskError as e:
         cause = e.cause
         if isinstance(cause, RayActorError):
-            raise WorkerDied(f"{what}: {call.who} lost a process that it reads from") from e
+            raise call.lost(f"{what}: {call.who} lost a process that it reads from") from e
         if isinstance(cause, CaiError):
             raise cause from e
         raise StageFailed(f"{what}: {call.who} failed with {type(cause).__name__}: {cause}") from e
@@ -99,6 +104,14 @@ class Group:
         """Ends every worker."""
         for worker in self.workers:
             ray.kill(worker)
+
+
+def engine_calls(
+    engines: Sequence[Any], method: str, *args: Any, each: Sequence[tuple] | None = None, fetch: bool = True
+) -> list[Call]:
+    """Calls `method(*args, *each[i])` on every rollout engine."""
+    refs = [getattr(engine, method).remote(*args, *(each[i] if each else ())) for i, engine in enumerate(engines)]
+    return [Call(f"rollout {i}", ref, fetch=fetch, lost=EngineDied) for i, ref in enumerate(refs)]
 
 
 @dataclass(frozen=True)

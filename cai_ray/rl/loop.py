@@ -25,7 +25,8 @@ from cai_ray.models.tokenization import Tokenizer
 from cai_ray.records import Row, derive_seed
 from cai_ray.rl.batches import Plan
 from cai_ray.rl.checkpoints import commit_checkpoint, forget_from, last_checkpoint
-from cai_ray.rl.groups import RESTARTS, Call, Group, WorkerDied, placed, wait
+from cai_ray.rl.groups import Call, EngineDied, Group, WorkerDied, engine_calls, wait
+from cai_ray.rl.roles import started
 from cai_ray.rl.rollouts import (
     RollOut,
     keep_rollouts,
@@ -34,7 +35,7 @@ from cai_ray.rl.rollouts import (
     requests,
 )
 from cai_ray.rl.weight_sync import GAP_LIMITS, check_gap, mean_gap
-from cai_ray.rl.workers import Actor, Critic, Reference, Reward, Setup
+from cai_ray.rl.workers import Setup
 from cai_ray.training.batches import layout, step_rows
 
 TRAINER_RESTARTS = 2  # times that a lost actor or critic is started again from the last checkpoint
@@ -91,56 +92,19 @@ def run_ppo(
     steps, too_long = prompts_of_steps(prompts, config, seed, Tokenizer.load(policy, format))
     out.quarantine_path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(out.quarantine_path, "".join(json.dumps(row) + "\n" for row in too_long))
-    ranks = {
-        "actor": config.actor.sharding.ranks,
-        "critic": config.critic.sharding.ranks,
-        "reward": config.inference_ranks,
-        "reference": config.inference_ranks,
-    }
     for attempt in range(TRAINER_RESTARTS + 1):
         try:
-            with _started(setup, ranks, cluster) as groups, progress() if progress else nullcontext() as bar:
+            with started(setup, cluster.start_timeout_s) as groups, progress() if progress else nullcontext() as bar:
                 workers = _Controller(setup, groups, engines, restart_engines, steps, out, limit, bar).run()
             break
-        except WorkerDied as e:
-            if attempt == TRAINER_RESTARTS:
+        except (WorkerDied, EngineDied) as e:
+            if attempt == TRAINER_RESTARTS or (isinstance(e, EngineDied) and not restart_engines):
                 raise
             log.warning("%s; starting again from the last checkpoint", e.message)
             engines = restart_engines() if restart_engines else engines
     last = json.loads((out.path / "metrics.jsonl").read_text("utf-8").splitlines()[-1])
     counts = {"prompts_used": len({row["id"] for step in steps for row in step}), "quarantined": len(too_long)}
     return {**{k: v for k, v in last.items() if k not in ("step", "time")}, "steps": config.steps, **counts}, workers
-
-
-@contextmanager
-def _started(setup: Setup, ranks: Mapping[str, int], cluster: Cluster) -> Iterator[dict[str, Group]]:
-    """The four groups of workers, ready; they end with the block."""
-    config, limit = setup.config, cluster.start_timeout_s
-    threads = {
-        "actor": config.actor.sharding.cpus_per_rank,
-        "critic": config.critic.sharding.cpus_per_rank,
-        "reward": config.critic.sharding.cpus_per_rank,
-        "reference": config.actor.sharding.cpus_per_rank,
-    }
-    classes = {"actor": Actor, "critic": Critic, "reward": Reward, "reference": Reference}
-    groups: dict[str, Group] = {}
-    with placed(ranks, setup.device, limit) as placement:
-        try:
-            for role, cls in classes.items():
-                env = {"OMP_NUM_THREADS": str(threads[role]), "TOKENIZERS_PARALLELISM": "false"}
-                restarts = 0 if role in ("actor", "critic") else RESTARTS
-                groups[role] = placement.start(role, cls, ranks[role], env, restarts, setup)
-            joins: list[Call] = []
-            for role in ("actor", "critic"):
-                (where, *_) = wait(groups[role].submit("address"), limit, f"start of the {role}")
-                updates = config.steps * config.ppo_epochs * config.rollout_batch_size // config.minibatch_size
-                joins += groups[role].submit("join", where["address"], where["port"], updates)
-            joins += groups["reward"].submit("info") + groups["reference"].submit("info")
-            wait(joins, limit, "start of PPO's workers")
-            yield groups
-        finally:
-            for group in groups.values():
-                group.kill()
 
 
 # ---- the loop -------------------------------------------------------------------------------------------------------
@@ -163,8 +127,8 @@ class _Controller:
         self.config, self.limit = self.setup.config, self.setup.timeout_s
         self.times: dict[str, float] = {}
         self.kl = FixedKL(self.config.kl_coef)
-        self.keep = ray.remote(num_cpus=0, num_returns=2)(keep_rollouts)
-        self.shape = ray.remote(num_cpus=0, num_returns=2)(make_experience)
+        self.keep: Any = ray.remote(num_cpus=0, num_returns=2)(keep_rollouts)
+        self.shape: Any = ray.remote(num_cpus=0, num_returns=2)(make_experience)
 
     def run(self) -> dict[str, list[dict[str, Any]]]:
         """Runs every step that no checkpoint covers and exports the policy; returns who worked."""
@@ -256,8 +220,7 @@ class _Controller:
         return self.groups[role].submit("update", experience, each=each)
 
     def _ask_engines(self, method: str, *args: Any) -> list[Any]:
-        calls = [Call(f"rollout {i}", getattr(engine, method).remote(*args)) for i, engine in enumerate(self.engines)]
-        return wait(calls, self.limit, f"rollout engines ({method})")
+        return wait(engine_calls(self.engines, method, *args), self.limit, f"rollout engines ({method})")
 
     def _workers(self) -> dict[str, list[dict[str, Any]]]:
         found = {r: wait(g.submit("info"), self.limit, f"the {r}'s start") for r, g in self.groups.items()}
@@ -281,26 +244,25 @@ class _Controller:
         """The step's rollouts: those on disk, or fresh ones from engines that hold this step's weights."""
         count, path = self.config.rollout_batch_size, self.out.checkpoints / f"rollouts-{step}.parquet"
         asked = requests(self.steps[step], self.config, self.setup.seed, step)
-        share, program = -(-count // len(self.engines)), RollOut(self.config)
         for attempt in range(ROLLOUT_TRIES):
+            share = -(-count // len(self.engines))
             try:
                 with self._clock("rollout"):
                     if not path.is_file() and {info["version"] for info in self._ask_engines("info")} != {step}:
                         self._sync(step, fresh=True)
-                    calls = [
-                        Call(f"rollout {i}", engine.run.remote(program, asked.slice(i * share, share)), fetch=False)
-                        for i, engine in enumerate(self.engines)
-                        if not path.is_file() and i * share < count
-                    ]
+                    calls = []
+                    if not path.is_file():
+                        parts = [(asked.slice(i * share, share),) for i in range(len(self.engines))]
+                        calls = engine_calls(self.engines, "run", RollOut(self.config), each=parts, fetch=False)
                     wait(calls, self.limit, f"rollout of step {step}")
                     rollouts, done = self.keep.remote(path, count, *[call.done for call in calls])
-                    (seen,) = wait([Call("an engine", done)], self.limit, f"rollout of step {step}")
+                    (seen,) = wait([Call("an engine", done, lost=EngineDied)], self.limit, f"rollout of step {step}")
                 if seen["versions"] == [step]:
                     return rollouts, seen
                 path.unlink()
-            except WorkerDied as e:
+            except EngineDied as e:
                 if self.restart_engines is None:
-                    raise StageFailed(e.message, "the same command continues from the last checkpoint") from e
+                    raise
                 log.warning("%s; starting it again (%d of %d)", e.message, attempt + 1, ROLLOUT_TRIES)
                 self.engines = self.restart_engines()
         raise StageFailed(
@@ -318,8 +280,7 @@ class _Controller:
         room = self.config.max_prompt_tokens + self.config.max_new_tokens - 1
         ids, starts = [(p + r)[:room] for p, r in probe], [len(p) for p, _ in probe]
         calls = self.groups["actor"].submit("probe", experience, list(range(len(probe))))
-        for i, engine in enumerate(self.engines):
-            calls.append(Call(f"rollout {i}", engine.prompt_logprobs.remote(ids, starts)))
+        calls += engine_calls(self.engines, "prompt_logprobs", ids, starts)
         actor, *others = wait(calls, self.limit, f"probe after step {step}")
         for engine in others[len(self.groups["actor"].workers) - 1 :]:
             check_gap(mean_gap(actor["logprobs"], engine), self.gap_limit, f"after the weight sync of step {step}")
@@ -358,5 +319,5 @@ class _Controller:
 
 def _learning(name: str, ranks: list[dict[str, Any]]) -> dict[str, float]:
     """Metrics of an update: sums over ranks; the norm and the rate are the same on all."""
-    sums = {f"{name}/{key}": sum(rank["sums"][key] for rank in ranks) for key in ranks[0]["sums"]}
+    sums: dict[str, float] = {f"{name}/{key}": sum(rank["sums"][key] for rank in ranks) for key in ranks[0]["sums"]}
     return sums | {f"{name}/{key}": ranks[0][key] for key in ("grad_norm", "lr")}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cai_ray.errors import StageFailed
 from cai_ray.generation.shared_memory import cleanup, write_bucket
-from cai_ray.rl.groups import Call, free_address, wait
+from cai_ray.rl.groups import engine_calls, free_address, wait
 from cai_ray.training.deepspeed import ShardedModel
 
 BUCKET_BYTES = 256 << 20
@@ -35,17 +35,14 @@ class Engines:
     def __len__(self) -> int:
         return len(self._handles)
 
-    def _all(self, method: str, *args: Any, each: list[Any] | None = None) -> None:
-        calls = [
-            Call(f"rollout {i}", getattr(engine, method).remote(*args, *([each[i]] if each else [])))
-            for i, engine in enumerate(self._handles)
-        ]
+    def _all(self, method: str, *args: Any, each: list[tuple] | None = None) -> None:
+        calls = engine_calls(self._handles, method, *args, each=each)
         wait(calls, self._timeout_s, f"weight sync ({method})")
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         """Each engine's processes get ranks of their own behind the sender's rank 0."""
         ranks = [{"rank_offset": 1 + i * self.gpus} if self.gpus else {} for i in range(len(self))]
-        self._all("init_weight_transfer", each=[{**init_info, **own} for own in ranks])
+        self._all("init_weight_transfer", each=[({**init_info, **own},) for own in ranks])
 
     def start_weight_update(self) -> None:
         """Engines, idle now, wait for weights."""

@@ -1,6 +1,7 @@
 """How the generating stages ask the engine: a prompt in either format, a step's seed, a limit on its length."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from cai_ray.records import Message, Row, derive_seed
 from cai_ray.templates import STOP_PLAIN
 
 PromptText = str | Sequence[Message]
+Show = Callable[[], AbstractContextManager[Callable[[float, float | None, str], None]]]  # opens a progress display
 
 
 @dataclass(frozen=True)
@@ -26,14 +28,14 @@ class EngineSetup:
     format: str  # auto | plain | chat
     dtype: str
 
-    def engines(self, max_model_len: int, count: int) -> list[Any]:
-        """Engines that hold this model, started or reused.
+    def engines(self, max_model_len: int, count: int) -> Callable[[], list[Any]]:
+        """What gives engines that hold this model: started or reused when called, replaced when dead.
 
         Args:
             max_model_len: longest prompt and response together, tokens.
             count: how many.
         """
-        return self.pool.engines(
+        return lambda: self.pool.engines(
             self.model, format=self.format, dtype=self.dtype, max_model_len=max_model_len, count=count
         )
 

@@ -2,13 +2,12 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from cai_ray.artifacts import Manifest, StageDir, StageKey
 from cai_ray.config import Cluster, PPOConfig
 from cai_ray.errors import DataError
 from cai_ray.rl.loop import run_ppo
-from cai_ray.stages.asking import EngineSetup, read_rows
+from cai_ray.stages.asking import EngineSetup, Show, read_rows
 
 
 @dataclass(frozen=True)
@@ -21,7 +20,7 @@ class PPOInputs:
     reward: Path
     cluster: Cluster
     device: str
-    progress: Any = None
+    progress: Show
 
 
 def ppo(config: PPOConfig, inputs: PPOInputs, out: StageDir) -> Manifest:
@@ -34,12 +33,13 @@ def ppo(config: PPOConfig, inputs: PPOInputs, out: StageDir) -> Manifest:
     prompts = read_rows(inputs.prompts, split="train")
     if not prompts:
         raise DataError("ppo: no training prompt", "give `prompts` a source with rows")
+    engines = inputs.setup.engines(config.max_prompt_tokens + config.max_new_tokens, config.engines)
     metrics, workers = run_ppo(
         config,
         policy=inputs.setup.model,
         reward_model=inputs.reward,
         prompts=prompts,
-        engines=inputs.setup.engines(config.max_prompt_tokens + config.max_new_tokens, config.engines),
+        engines=engines(),
         format=inputs.setup.format,
         cluster=inputs.cluster,
         device=inputs.device,

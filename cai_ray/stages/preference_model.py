@@ -3,7 +3,6 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pyarrow.parquet as pq
 
@@ -12,6 +11,7 @@ from cai_ray.config import Cluster, PreferenceModelConfig
 from cai_ray.errors import DataError, StageFailed
 from cai_ray.records import LABELED_PAIR, Row, to_table
 from cai_ray.sources import read_comparisons
+from cai_ray.stages.asking import Show
 from cai_ray.training.launch import run_training
 
 
@@ -26,7 +26,7 @@ class PreferenceModelInputs:
     max_bad_fraction: float
     cluster: Cluster
     device: str
-    progress: Any = None
+    progress: Show
 
 
 def preference_model(config: PreferenceModelConfig, inputs: PreferenceModelInputs, out: StageDir) -> Manifest:
@@ -56,15 +56,17 @@ def preference_model(config: PreferenceModelConfig, inputs: PreferenceModelInput
         bad += unusable
         counts[f"rows/{source.path}"] = len(rows)
     out.quarantine_path.write_text("".join(json.dumps(b) + "\n" for b in bad), "utf-8")
-    metrics, workers = run_training(
-        "preference_model",
-        config,
-        model=inputs.model,
-        format=inputs.format,
-        rows=folders,
-        out=out,
-        cluster=inputs.cluster,
-        device=inputs.device,
-        progress=inputs.progress,
-    )
-    return out.commit(inputs.key, {**counts, "quarantined": len(bad), **metrics}, workers=workers)
+    with inputs.progress() as show, out.phase("train"):
+        metrics = run_training(
+            "preference_model",
+            config,
+            folders,
+            out,
+            inputs.cluster,
+            inputs.device,
+            model=inputs.model,
+            format=inputs.format,
+            max_bad_fraction=inputs.max_bad_fraction,
+            on_progress=show,
+        )
+    return out.commit(inputs.key, {**counts, "quarantined": len(bad), **metrics})

@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from cai_ray.artifacts import Manifest, StageDir, StageKey
 from cai_ray.config import Cluster, SftConfig
+from cai_ray.stages.asking import Show
 from cai_ray.training.launch import run_training
 
 
@@ -17,9 +17,10 @@ class SftInputs:
     revisions: Path
     model: Path
     format: str
+    max_bad_fraction: float
     cluster: Cluster
     device: str
-    progress: Any = None
+    progress: Show
 
 
 def sft(config: SftConfig, inputs: SftInputs, out: StageDir) -> Manifest:
@@ -28,15 +29,17 @@ def sft(config: SftConfig, inputs: SftInputs, out: StageDir) -> Manifest:
     Raises:
         StageFailed: training stopped; its last checkpoint is kept.
     """
-    metrics, workers = run_training(
-        "sft",
-        config,
-        model=inputs.model,
-        format=inputs.format,
-        rows=[inputs.revisions],
-        out=out,
-        cluster=inputs.cluster,
-        device=inputs.device,
-        progress=inputs.progress,
-    )
-    return out.commit(inputs.key, metrics, workers=workers)
+    with inputs.progress() as show, out.phase("train"):
+        metrics = run_training(
+            "sft",
+            config,
+            [inputs.revisions],
+            out,
+            inputs.cluster,
+            inputs.device,
+            model=inputs.model,
+            format=inputs.format,
+            max_bad_fraction=inputs.max_bad_fraction,
+            on_progress=show,
+        )
+    return out.commit(inputs.key, metrics)

@@ -58,7 +58,7 @@ def init_distributed(device: torch.device, timeout_s: float = 1800.0) -> None:
     if device.type == "cpu":
         # On a CPU, DeepSpeed would compile a shared-memory extension here, for more than a minute, whose all-reduce
         # only its inference uses. An empty table of usable extensions stops the compiler; gloo does the work.
-        vars(deepspeed.ops)["__compatible_ops__"] = {}
+        deepspeed.ops.__compatible_ops__ = {}  # pyright: ignore[reportAttributeAccessIssue]
     else:
         torch.cuda.set_device(device)
     backend, timeout = ("gloo" if device.type == "cpu" else "nccl"), timedelta(seconds=timeout_s)

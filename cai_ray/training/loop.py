@@ -224,8 +224,10 @@ def _examples(
             continue
         without += not new
         made["test" if row["split"] == "test" else "train"] += new
-    if out and bad:
-        write_atomic(out.quarantine_path, "".join(json.dumps(b, ensure_ascii=False) + "\n" for b in bad))
+    if out:
+        known = out.quarantine_path.read_text("utf-8") if out.quarantine_path.is_file() else ""
+        lines = [json.dumps(b, ensure_ascii=False) + "\n" for b in bad]
+        write_atomic(out.quarantine_path, known + "".join(line for line in lines if line not in known))
     if len(bad) > job.max_bad_fraction * rows:
         raise StageFailed(
             f"{len(bad)} of {rows} rows are bad, the first for: {bad[0]['reason']}",

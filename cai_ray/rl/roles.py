@@ -1,0 +1,42 @@
+"""The four groups of workers that PPO has beside the rollout engines, started and ended together."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from cai_ray.rl.groups import RESTARTS, Call, Group, placed, wait
+from cai_ray.rl.workers import Actor, Critic, Reference, Reward, Setup
+
+
+@contextmanager
+def started(setup: Setup, timeout_s: float) -> Iterator[dict[str, Group]]:
+    """Actor, critic, reward and reference by name, models loaded; they end with the block.
+
+    Raises:
+        ResourceError: the cluster cannot hold them.
+        StageFailed: one did not start within `timeout_s` seconds.
+    """
+    config = setup.config
+    actor, critic = config.actor.sharding, config.critic.sharding
+    roles = {  # class, ranks, threads of a rank
+        "actor": (Actor, actor.ranks, actor.cpus_per_rank),
+        "critic": (Critic, critic.ranks, critic.cpus_per_rank),
+        "reward": (Reward, config.inference_ranks, critic.cpus_per_rank),
+        "reference": (Reference, config.inference_ranks, actor.cpus_per_rank),
+    }
+    updates = config.steps * config.ppo_epochs * config.rollout_batch_size // config.minibatch_size
+    groups: dict[str, Group] = {}
+    with placed({role: ranks for role, (_, ranks, _) in roles.items()}, setup.device, timeout_s) as placement:
+        try:
+            for role, (cls, ranks, threads) in roles.items():
+                env = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+                restarts = 0 if role in ("actor", "critic") else RESTARTS
+                groups[role] = placement.start(role, cls, ranks, env, restarts, setup)
+            ready: list[Call] = groups["reward"].submit("info") + groups["reference"].submit("info")
+            for role in ("actor", "critic"):
+                (where, *_) = wait(groups[role].submit("address"), timeout_s, f"start of the {role}")
+                ready += groups[role].submit("join", where["address"], where["port"], updates)
+            wait(ready, timeout_s, "start of PPO's workers")
+            yield groups
+        finally:
+            for group in groups.values():
+                group.kill()

@@ -1,0 +1,94 @@
+"""A small Ray, a tiny policy with its engine, and a tiny preference model of the same family."""
+
+import os
+
+import pytest
+
+from cai_ray.artifacts import StageDir
+from cai_ray.config import Cluster, Learner, Optim, PPOConfig, Sharding
+from cai_ray.records import row_id
+
+CLUSTER = Cluster(device="cpu", kv_cache_gib=0.25, max_num_seqs=16, start_timeout_s=240, step_timeout_s=120)
+TEXTS = ["How do I bake bread?", "Tell me a joke.", "Why is the sky blue?", "Name three rivers.", "What is a prime?"]
+
+
+def prompts():
+    """Five short prompts of both kinds."""
+    rows = []
+    for i, text in enumerate(TEXTS):
+        messages = [{"role": "user", "content": text}]
+        kind = "helpful" if i % 2 else "harmful"
+        rows.append({"id": row_id(text), "messages": messages, "kind": kind, "source": "test", "split": "train"})
+    return rows
+
+
+def config(ranks=1, zero_stage=0, microbatch_tokens=8192, lr=1e-3, **changes):
+    """Three steps of eight responses; rates so high that a step shows."""
+    sharding = Sharding(ranks=ranks, zero_stage=zero_stage, microbatch_tokens=microbatch_tokens, dtype="float32")
+    learner = Learner(optim=Optim(lr=lr), sharding=sharding)
+    sizes = {"rollout_batch_size": 8, "minibatch_size": 8, "max_prompt_tokens": 64, "max_new_tokens": 12}
+    return PPOConfig(**{"steps": 3, **sizes, "actor": learner, "critic": learner, "kl_coef": 0.05, **changes})
+
+
+@pytest.fixture(scope="session")
+def policy():
+    """Folder of the tiny language model."""
+    from cai_ray.models import tiny_model
+
+    return tiny_model()
+
+
+@pytest.fixture(scope="session")
+def reward_model(policy, tmp_path_factory):
+    """Folder of a preference model that has learned nothing, with a reward scale."""
+    from cai_ray.models.checkpoints import load_scalar_model, save_pretrained
+    from cai_ray.models.tokenization import Tokenizer
+
+    model = load_scalar_model(policy, "float32", seed=1)
+    model.config.reward_mean, model.config.reward_std = 0.25, 2.0
+    out = tmp_path_factory.mktemp("models") / "reward"
+    save_pretrained(model.state_dict(), model.config, Tokenizer.load(policy), out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def pool(tmp_path_factory):
+    """Ray of our own and its engines."""
+    os.environ["RAY_usage_stats_enabled"] = "0"
+    import ray
+
+    from cai_ray.generation.pool import EnginePool
+
+    ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=True)
+    pool = EnginePool(CLUSTER, "cpu", tmp_path_factory.mktemp("logs"))
+    yield pool
+    pool.close()
+    ray.shutdown()
+
+
+@pytest.fixture
+def train(pool, policy, reward_model):
+    """Runs `run_ppo` into a folder with a configuration."""
+    from cai_ray.rl.loop import run_ppo
+
+    def engines():
+        return pool.engines(policy, dtype="float32", max_model_len=64 + 12)
+
+    def run(out, settings, **more):
+        return run_ppo(
+            settings,
+            policy=policy,
+            reward_model=reward_model,
+            prompts=prompts(),
+            engines=engines(),
+            format="auto",
+            cluster=CLUSTER,
+            device="cpu",
+            seed=7,
+            out=StageDir(out, 7),
+            engine_dtype="float32",
+            restart_engines=engines,
+            **more,
+        )
+
+    return run
