@@ -6,13 +6,12 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
 from cai_ray.errors import CaiError
 
-F = TypeVar("F", bound=Callable[..., Any])
 WIFI = "Can you help me get into my neighbour's wifi?"
 WIFI_ZH = "你能帮我连上邻居家的无线网络吗？"
 
@@ -26,7 +25,7 @@ class _Formatter(click.Command):
             formatter.write("\nExamples:\n" + "".join(f"  {line}\n" for line in self.epilog.splitlines()))
 
 
-def _command(epilog: str) -> Callable[[F], click.Command]:
+def _command(epilog: str) -> Callable[[Callable[..., Any]], click.Command]:
     return main.command(cls=_Formatter, epilog=epilog, context_settings={"help_option_names": ["-h", "--help"]})
 
 

@@ -54,9 +54,9 @@ class Run(Section):
 
     name: str = Op("run", "Name of the run; its directory is dir/name.", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     dir: str = Op("runs", "Folder that holds run directories; on a cluster, a file system that every node mounts.")
-    seed: int = Field(0, description="Seed of every random choice, combined with each row's id.", ge=0)
+    seed: int = Field(default=0, description="Seed of every random choice, combined with each row's id.", ge=0)
     max_bad_fraction: float = Field(
-        0.01, description="A stage fails when more than this share of rows is bad.", ge=0, le=1
+        default=0.01, description="A stage fails when more than this share of rows is bad.", ge=0, le=1
     )
 
 
@@ -64,12 +64,12 @@ class ModelSpec(Section):
     """One model: a hub id, a folder, `embedded` (ships with the quickstart) or `run:DIR/stage`."""
 
     path: str = Field(description="Hub id, folder, `embedded`, or `run:DIR/stage`.")
-    revision: str | None = Field(None, description="Branch, tag or commit on the hub.")
+    revision: str | None = Field(default=None, description="Branch, tag or commit on the hub.")
     format: Literal["auto", "plain", "chat"] = Field(
-        "auto", description="Prompt format; auto is chat where the tokenizer has a chat template, else plain."
+        default="auto", description="Prompt format; auto is chat where the tokenizer has a chat template, else plain."
     )
     dtype: Literal["bfloat16", "float32"] = Field(
-        "bfloat16", description="Precision in which engines hold the weights."
+        default="bfloat16", description="Precision in which engines hold the weights."
     )
 
 
@@ -81,25 +81,29 @@ class Models(Section):
 
     helpful: Model = Field(description="Helpful-only assistant: answers, criticises and revises.")
     pretrained: Model = Field(description="Pretrained model that the supervised stage fine-tunes.")
-    feedback: Model | None = Field(None, description="Judge of response pairs; the pretrained model by default.")
+    feedback: Model | None = Field(
+        default=None, description="Judge of response pairs; the pretrained model by default."
+    )
     preference_base: Model | None = Field(
-        None, description="What the preference model starts from; the SL model by default."
+        default=None, description="What the preference model starts from; the SL model by default."
     )
 
 
 class Principles(Section):
     """Which principles of which constitution a stage draws from."""
 
-    file: str = Field("default", description="Shipped constitution's name or a path to a YAML file.")
-    only: tuple[str, ...] | None = Field(None, description="Keep only principles with one of these ids or tags.")
-    without: tuple[str, ...] = Field((), description="Leave out principles with one of these ids or tags.")
+    file: str = Field(default="default", description="Shipped constitution's name or a path to a YAML file.")
+    only: tuple[str, ...] | None = Field(
+        default=None, description="Keep only principles with one of these ids or tags."
+    )
+    without: tuple[str, ...] = Field(default=(), description="Leave out principles with one of these ids or tags.")
 
 
 class ConstitutionConfig(Section):
     """The constitutions behind critiques and behind feedback."""
 
-    critique: Annotated[Principles, _from_string("file")] = Field(Principles(), description="For `revise`.")
-    feedback: Annotated[Principles, _from_string("file")] = Field(Principles(), description="For `label`.")
+    critique: Annotated[Principles, _from_string("file")] = Field(default=Principles(), description="For `revise`.")
+    feedback: Annotated[Principles, _from_string("file")] = Field(default=Principles(), description="For `label`.")
 
 
 class Cluster(Section):
@@ -123,8 +127,10 @@ class Source(Section):
     path: str = Field(
         description="`starter:NAME`, a file (jsonl, json, csv, parquet, also .gz), a folder, or `hf:NAME[:SPLIT]`."
     )
-    limit: int | None = Field(None, description="Take only this many rows, the first by id.", ge=1)
-    column: str | None = Field(None, description="Column of the prompt; none looks for messages, prompt, chosen.")
+    limit: int | None = Field(default=None, description="Take only this many rows, the first by id.", ge=1)
+    column: str | None = Field(
+        default=None, description="Column of the prompt; none looks for messages, prompt, chosen."
+    )
 
 
 SourceItem = Annotated[Source, _from_string("path")]
@@ -134,28 +140,28 @@ class PromptsConfig(Section):
     """`prompts`: one row per human turn, deduplicated, split by a hash of the first human turn."""
 
     harmful: tuple[SourceItem, ...] = Field(
-        (Source(path="starter:red_team"),), description="Sources of red-team prompts."
+        default=(Source(path="starter:red_team"),), description="Sources of red-team prompts."
     )
     helpful: tuple[SourceItem, ...] = Field(
-        (Source(path="starter:helpful"),), description="Sources of helpful prompts."
+        default=(Source(path="starter:helpful"),), description="Sources of helpful prompts."
     )
 
 
 class Sampling(Section):
     """Length and temperature of what is sampled; top_p is 1 and top_k off throughout."""
 
-    max_prompt_tokens: int = Field(1024, description="Longer prompts are quarantined, tokens.", ge=8)
-    max_new_tokens: int = Field(128, description="Longest response, tokens.", ge=1)
-    temperature: float = Field(1.0, description="Sampling temperature.", gt=0)
+    max_prompt_tokens: int = Field(default=1024, description="Longer prompts are quarantined, tokens.", ge=8)
+    max_new_tokens: int = Field(default=128, description="Longest response, tokens.", ge=1)
+    temperature: float = Field(default=1.0, description="Sampling temperature.", gt=0)
 
 
 class ReviseConfig(Sampling):
     """`revise`: response, then rounds of critique and revision by the helpful model."""
 
-    rounds: int = Field(4, description="Critique-revision rounds per harmful prompt.", ge=1)
-    max_critique_tokens: int = Field(128, description="Longest critique, tokens.", ge=1)
-    few_shots: int = Field(2, description="Examples from the constitution before each critique.", ge=0)
-    helpful_samples_per_prompt: int = Field(2, description="Answers sampled for each helpful prompt.", ge=0)
+    rounds: int = Field(default=4, description="Critique-revision rounds per harmful prompt.", ge=1)
+    max_critique_tokens: int = Field(default=128, description="Longest critique, tokens.", ge=1)
+    few_shots: int = Field(default=2, description="Examples from the constitution before each critique.", ge=0)
+    helpful_samples_per_prompt: int = Field(default=2, description="Answers sampled for each helpful prompt.", ge=0)
 
 
 class Optim(Section):
@@ -163,12 +169,14 @@ class Optim(Section):
 
     lr: float = Field(description="Peak learning rate.", gt=0)
     schedule: Literal["constant", "linear", "cosine"] = Field(
-        "constant", description="What follows the warm-up; linear and cosine end at 0."
+        default="constant", description="What follows the warm-up; linear and cosine end at 0."
     )
-    warmup_fraction: float = Field(0.0, description="Share of steps over which the rate rises from 0.", ge=0, le=1)
-    weight_decay: float = Field(0.0, description="Decoupled weight decay.", ge=0)
-    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW moment decay rates.")
-    max_grad_norm: float = Field(1.0, description="Global gradient norm is clipped to this.", gt=0)
+    warmup_fraction: float = Field(
+        default=0.0, description="Share of steps over which the rate rises from 0.", ge=0, le=1
+    )
+    weight_decay: float = Field(default=0.0, description="Decoupled weight decay.", ge=0)
+    betas: tuple[float, float] = Field(default=(0.9, 0.95), description="AdamW moment decay rates.")
+    max_grad_norm: float = Field(default=1.0, description="Global gradient norm is clipped to this.", gt=0)
 
 
 class Sharding(Section):
@@ -186,10 +194,10 @@ class Sharding(Section):
 class Training(Section):
     """What `sft` and `preference_model` share."""
 
-    epochs: float = Field(1.0, description="Passes over the training rows.", gt=0)
+    epochs: float = Field(default=1.0, description="Passes over the training rows.", gt=0)
     batch_size: int = Field(description="Rows of one optimizer step over all ranks.", ge=1)
     max_tokens: int = Field(
-        2048, description="Longest row, tokens; longer ones lose the prompt's left end, and are counted.", ge=16
+        default=2048, description="Longest row, tokens; longer ones lose the prompt's left end, and are counted.", ge=16
     )
     optim: Optim = Field(description="Optimizer and schedule.")
     sharding: Sharding = Op(Sharding(), "Layout over ranks.")
@@ -199,47 +207,59 @@ class Training(Section):
 class SftConfig(Training):
     """`sft`: fine-tunes the pretrained model on revisions and helpful samples."""
 
-    init: str = Field("pretrained", description="Key of `models`, or a path.")
+    init: str = Field(default="pretrained", description="Key of `models`, or a path.")
     rounds: Literal["all", "last"] | tuple[int, ...] = Field(
-        "all", description="Which revisions are trained on, counted from 1."
+        default="all", description="Which revisions are trained on, counted from 1."
     )
-    batch_size: int = Field(32, description="Rows of one optimizer step over all ranks.", ge=1)
-    optim: Optim = Field(Optim(lr=1e-5, schedule="cosine", warmup_fraction=0.03), description="Optimizer and schedule.")
+    batch_size: int = Field(default=32, description="Rows of one optimizer step over all ranks.", ge=1)
+    optim: Optim = Field(
+        default=Optim(lr=1e-5, schedule="cosine", warmup_fraction=0.03), description="Optimizer and schedule."
+    )
 
 
 class SamplePairsConfig(Sampling):
     """`sample_pairs`: the SL model answers each harmful prompt twice."""
 
-    model: str = Field("sft", description="`sft`, a key of `models`, or a path.")
+    model: str = Field(default="sft", description="`sft`, a key of `models`, or a path.")
 
 
 class LabelConfig(Section):
     """`label`: the feedback model says which response is better, as a multiple choice under a principle."""
 
     format: Literal["auto", "plain", "chat", "cot"] = Field(
-        "plain", description="Prompt format; cot lets the model reason first; auto follows the feedback model's."
+        default="plain",
+        description="Prompt format; cot lets the model reason first; auto follows the feedback model's.",
     )
-    few_shots: int = Field(0, description="Examples from the constitution before each question.", ge=0)
-    principles_per_pair: int = Field(1, description="Independent draws of a principle, averaged.", ge=1)
-    swap: bool = Field(False, description="Ask in both orders and average: removes the preference for a letter.")
-    clamp: tuple[float, float] | None = Field(None, description="Limits of the averaged label, as (0.4, 0.6) for cot.")
-    max_prompt_tokens: int = Field(3072, description="Longer questions are quarantined, tokens.", ge=8)
-    max_rationale_tokens: int = Field(256, description="Longest chain of thought, tokens (cot only).", ge=1)
+    few_shots: int = Field(default=0, description="Examples from the constitution before each question.", ge=0)
+    principles_per_pair: int = Field(default=1, description="Independent draws of a principle, averaged.", ge=1)
+    swap: bool = Field(
+        default=False, description="Ask in both orders and average: removes the preference for a letter."
+    )
+    clamp: tuple[float, float] | None = Field(
+        default=None, description="Limits of the averaged label, as (0.4, 0.6) for cot."
+    )
+    max_prompt_tokens: int = Field(default=3072, description="Longer questions are quarantined, tokens.", ge=8)
+    max_rationale_tokens: int = Field(default=256, description="Longest chain of thought, tokens (cot only).", ge=1)
 
 
 class PreferenceModelConfig(Training):
     """`preference_model`: soft-label Bradley-Terry on AI-harmless and human-helpful comparisons."""
 
     init: str = Field(
-        "auto", description="`auto` is models.preference_base, else the SL model; or a key of `models`, or a path."
+        default="auto",
+        description="`auto` is models.preference_base, else the SL model; or a key of `models`, or a path.",
     )
     data: tuple[SourceItem, ...] = Field(
-        (Source(path="label"), Source(path="starter:helpful_comparisons")),
+        default=(Source(path="label"), Source(path="starter:helpful_comparisons")),
         description="`label` and files of comparisons.",
     )
-    batch_size: int = Field(32, description="Pairs of one optimizer step over all ranks.", ge=1)
-    center_coef: float = Field(0.0, description="Weight of the squared mean score, which keeps scores near 0.", ge=0)
-    optim: Optim = Field(Optim(lr=1e-5, schedule="linear", warmup_fraction=0.03), description="Optimizer and schedule.")
+    batch_size: int = Field(default=32, description="Pairs of one optimizer step over all ranks.", ge=1)
+    center_coef: float = Field(
+        default=0.0, description="Weight of the squared mean score, which keeps scores near 0.", ge=0
+    )
+    optim: Optim = Field(
+        default=Optim(lr=1e-5, schedule="linear", warmup_fraction=0.03), description="Optimizer and schedule."
+    )
 
 
 class Learner(Section):
@@ -252,31 +272,31 @@ class Learner(Section):
 class PPOConfig(Sampling):
     """`ppo`: the policy against the preference model, with a KL penalty to the SL model."""
 
-    init: str = Field("sft", description="Policy's start and reference: `sft`, a key of `models`, or a path.")
-    reward: str = Field("preference_model", description="`preference_model` or a path to one.")
+    init: str = Field(default="sft", description="Policy's start and reference: `sft`, a key of `models`, or a path.")
+    reward: str = Field(default="preference_model", description="`preference_model` or a path to one.")
     critic_init: Literal["reward", "policy"] = Field(
-        "reward", description="The critic starts from the preference model or the policy."
+        default="reward", description="The critic starts from the preference model or the policy."
     )
-    steps: int = Field(100, description="Iterations of rollout and update.", ge=1)
-    rollout_batch_size: int = Field(128, description="Responses of one iteration over all ranks.", ge=1)
-    minibatch_size: int = Field(128, description="Responses of one optimizer step over all ranks.", ge=1)
-    samples_per_prompt: int = Field(1, description="Responses sampled for each prompt.", ge=1)
-    ppo_epochs: int = Field(1, description="Passes over each rollout batch.", ge=1)
+    steps: int = Field(default=100, description="Iterations of rollout and update.", ge=1)
+    rollout_batch_size: int = Field(default=128, description="Responses of one iteration over all ranks.", ge=1)
+    minibatch_size: int = Field(default=128, description="Responses of one optimizer step over all ranks.", ge=1)
+    samples_per_prompt: int = Field(default=1, description="Responses sampled for each prompt.", ge=1)
+    ppo_epochs: int = Field(default=1, description="Passes over each rollout batch.", ge=1)
     helpful_fraction: float | None = Field(
-        None, description="Share of helpful prompts; none keeps the natural mix.", ge=0, le=1
+        default=None, description="Share of helpful prompts; none keeps the natural mix.", ge=0, le=1
     )
-    gamma: float = Field(1.0, description="Discount.", gt=0, le=1)
-    gae_lambda: float = Field(0.95, description="GAE's lambda.", ge=0, le=1)
-    kl_coef: float = Field(0.001, description="Weight of the per-token KL penalty (k1) in the reward.", ge=0)
-    clip_range: float = Field(0.2, description="Clipping of the policy ratio.", gt=0)
-    value_clip_range: float | None = Field(0.2, description="Clipping of value updates; none is off.", gt=0)
-    normalize_scores: bool = Field(True, description="Scores by the preference model's stored mean and std.")
-    score_clip: float | None = Field(None, description="Limit of normalised scores; none is off.", gt=0)
-    missing_eos_penalty: float = Field(0.0, description="Taken from the score of a truncated response.", ge=0)
-    whiten_advantages: bool = Field(True, description="Over the whole rollout batch.")
-    snapshots: int = Field(0, description="Keep the policy every so many steps; 0 keeps only the last.", ge=0)
-    actor: Learner = Field(Learner(optim=Optim(lr=1e-6)), description="The policy.")
-    critic: Learner = Field(Learner(optim=Optim(lr=5e-6)), description="The value function.")
+    gamma: float = Field(default=1.0, description="Discount.", gt=0, le=1)
+    gae_lambda: float = Field(default=0.95, description="GAE's lambda.", ge=0, le=1)
+    kl_coef: float = Field(default=0.001, description="Weight of the per-token KL penalty (k1) in the reward.", ge=0)
+    clip_range: float = Field(default=0.2, description="Clipping of the policy ratio.", gt=0)
+    value_clip_range: float | None = Field(default=0.2, description="Clipping of value updates; none is off.", gt=0)
+    normalize_scores: bool = Field(default=True, description="Scores by the preference model's stored mean and std.")
+    score_clip: float | None = Field(default=None, description="Limit of normalised scores; none is off.", gt=0)
+    missing_eos_penalty: float = Field(default=0.0, description="Taken from the score of a truncated response.", ge=0)
+    whiten_advantages: bool = Field(default=True, description="Over the whole rollout batch.")
+    snapshots: int = Field(default=0, description="Keep the policy every so many steps; 0 keeps only the last.", ge=0)
+    actor: Learner = Field(default=Learner(optim=Optim(lr=1e-6)), description="The policy.")
+    critic: Learner = Field(default=Learner(optim=Optim(lr=5e-6)), description="The value function.")
     engines: int = Op(1, "Rollout engines.", ge=1)
     tensor_parallel_size: int = Op(1, "GPUs of one rollout engine.", ge=1)
     inference_ranks: int = Op(1, "Reward workers, and as many reference workers.", ge=1)
@@ -302,7 +322,7 @@ class PPOConfig(Sampling):
 class EvaluateConfig(Sampling):
     """`evaluate`: every model of the run answers the same held-out prompts."""
 
-    prompts: int = Field(64, description="Held-out prompts of each kind, the first by id.", ge=1)
+    prompts: int = Field(default=64, description="Held-out prompts of each kind, the first by id.", ge=1)
 
 
 class Tracking(Section):
@@ -318,16 +338,16 @@ class Config(Section):
 
     run: Run = Op(Run(), "Name, folder, seed.")
     models: Models = Field(description="Models that the stages start from.")
-    constitution: ConstitutionConfig = Field(ConstitutionConfig(), description="Principles.")
+    constitution: ConstitutionConfig = Field(default=ConstitutionConfig(), description="Principles.")
     cluster: Cluster = Op(Cluster(), "Where it runs.")
-    prompts: PromptsConfig = Field(PromptsConfig(), description="Stage 1.")
-    revise: ReviseConfig = Field(ReviseConfig(), description="Stage 2.")
-    sft: SftConfig = Field(SftConfig(), description="Stage 3.")
-    sample_pairs: SamplePairsConfig = Field(SamplePairsConfig(), description="Stage 4.")
-    label: LabelConfig = Field(LabelConfig(), description="Stage 5.")
-    preference_model: PreferenceModelConfig = Field(PreferenceModelConfig(), description="Stage 6.")
-    ppo: PPOConfig = Field(PPOConfig(), description="Stage 7.")
-    evaluate: EvaluateConfig = Field(EvaluateConfig(), description="Stage 8.")
+    prompts: PromptsConfig = Field(default=PromptsConfig(), description="Stage 1.")
+    revise: ReviseConfig = Field(default=ReviseConfig(), description="Stage 2.")
+    sft: SftConfig = Field(default=SftConfig(), description="Stage 3.")
+    sample_pairs: SamplePairsConfig = Field(default=SamplePairsConfig(), description="Stage 4.")
+    label: LabelConfig = Field(default=LabelConfig(), description="Stage 5.")
+    preference_model: PreferenceModelConfig = Field(default=PreferenceModelConfig(), description="Stage 6.")
+    ppo: PPOConfig = Field(default=PPOConfig(), description="Stage 7.")
+    evaluate: EvaluateConfig = Field(default=EvaluateConfig(), description="Stage 8.")
     tracking: Tracking = Op(Tracking(), "Where metrics go.")
 
 
@@ -369,15 +389,16 @@ def _override(tree: dict[str, Any], item: str) -> None:
     if not sep or not key:
         raise ConfigError(f"override {item!r} is not of the form key.sub=value", "for instance ppo.kl_coef=0.1")
     *parents, last = key.split(".")
-    node = tree
+    node: dict[str, Any] = tree
     for p in parents:
-        child = node.get(p)
+        child: Any = node.get(p)
         if isinstance(child, str):  # the short form of a model, source or constitution
             child = {"file" if parents[0] == "constitution" else "path": child}
         node[p] = child = {} if child is None else child
         if not isinstance(child, dict):
             raise ConfigError(f"override {item!r}: {p} is not a section")
         node = child
+    value: Any
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as e:

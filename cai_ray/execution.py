@@ -22,6 +22,7 @@ from cai_ray.pipeline import (
     downstream,
     evaluated,
     feedback_model,
+    longest_context,
     model_spec,
     needed,
     plan,
@@ -235,11 +236,12 @@ class Execution:
         )
         start, tracker = time.monotonic(), StageTracker(config, out, self.run.path)
         out.on_metrics = tracker.log
-        manifest = None
         try:
             manifest = stage.run(self, out, key)
-        finally:
-            tracker.finish(manifest)
+        except BaseException:
+            tracker.finish(None)
+            raise
+        tracker.finish(manifest)
         shown = [f"{k} {v:.4g}" for k, v in manifest.metrics.items() if isinstance(v, int | float)]
         self.reporter.say(f"    {stage.name} took {time.monotonic() - start:.0f} s: {', '.join(shown[:8])}")
         return manifest
@@ -275,6 +277,7 @@ class Execution:
             model=self._model(name),
             format=format or (spec.format if spec else "auto"),
             dtype=(spec or self.config.models.helpful).dtype,
+            run_tokens=longest_context(self.config),
         )
 
     # ---- the stages ---------------------------------------------------------------------------------------------

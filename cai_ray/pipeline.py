@@ -92,6 +92,16 @@ def needed(config: Config) -> tuple[Stage, ...]:
     return tuple(s for s in STAGES if s.name in wanted)
 
 
+def longest_context(config: Config) -> int:
+    """The longest prompt and response together that any stage gives an engine, tokens."""
+    revise, label = config.revise, config.label
+    return max(
+        revise.max_prompt_tokens + max(revise.max_new_tokens, revise.max_critique_tokens),
+        label.max_prompt_tokens + (label.max_rationale_tokens if label.format == "cot" else 0) + 8,
+        *(s.max_prompt_tokens + s.max_new_tokens for s in (config.sample_pairs, config.ppo, config.evaluate)),
+    )
+
+
 def model_spec(config: Config, name: str) -> ModelSpec:
     """What a model's name stands for: a key of `models`, else an id or path.
 

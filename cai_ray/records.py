@@ -93,7 +93,7 @@ def derive_seed(seed: int, row: str, step: str) -> int:
     return int.from_bytes(_digest(seed, row, step)[:4], "big") & 0x7FFFFFFF
 
 
-def split_of(messages: Sequence[Mapping[str, str]]) -> str:
+def split_of(messages: Sequence[Message]) -> str:
     """`test` for a tenth of all conversations, by a hash of the first human turn, else `train`."""
     first = next((m["content"] for m in messages if m["role"] == "user"), "")
     return "test" if int.from_bytes(_digest("split", first)[:4], "big") % 100 < TEST_PERCENT else "train"

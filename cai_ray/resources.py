@@ -87,22 +87,23 @@ def _trainer(config: Config, role: str, name: str, sharding: Sharding, device: s
     """A model under training, counted as `training.deepspeed` builds it; `passes` updates see each token."""
     shape, n, width = model_shape(config, name), sharding.ranks, WIDTH[sharding.dtype]
     zero = max(2, sharding.zero_stage) if sharding.dtype == "bfloat16" else sharding.zero_stage
+    # AdamW keeps two moments, and from stage 1 on a float32 copy of the weights.
+    optimizer: Part = ("optimizer", shape.gib(12 if zero else 8), n if zero else 1)
+    offloaded = sharding.offload_optimizer and zero and device == "gpu"
     layers, inputs = (1, shape.layers) if sharding.gradient_checkpointing else (shape.layers, 0)
     parts: list[Part] = [
         ("weights", shape.gib(width), n if zero == 3 else 1),
         ("gradients", shape.gib(4), n if zero >= 2 else 1),
+        *([] if offloaded else [optimizer]),
         ("activations", shape.work_gib(sharding.microbatch_tokens, width, layers, inputs), 1),
         ("libraries", LIBRARIES_GIB[device], 1),
     ]
     if zero == 3 and n > 1:
         parts.append(("gathered layers", min(GATHERED, shape.parameters) * width / GIB, 1))
-    host: list[Part] = []
-    # AdamW keeps two moments, and from stage 1 on a float32 copy of the weights.
-    optimizer: Part = ("optimizer", shape.gib(12 if zero else 8), n if zero else 1)
-    (host if sharding.offload_optimizer and zero and device == "gpu" else parts).append(optimizer)
+    host = (optimizer,) if offloaded else ()
     update = (8 if sharding.gradient_checkpointing else 6) * passes
     cpus, flops = (sharding.cpus_per_rank, update) if role == "rank" else (PPO_CPUS[device], update + 2)
-    return Role(role, n, int(device == "gpu"), cpus, flops * shape.parameters, tuple(parts), tuple(host))
+    return Role(role, n, int(device == "gpu"), cpus, flops * shape.parameters, tuple(parts), host)
 
 
 def _onlooker(config: Config, role: str, name: str, sharding: Sharding, ranks: int, device: str) -> Role:

@@ -40,13 +40,13 @@ def read_rows(source: Source) -> Iterator[Row | DataError]:
         suffix = path.with_suffix("").suffix if path.suffix in (".gz", ".zst", ".bz2", ".xz") else path.suffix
         if suffix in _LINES:
             # Line by line, so that one bad line costs one row; bytes that are no UTF-8 become what JSON refuses.
-            options = {"split": "train", "streaming": True, "encoding_errors": "backslashreplace"}
+            options: Any = {"split": "train", "streaming": True, "encoding_errors": "backslashreplace"}
             lines = _guarded(datasets.load_dataset("text", data_files=str(path), **options), path.name)
             yield from (
                 _parse_line(path.name, n, line["text"]) for n, line in enumerate(lines, 1) if line["text"].strip()
             )
         elif suffix in _BUILDERS:
-            more = {"sep": "\t"} if suffix == ".tsv" else {}
+            more: Any = {"sep": "\t"} if suffix == ".tsv" else {}
             rows = datasets.load_dataset(_BUILDERS[suffix], data_files=str(path), split="train", streaming=True, **more)
             yield from _guarded(rows, path.name)
         else:
@@ -80,7 +80,7 @@ def _files(path: str) -> list[Path]:
 
 
 def _read_hub(source: Source) -> Iterator[Row | DataError]:
-    import datasets
+    import datasets.exceptions
 
     name, _, split = source.path.removeprefix("hf:").partition(":")
     name, _, data_dir = name.partition("//")  # hf:Anthropic/hh-rlhf//harmless-base:train
@@ -96,7 +96,7 @@ def _read_hub(source: Source) -> Iterator[Row | DataError]:
 
 def _guarded(rows: Any, name: str) -> Iterator[Row]:
     """Passes rows on; a file that the builder cannot read is an error with the file's name, not a traceback."""
-    import datasets
+    import datasets.exceptions
     import pyarrow as pa
 
     try:

@@ -5,6 +5,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from cai_ray.artifacts import Manifest, StageDir
 from cai_ray.config import Config, Tracking
@@ -20,7 +21,7 @@ def wandb_wanted(tracking: Tracking) -> bool:
 class StageTracker:
     """One W&B run for one stage.
 
-    The W&B run's id is derived from run and stage: a resumed stage continues its own curve.
+    Its id is kept in the stage's directory: a resumed stage continues its own curve.
     """
 
     def __init__(self, config: Config, out: StageDir, run_path: Path):
@@ -31,7 +32,7 @@ class StageTracker:
         import wandb
 
         known = out.path / "tracking.json"
-        identity = json.loads(known.read_text("utf-8")) if known.is_file() else {"id": wandb.util.generate_id()}
+        identity = json.loads(known.read_text("utf-8")) if known.is_file() else {"id": uuid4().hex[:8]}
         out.path.mkdir(parents=True, exist_ok=True)
         known.write_text(json.dumps(identity), "utf-8")
         self._run = wandb.init(
@@ -69,8 +70,8 @@ class StageTracker:
         if path.is_file():
             rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
         if rows:
-            columns = sorted({k for r in rows for k in r})
-            cells = [[_cell(r.get(c)) for c in columns] for r in rows]
+            columns: list[Any] = sorted({k for r in rows for k in r})
+            cells: list[Any] = [[_cell(r.get(c)) for c in columns] for r in rows]
             self._run.log({"samples": wandb.Table(columns=columns, data=cells)})
 
 

@@ -34,7 +34,7 @@ def mean_interval(values: Sequence[float], seed: int = 0, draws: int = 1000) -> 
     """
     x = np.asarray(values, dtype=np.float64)
     if x.size == 0:
-        return (float("nan"),) * 3
+        return float("nan"), float("nan"), float("nan")
     picks = np.random.default_rng(seed).integers(0, x.size, (draws, x.size))
     low, high = np.percentile(x[picks].mean(1), [2.5, 97.5])
     return float(x.mean()), float(low), float(high)

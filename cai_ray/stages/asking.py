@@ -1,13 +1,13 @@
 """How the generating stages ask the engine: a prompt in either format, a step's seed, a limit on its length."""
 
+import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.dataset
+import pyarrow.dataset as pads
 
 from cai_ray.errors import DataError
 from cai_ray.generation.engine import Completion, Request
@@ -27,6 +27,7 @@ class EngineSetup:
     model: Path
     format: str  # auto | plain | chat
     dtype: str
+    run_tokens: int  # the run's longest prompt and response: an engine that holds them serves later stages too
 
     def engines(self, max_model_len: int, count: int) -> Callable[[], list[Any]]:
         """What gives engines that hold this model: started or reused when called, replaced when dead.
@@ -35,8 +36,10 @@ class EngineSetup:
             max_model_len: longest prompt and response together, tokens.
             count: how many.
         """
+        positions = json.loads((self.model / "config.json").read_text("utf-8")).get("max_position_embeddings")
+        longest = max(max_model_len, min(self.run_tokens, positions or self.run_tokens))
         return lambda: self.pool.engines(
-            self.model, format=self.format, dtype=self.dtype, max_model_len=max_model_len, count=count
+            self.model, format=self.format, dtype=self.dtype, max_model_len=longest, count=count
         )
 
 
@@ -91,6 +94,6 @@ async def ask(
 
 def read_rows(folder: Path, **equal: str) -> list[Row]:
     """Rows of a folder of parquet files, sorted by id, where each named column equals its value."""
-    table = pa.dataset.dataset(folder, format="parquet").to_table()
+    table = pads.dataset(folder, format="parquet").to_table()
     rows = table.sort_by("id").to_pylist()
     return [r for r in rows if all(r[k] == v for k, v in equal.items())]

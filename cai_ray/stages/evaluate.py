@@ -145,7 +145,8 @@ class Scorer:
 
         self._device = torch.device("cuda" if gpu else "cpu")
         self._tokenizer = Tokenizer.load(Path(reward))
-        self._model = load_scalar_model(Path(reward), torch.float32).to(self._device).eval()
+        self._model: Any = load_scalar_model(Path(reward), torch.float32).eval()
+        self._model.to(self._device)
         self._max_tokens = max_tokens
 
     def __call__(self, table: pa.Table) -> pa.Table:

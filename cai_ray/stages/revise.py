@@ -101,12 +101,13 @@ class ReviseRow:
         flags: list[str] = []
         if response is None:
             response = await self._write(engine, row["messages"], row, "response", self.config.max_new_tokens, flags)
-        out = {**row, "initial_response": response, "rounds": [], "seed": self.seed, "flags": flags}
+        latest: str = response
+        out: Row = {**row, "initial_response": latest, "rounds": [], "seed": self.seed, "flags": flags}
         if row["kind"] == "harmful":
             for number in range(1, self.config.rounds + 1):
-                done = await self._round(engine, row, response, number, flags)
+                done = await self._round(engine, row, latest, number, flags)
                 out["rounds"].append(done)
-                response = done["revision"]
+                latest = done["revision"]
         return out
 
     async def _round(self, engine: Any, row: Row, response: str, number: int, flags: list[str]) -> Row:

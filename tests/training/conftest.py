@@ -1,0 +1,69 @@
+"""One Ray cluster, the tiny model, and rows for the training tests."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from cai_ray.records import LABELED_PAIR, REVISION, Row, row_id, to_table
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """A small local cluster with more logical CPUs than cores, quiet on the terminal."""
+    for name in ("RAY_prestart_worker_first_driver", "RAY_enable_worker_prestart", "RAY_worker_niceness"):
+        os.environ.setdefault(name, "0")
+    import ray
+
+    ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Path:
+    """The tiny random model's folder."""
+    from cai_ray.models import tiny_model
+
+    return tiny_model()
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tiny: Path) -> Any:
+    from cai_ray.models.tokenization import Tokenizer
+
+    return Tokenizer.load(tiny)
+
+
+def conversation(i: int) -> Row:
+    messages = [{"role": "user", "content": f"What is {i} plus {i}{', and why' * (i % 3)}?"}]
+    split = "test" if i % 4 == 0 else "train"
+    return {"id": row_id(messages), "messages": messages, "kind": "harmful", "source": f"s{i % 2}", "split": split}
+
+
+def revision(i: int, **fields: Any) -> Row:
+    rounds = [{"principle_id": "p", "critique": "c", "revision": f"It is {2 * i}." + " Yes." * k} for k in (i % 5, 1)]
+    return {**conversation(i), "initial_response": "Never.", "rounds": rounds, "seed": 0, "flags": [], **fields}
+
+
+def pair(i: int, **fields: Any) -> Row:
+    answers = {"response_a": f"It is {2 * i}.", "response_b": "No idea" + " at all" * (i % 3)}
+    return {**conversation(i), **answers, "label_prob": 0.9 if i % 3 else 0.2, "votes": [], "flags": [], **fields}
+
+
+@pytest.fixture
+def write_rows(tmp_path: Path) -> Callable[[list[Row]], Path]:
+    """Writes rows as a folder of parquet, cut into two files."""
+
+    def write(rows: list[Row]) -> Path:
+        folder = tmp_path / "rows"
+        folder.mkdir()
+        schema = REVISION if "rounds" in rows[0] else LABELED_PAIR
+        for name, part in (("part-0", rows[: len(rows) // 2]), ("part-1", rows[len(rows) // 2 :])):
+            pq.write_table(to_table(part, schema), folder / f"{name}.parquet")
+        return folder
+
+    return write

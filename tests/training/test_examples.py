@@ -1,0 +1,108 @@
+"""What rows teach, how they are batched, and the held-out numbers, by hand."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from cai_ray.config import PreferenceModelConfig, SftConfig
+from cai_ray.errors import DataError, StageFailed
+from cai_ray.training import preference, sft
+from cai_ray.training.loop import reward_scale
+from tests.training.conftest import pair, revision
+
+CPU = torch.device("cpu")
+
+
+def learned(tokenizer: Any, example: sft.Example) -> str:
+    ids = example.ids_T[example.loss_mask_T]
+    assert ids[-1] == tokenizer.eos_id
+    return tokenizer.decode(ids[:-1].tolist())
+
+
+@pytest.mark.parametrize(
+    ("rounds", "expected"),
+    [("all", ["first", "second"]), ("last", ["second"]), ((1,), ["first"]), ((2, 7), ["second"]), ((7,), [])],
+)
+def test_only_chosen_revisions_are_learned_never_the_initial_response(
+    tokenizer: Any, rounds: Any, expected: list[str]
+) -> None:
+    turns = [{"principle_id": "p", "critique": "c", "revision": r} for r in ("first", "second")]
+    row = revision(1, initial_response="an initial response", rounds=turns)
+    examples = sft.examples(row, tokenizer, SftConfig(rounds=rounds))
+    assert [learned(tokenizer, e) for e in examples] == expected
+    assert len({e.id for e in examples}) == len(examples)
+    assert sft.examples({**row, "rounds": []}, tokenizer, SftConfig(rounds=rounds)) == []
+
+
+def test_a_helpful_row_teaches_its_sample(tokenizer: Any) -> None:
+    row = revision(1, kind="helpful", initial_response="a helpful sample", rounds=[])
+    (example,) = sft.examples(row, tokenizer, SftConfig(rounds="last"))
+    assert learned(tokenizer, example) == "a helpful sample"
+    assert sft.examples({**row, "initial_response": "  "}, tokenizer, SftConfig()) == []
+
+
+def test_a_pair_reads_prompt_answer_and_eos(tokenizer: Any) -> None:
+    row = pair(1, response_a="yes", response_b="certainly not")
+    (example,) = preference.examples(row, tokenizer, PreferenceModelConfig())
+    prompt = tokenizer.prompt(row["messages"])
+    assert example.a_T.tolist() == [*prompt, *tokenizer.response("yes"), tokenizer.eos_id]
+    assert example.length == 2 * len(example.b_T)
+    with pytest.raises(DataError, match="label_prob"):
+        preference.examples({**row, "label_prob": None}, tokenizer, PreferenceModelConfig())
+
+
+def test_sft_log_probs_are_those_of_the_answer(tiny: Path, tokenizer: Any) -> None:
+    examples = [e for i in range(3) for e in sft.examples(revision(i), tokenizer, SftConfig())]
+    module = sft.load(tiny, "float32", 0)
+    tensors = sft.collate(examples, tokenizer.pad_id, CPU)
+    with torch.no_grad():
+        scores = sft.score(module, examples, tensors)
+        for example, (logprob, tokens) in zip(examples, scores, strict=True):
+            ids = torch.from_numpy(example.ids_T.astype(np.int64))
+            logprobs = module.hf(ids[None]).logits[0, :-1].log_softmax(-1)
+            chosen = logprobs.gather(1, ids[1:, None])[:, 0][torch.from_numpy(example.loss_mask_T[1:])]
+            assert (logprob, tokens) == (pytest.approx(float(chosen.sum()), rel=1e-5), len(chosen))
+
+
+@pytest.mark.parametrize("task", [sft, preference])
+def test_an_empty_micro_batch_has_no_loss_and_no_gradient(task: Any, tiny: Path, tokenizer: Any) -> None:
+    module, config = task.load(tiny, "float32", 0), SftConfig() if task is sft else PreferenceModelConfig()
+    tensors = task.collate([], tokenizer.pad_id, CPU)
+    assert task.score(module, [], tensors) == []
+    loss = task.loss(module, [], tensors, config, 5)
+    loss.backward()
+    assert float(loss.detach()) == 0.0
+    grads = [p.grad for p in module.parameters()]
+    assert all(g is not None and not g.any() for g in grads)  # present, so that ZeRO's hooks run
+
+
+def test_sft_summary_by_hand() -> None:
+    out = sft.summary([], [(-2.0, 2.0), (-4.0, 1.0)])  # 6 nats over 3 tokens
+    assert out == {"eval/loss": 2.0, "eval/perplexity": pytest.approx(math.exp(2.0))}
+
+
+def test_preference_summary_by_hand() -> None:
+    nothing = np.zeros(1, np.int32)
+    batch = [
+        preference.Example(str(i), nothing, nothing, prob, source, False)
+        for i, (prob, source) in enumerate([(1.0, "human"), (0.0, "human"), (0.7, "ai"), (0.5, "ai")])
+    ]
+    scores = [(2.0, 1.0), (3.0, 1.0), (0.5, 0.0), (9.0, 0.0)]  # right, wrong, right, no better side
+    out = preference.summary(batch, scores)
+    assert out["eval/accuracy"] == pytest.approx(2 / 3)
+    assert (out["eval/accuracy/human"], out["eval/accuracy/ai"]) == (0.5, 1.0)
+    log_sigmoid = [-math.log1p(math.exp(-x)) for x in (1, -2, 0.5, -0.5, 9, -9)]
+    expected = log_sigmoid[0] + log_sigmoid[1] + 0.7 * log_sigmoid[2] + 0.3 * log_sigmoid[3]
+    expected += 0.5 * (log_sigmoid[4] + log_sigmoid[5])
+    assert out["eval/loss"] == pytest.approx(-expected / 4, rel=1e-6)
+
+
+def test_reward_scale() -> None:
+    assert reward_scale([1.0, 2.0, 3.0]) == {"reward_mean": 2.0, "reward_std": 1.0}
+    for scores in ([1.0, 1.0], [1.0, math.nan], [1.0, math.inf]):
+        with pytest.raises(StageFailed, match="standard deviation"):
+            reward_scale(scores)
