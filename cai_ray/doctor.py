@@ -68,7 +68,9 @@ def local_gpus() -> list[Gpu]:
         return []
     command = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
     try:
-        lines = subprocess.run(command, capture_output=True, text=True, timeout=3, check=True).stdout.splitlines()
+        lines = subprocess.run(
+            command, capture_output=True, text=True, timeout=2 * PROBE_S, check=True
+        ).stdout.splitlines()
         found = [Gpu(name.strip(), float(mib) / 1024) for name, mib in (line.rsplit(",", 1) for line in lines)]
     except (OSError, ValueError, subprocess.SubprocessError):
         return []

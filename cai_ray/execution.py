@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -109,8 +110,6 @@ def check_disk(path: Path) -> None:
     Raises:
         ResourceError: less than 2 GiB are free where the run will write.
     """
-    import shutil
-
     here = path.absolute()
     while not here.exists():
         here = here.parent
@@ -242,6 +241,7 @@ class Execution:
             tracker.finish(None)
             raise
         tracker.finish(manifest)
+        shutil.rmtree(out.path / "checkpoints", ignore_errors=True)  # resume state of a finished stage: only weight
         shown = [f"{k} {v:.4g}" for k, v in manifest.metrics.items() if isinstance(v, int | float)]
         self.reporter.say(f"    {stage.name} took {time.monotonic() - start:.0f} s: {', '.join(shown[:8])}")
         return manifest

@@ -3,7 +3,7 @@
 Memory is exact where weights, gradients and optimizer state are counted, and rough for activations. Minutes come from
 floating-point operations (2 per parameter and token forward, 6 with the backward pass, 8 where activations are
 recomputed) at the rates below, prompts of PROMPT_TOKENS and responses of full length: right within a factor of three.
-What is unknown is NaN (see `shapes`): it refuses nothing.
+What is unknown is NaN (see `models.shapes`): it refuses nothing.
 """
 
 import gzip
@@ -16,8 +16,8 @@ from pathlib import Path
 from cai_ray.cluster import LOGICAL_CPUS
 from cai_ray.config import Config, Sharding, Source
 from cai_ray.errors import ResourceError
-from cai_ray.pipeline import evaluated, feedback_model, model_spec, needed, preference_init
-from cai_ray.shapes import GIB, model_shape
+from cai_ray.models.shapes import GIB, Shape, find_shape
+from cai_ray.pipeline import evaluated, feedback_model, model_spec, needed, preference_init, stage_of_path
 from cai_ray.shipped import asset_path
 
 CPU_RATE = 100e9  # float32 operations per second of a small machine, all roles together
@@ -34,6 +34,16 @@ SHARD_ABOVE_GIB = 60.0  # weights that only look are sharded over their ranks wh
 WIDTH = {"float32": 4, "bfloat16": 2}
 
 Part = tuple[str, float, int]  # purpose, GiB in all, number of processes or GPUs that share it
+
+
+def model_shape(config: Config, name: str) -> Shape:
+    """The shape behind a model's name: a stage, a key of `models` or a path."""
+    starts = {"sft": config.sft.init, "preference_model": preference_init(config), "ppo": config.ppo.init}
+    for _ in starts:  # a stage's model has the shape of what it starts from
+        name = starts.get(name, name)
+    spec = model_spec(config, name)
+    stage = stage_of_path(spec.path)
+    return find_shape(str(stage.model) if stage else spec.path, spec.revision)
 
 
 # ---- processes and their memory -------------------------------------------------------------------------------------

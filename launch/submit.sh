@@ -30,7 +30,10 @@ while [ $# -gt 0 ]; do
     --no-wait) options+=(--no-wait) ;;
     --send-secrets) send_secrets=1 ;;
     --) shift; break ;;
-    -*) echo "submit: unknown option $1; launch/submit.sh --help lists them (cai-ray's own come after CONFIG)" >&2; exit 2 ;;
+    -*)
+      echo "submit: unknown option $1 (cai-ray's own come after CONFIG); see launch/submit.sh --help" >&2
+      exit 2
+      ;;
     *) break ;;
   esac
   shift

@@ -248,10 +248,10 @@ class EngineActor:
         }
 
     async def info(self) -> dict[str, Any]:
-        """Who this is: name, process, node, sequences that it takes at once, and the version of its weights."""
+        """Who this is, how many sequences it takes at once, and what weights it holds."""
         e = self._engine
-        node = os.uname().nodename
-        return {"name": self.name, "pid": os.getpid(), "node": node, "slots": e.max_num_seqs, "version": e.version}
+        who = {"name": self.name, "pid": os.getpid(), "node": os.uname().nodename, "slots": e.max_num_seqs}
+        return {**who, "version": e.version, "holds": e.holds, "updating": e.updating}
 
     async def shutdown(self) -> None:
         """Ends vLLM's own processes; the actor is of no use afterwards."""

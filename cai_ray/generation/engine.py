@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cai_ray.errors import DataError, StageFailed
+from cai_ray.generation.shared_memory import BACKEND
 from cai_ray.models.tokenization import Tokenizer
 
 Result = Any  # Completion | dict[int, float] | list[float], by the kind of request
@@ -78,7 +79,7 @@ class Completion:
         logprobs: of each token under the distribution that it was drawn from (logits over temperature), nats.
         text: without control tokens and stop string, stripped.
         ended: EOS or a stop string came; otherwise it was cut at max_new_tokens.
-        version: of the weights that wrote it.
+        version: of the weights that wrote it: 0 for a checkpoint's own, else what the last weight update was called.
     """
 
     ids: list[int]
@@ -165,9 +166,6 @@ class Engine:
         gpu_memory_utilization: share of each GPU's memory that vLLM may take.
         device: cpu or gpu.
         threads: CPU threads of the arithmetic; PyTorch's default when None.
-        weight_transfer: vLLM's weight-transfer backend; `shared_memory` on CPU and `nccl` on GPU when None.
-        seed: of vLLM's own state; requests carry theirs.
-        prefix_caching: reuse of the KV cache between prompts that begin alike.
     """
 
     def __init__(
@@ -183,12 +181,8 @@ class Engine:
         gpu_memory_utilization: float = 0.85,
         device: str = "cpu",
         threads: int | None = None,
-        weight_transfer: str | None = None,
-        seed: int = 0,
-        prefix_caching: bool = True,
     ):
-        transfer = weight_transfer or ("shared_memory" if device == "cpu" else "nccl")
-        _set_environment(device, threads, transfer)  # before vLLM is imported
+        _set_environment(device, threads)  # before vLLM is imported
         import torch
         from vllm.config import WeightTransferConfig
         from vllm.engine.arg_utils import EngineArgs
@@ -218,22 +212,22 @@ class Engine:
                 dtype=dtype,
                 max_model_len=max_model_len,
                 max_num_seqs=max_num_seqs,
-                seed=seed,
                 generation_config="vllm",
                 logprobs_mode="processed_logprobs",
-                enable_prefix_caching=prefix_caching,
+                enable_prefix_caching=True,
                 disable_log_stats=True,
-                weight_transfer_config=WeightTransferConfig(backend=transfer),
+                weight_transfer_config=WeightTransferConfig(backend=BACKEND if device == "cpu" else "nccl"),
                 **special,
             )
         )
         self.model_folder, self.device = model_folder, device
         self.max_model_len, self.max_num_seqs = max_model_len, max_num_seqs
         self.tokenizer = Tokenizer.load(model_folder, format)
+        self.holds: tuple[Path, str] | None = (model_folder, format)  # the checkpoint; None after a weight update
         self.version = 0
         self.tokens_in, self.tokens_out, self.busy_s = 0, 0, 0.0
+        self.updating = False  # between the start and the end of a change of weights
         self._open: dict[str, Request | ChoiceRequest | ScoreRequest] = {}
-        self._updating = False
 
     # ---- the continuous batch -------------------------------------------------------------------------------------
 
@@ -252,7 +246,7 @@ class Engine:
         from vllm.exceptions import VLLMClientError
         from vllm.inputs.engine import tokens_input
 
-        if self._updating:
+        if self.updating:
             raise StageFailed("the engine is in the middle of a weight update", "finish the update, or start it again")
         ids = list(request.ids if isinstance(request, ScoreRequest) else request.prompt_ids)
         new = request.max_new_tokens if isinstance(request, Request) else 1
@@ -372,7 +366,7 @@ class Engine:
     # ---- weights --------------------------------------------------------------------------------------------------
 
     def load_checkpoint(self, folder: Path, format: str = "auto") -> None:
-        """Swaps in the weights and the tokenizer of another checkpoint of the same architecture; `version` grows.
+        """Swaps in the weights and the tokenizer of another checkpoint of the same architecture; `version` is 0 again.
 
         Raises:
             DataError: it is of another architecture, or lacks weights. Nothing has changed then.
@@ -387,14 +381,14 @@ class Engine:
                 f"{folder} lacks {len(missing)} weights, such as {min(missing)}", "give a complete checkpoint"
             )
         tokenizer = Tokenizer.load(folder, format)
-        self._updating = True
+        self.updating = True
         self._llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
         if self.device == "cpu":
             from cai_ray.generation.weight_receiver import repack_tied_head
 
             self._llm.apply_model(repack_tied_head)
-        self._swapped(self.version + 1)
-        self.model_folder, self.tokenizer = folder, tokenizer
+        self._swapped(0)
+        self.model_folder, self.tokenizer, self.holds = folder, tokenizer, (folder, format)
 
     def init_weight_transfer(self, info: dict[str, Any]) -> None:
         """Connects to the trainer; with NCCL it returns when both sides have met."""
@@ -407,7 +401,7 @@ class Engine:
             StageFailed: requests are unfinished: they would mix old and new weights.
         """
         self._require_idle()
-        self._updating = True
+        self.updating, self.holds = True, None
         self._llm.collective_rpc("start_weight_update")
 
     def update_weights(self, info: dict[str, Any]) -> None:
@@ -423,7 +417,7 @@ class Engine:
         # A prefix cache that survives holds states of the old weights: silent off-policy text.
         if not self._llm.reset_prefix_cache():
             raise StageFailed("vLLM kept its prefix cache over a weight update", "report this as a bug")
-        self.version, self._updating = version, False
+        self.version, self.updating = version, False
 
     def _require_idle(self) -> None:
         if self._open:
@@ -434,12 +428,10 @@ class Engine:
         self._llm.engine_core.shutdown()
 
 
-def _set_environment(device: str, threads: int | None, transfer: str) -> None:
+def _set_environment(device: str, threads: int | None) -> None:
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     if device == "cpu":
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine's core in this process: it starts faster
         os.environ["TORCH_COMPILE_DISABLE"] = "1"  # else vLLM compiles one small function in C++ for half a minute
-    elif transfer == "ipc":
-        os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # CUDA memory handles are pickles, of our own trainer
     if threads:
         os.environ["OMP_NUM_THREADS"] = str(threads)

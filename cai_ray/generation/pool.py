@@ -21,12 +21,11 @@ LOG_LINES = 12
 PING_S = 60.0
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
 class _Live:
     name: str
     handle: ActorHandle
     log_file: Path
-    model: tuple[Path, str]  # folder, format
     kind: tuple[Any, ...]  # architecture, dtype: what load_checkpoint cannot change
     max_model_len: int
 
@@ -70,17 +69,18 @@ class EnginePool:
         """
         count = count or self.cluster.engines
         kind, model = (architecture(folder), dtype), (folder, format)
-        fit = [e for e in self._live if e.kind == kind and e.max_model_len >= max_model_len and _answers(e)][:count]
+        infos = [(e, _settled(e)) for e in self._live if e.kind == kind and e.max_model_len >= max_model_len]
+        fit = {e: info for e, info in infos if info and not info["updating"]}
         self._stop([e for e in self._live if e not in fit])
-        self._live = fit
-        for e in fit:
-            ray.get(e.handle.abort.remote(), timeout=PING_S)
-        swaps = [(e, e.handle.load_checkpoint.remote(*model)) for e in fit if e.model != model]
-        fresh = [self._start(model, kind, dtype, max_model_len, count) for _ in range(self._room_for(count - len(fit)))]
-        self._live = fit + fresh
+        self._live, surplus = list(fit)[:count], list(fit)[count:]
+        self._stop(surplus)
+        # The engine itself knows what it holds: PPO may have given it other weights since.
+        stale = [e for e in self._live if fit[e]["holds"] != model]
+        swaps = [(e, e.handle.load_checkpoint.remote(*model)) for e in stale]
+        missing = self._room_for(count - len(self._live))
+        fresh = [self._start(model, kind, max_model_len, count) for _ in range(missing)]
+        self._live += fresh
         self._await([*swaps, *((e, e.handle.info.remote()) for e in fresh)])
-        for e, _ in swaps:
-            e.model = model
         return [e.handle for e in self._live]
 
     def release(self) -> None:
@@ -90,15 +90,13 @@ class EnginePool:
 
     close = release
 
-    def _start(
-        self, model: tuple[Path, str], kind: tuple[Any, ...], dtype: str, max_model_len: int, count: int
-    ) -> _Live:
+    def _start(self, model: tuple[Path, str], kind: tuple[Any, ...], max_model_len: int, count: int) -> _Live:
         cluster, gpus = self.cluster, self.device == "gpu"
         name = f"engine-{uuid4().hex[:8]}"
         log_file = self.log_dir / f"{name}.log"
         options: dict[str, Any] = {
             "format": model[1],
-            "dtype": dtype,
+            "dtype": kind[1],
             "max_model_len": max_model_len,
             "max_num_seqs": cluster.max_num_seqs,
             "device": self.device,
@@ -124,7 +122,7 @@ class EnginePool:
             )
             .remote(name, log_file, model[0], options)
         )
-        return _Live(name, handle, log_file, model, kind, max_model_len)
+        return _Live(name, handle, log_file, kind, max_model_len)
 
     def _room_for(self, fresh: int) -> int:
         """Passes `fresh` on when the cluster can hold that many new engines beside the living ones."""
@@ -175,9 +173,10 @@ def log_tail(log_file: Path) -> str:
     return "\n".join(f"    {line[:300]}" for line in lines[-LOG_LINES:])
 
 
-def _answers(engine: _Live) -> bool:
+def _settled(engine: _Live) -> dict[str, Any] | None:
+    """An engine's info once what still ran there has been ended; None when it does not answer."""
     try:
-        ray.get(engine.handle.info.remote(), timeout=PING_S)
+        ray.get(engine.handle.abort.remote(), timeout=PING_S)
+        return ray.get(engine.handle.info.remote(), timeout=PING_S)
     except (RayActorError, GetTimeoutError):
-        return False
-    return True
+        return None

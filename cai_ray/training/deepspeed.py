@@ -232,7 +232,7 @@ class ShardedModel:
         state: dict[str, Tensor] = {}
         for name, tensor in self.full_parameters():
             if self.rank == 0:
-                state[name] = tensor.cpu()
+                state[name] = tensor.to("cpu", copy=True)  # ZeRO's tensors are parts of larger buffers
         if self.rank == 0:
             persistent = self._hf.state_dict().keys()
             state |= {name: b.cpu() for name, b in self._hf.named_buffers() if name in persistent}

@@ -79,7 +79,10 @@ def run_training(
         step_timeout_s=cluster.step_timeout_s,
     )
     watch, follow = _Watch(job), _Follow(out, config.epochs, on_progress)
-    running = _fit.remote(job)
+    environment = {"env_vars": _environment(job)}
+    running = _fit.options(runtime_env=environment).remote(job)
+    if job.device == "cpu":
+        _warm_up(config.sharding.ranks, environment)
     try:
         while not ray.wait([running], timeout=POLL_S)[0]:
             follow()
@@ -109,13 +112,49 @@ def _check_resources(ranks: int, cpus: int, device: str) -> None:
             )
 
 
+def _environment(job: Job) -> dict[str, str]:
+    """Ray Train's settings, as it passes them on from its driver to its controller and ranks."""
+    return {
+        "RAY_TRAIN_V2_ENABLED": "1",
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(job.start_timeout_s),
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",  # also how long a checkpoint or the end may go unnoticed
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # one process less; a preempted node counts as preempted all the same
+        "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",
+    }
+
+
+def _warm_up(ranks: int, environment: dict[str, Any]) -> None:
+    """Imports the slow libraries in idle processes that the controller and the ranks then take.
+
+    Ray Train starts its driver, its controller and its ranks one after the other, and each imports torch: on a small
+    machine that is most of the time to the first step. Nothing depends on a process being taken.
+    """
+    _import_libraries.options(runtime_env=environment).remote(False)
+    for _ in range(ranks):
+        _import_libraries.options(runtime_env=environment).remote(True)
+
+
+@ray.remote(num_cpus=0, max_retries=0)
+def _import_libraries(for_rank: bool) -> None:
+    import ray.train.torch
+
+    if for_rank:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        import deepspeed
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        import cai_ray.training.preference
+        import cai_ray.training.sft
+
+        _ = (ray.train.torch, deepspeed, AutoModelForCausalLM, AutoTokenizer, cai_ray.training)
+
+
 @ray.remote(num_cpus=0, max_retries=0, max_calls=1)
 def _fit(job: Job) -> dict[str, Any]:
     """Ray Train's driver, in a process of its own."""
     log = os.open(job.out / "logs" / "trainer.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     for stream in (1, 2):
         os.dup2(log, stream)
-    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(job.start_timeout_s)
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.config import LoggingConfig

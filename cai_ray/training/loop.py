@@ -173,9 +173,9 @@ def reward_scale(scores: Sequence[float]) -> dict[str, float]:
     Raises:
         StageFailed: the scores do not vary or are not finite; PPO would divide by that.
     """
-    import statistics
+    import numpy as np
 
-    mean, std = statistics.fmean(scores), statistics.stdev(scores)
+    mean, std = float(np.mean(scores)), float(np.std(scores, ddof=1))
     if not 0 < std < float("inf"):
         raise StageFailed(
             f"the preference model gives {len(scores)} answers a standard deviation of {std}",

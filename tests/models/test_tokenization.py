@@ -182,6 +182,12 @@ def test_text_that_follows_other_text_has_no_mark_of_a_beginning(load):
     assert tok.hf.convert_ids_to_tokens(tok.text(" is", after="The answer is:")) == ["▁is"]
 
 
+def test_an_answer_whose_first_letter_would_merge_with_the_prompt_is_encoded_apart(load):
+    tok = load("embedded")  # its prompt ends in a newline, and two newlines are one token
+    assert tok.response("\n\nfoo") == tok.text("\n\nfoo")
+    assert tok.hf.decode(tok.response("\n\nfoo")) == "\n\nfoo"
+
+
 @pytest.mark.parametrize(
     ("name", "eos", "eos_all", "pad"),
     [

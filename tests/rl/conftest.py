@@ -54,19 +54,19 @@ def reward_model(policy, tmp_path_factory):
 @pytest.fixture(scope="session")
 def pool(tmp_path_factory):
     """Ray of our own and its engines."""
-    os.environ["RAY_usage_stats_enabled"] = "0"
+    os.environ.update(RAY_usage_stats_enabled="0")
     import ray
 
     from cai_ray.generation.pool import EnginePool
 
-    ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=True)
+    ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False)
     pool = EnginePool(CLUSTER, "cpu", tmp_path_factory.mktemp("logs"))
     yield pool
     pool.close()
     ray.shutdown()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def train(pool, policy, reward_model):
     """Runs `run_ppo` into a folder with a configuration."""
     from cai_ray.rl.loop import run_ppo

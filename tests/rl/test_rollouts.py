@@ -9,6 +9,7 @@ import pytest
 
 from cai_ray.config import PPOConfig
 from cai_ray.errors import DataError, StageFailed
+from cai_ray.generation.actor import BAD
 from cai_ray.generation.engine import Completion
 from cai_ray.records import derive_seed, to_table
 from cai_ray.rl.rollouts import (
@@ -132,12 +133,16 @@ def rollout(row, response_ids, logprobs, ended=True):
     }
 
 
+def answered(*rows):
+    return to_table(rows, ROLLOUTS.append(pa.field(BAD, pa.string())))
+
+
 A, B = rollout(0, [1, 2], [-1.1, -2.0]), rollout(1, [3], [-1.2], ended=False)
 
 
 def test_rollouts_are_put_in_order_kept_and_read_again(tmp_path):
     path = tmp_path / "rollouts-4.parquet"
-    batch, seen = keep_rollouts(path, 2, to_table([B], ROLLOUTS), to_table([A], ROLLOUTS))
+    batch, seen = keep_rollouts(path, 2, answered(B), answered(A))
     assert batch["response_ids"].to_pylist() == [[1, 2], [3]]
     assert (seen["lengths"], seen["responses"], seen["versions"]) == ([4, 3], [2, 1], [4])
     assert seen["probe"] == [([9, 9], [1, 2]), ([9, 9], [3])]
@@ -149,7 +154,9 @@ def test_rollouts_are_put_in_order_kept_and_read_again(tmp_path):
 
 def test_missing_responses_are_an_error_and_nothing_is_kept(tmp_path):
     with pytest.raises(StageFailed, match="3 responses were asked for, 2 came"):
-        keep_rollouts(tmp_path / "rollouts-0.parquet", 3, to_table([A, B], ROLLOUTS))
+        keep_rollouts(tmp_path / "rollouts-0.parquet", 3, answered(A, B))
+    with pytest.raises(StageFailed, match="2 responses were asked for, 1 came; too long"):
+        keep_rollouts(tmp_path / "rollouts-0.parquet", 2, answered(A, {"id": "p1-0", BAD: "too long"}))
     assert not list(tmp_path.iterdir())
 
 

@@ -1,7 +1,7 @@
 """What the engine does with a row, on a real engine with the tiny model."""
 
 import asyncio
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,9 +33,14 @@ def pairs() -> list[Row]:
     return rows
 
 
-def transformers_probability(folder: Path, row: Row, question: str) -> float:
+@pytest.fixture(scope="module")
+def forward() -> tuple[Tokenizer, Any]:
+    return Tokenizer.load(tiny_model()), AutoModelForCausalLM.from_pretrained(tiny_model(), dtype=torch.float32)
+
+
+def transformers_probability(forward: tuple[Tokenizer, Any], row: Row, question: str) -> float:
     """P(A) by a forward pass of transformers: the shared ` (` joins the prompt, the letter is scored."""
-    tokenizer, model = Tokenizer.load(folder), AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer, model = forward
     text = feedback_prompt(row["messages"], question, row["response_a"], row["response_b"])
     ids = tokenizer.hf(text, add_special_tokens=False).input_ids
     a, b = (tokenizer.hf(c, add_special_tokens=False).input_ids for c in CHOICES)
@@ -46,7 +51,9 @@ def transformers_probability(folder: Path, row: Row, question: str) -> float:
     return float(torch.softmax(pair, 0)[0])
 
 
-def test_soft_labels_equal_an_independent_forward_pass(engine: LocalEngine, pairs: list[Row]) -> None:
+def test_soft_labels_equal_an_independent_forward_pass(
+    engine: LocalEngine, pairs: list[Row], forward: tuple[Tokenizer, Any]
+) -> None:
     constitution = load_constitution("default")
     program = LabelPair(LabelConfig(), constitution, seed=3)
     questions = {p.id: p.preference_question for p in constitution.principles}
@@ -55,7 +62,7 @@ def test_soft_labels_equal_an_independent_forward_pass(engine: LocalEngine, pair
         done = asyncio.run(program({**row, "flags": []}, engine))
         (vote,) = done["votes"]
         principles.add(vote["principle_id"])
-        expected = transformers_probability(tiny_model(), row, questions[vote["principle_id"]])
+        expected = transformers_probability(forward, row, questions[vote["principle_id"]])
         assert done["label_prob"] == pytest.approx(expected, abs=1e-4)
         assert not vote["swapped"]
     assert len(principles) > 5  # drawn, not fixed

@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from cai_ray.records import LABELED_PAIR, REVISION, Row, row_id, to_table
+from cai_ray.records import LABELED_PAIR, REVISION, Row, to_table
 
 
 @pytest.fixture(scope="session")
@@ -36,22 +36,6 @@ def tokenizer(tiny: Path) -> Any:
     from cai_ray.models.tokenization import Tokenizer
 
     return Tokenizer.load(tiny)
-
-
-def conversation(i: int) -> Row:
-    messages = [{"role": "user", "content": f"What is {i} plus {i}{', and why' * (i % 3)}?"}]
-    split = "test" if i % 4 == 0 else "train"
-    return {"id": row_id(messages), "messages": messages, "kind": "harmful", "source": f"s{i % 2}", "split": split}
-
-
-def revision(i: int, **fields: Any) -> Row:
-    rounds = [{"principle_id": "p", "critique": "c", "revision": f"It is {2 * i}." + " Yes." * k} for k in (i % 5, 1)]
-    return {**conversation(i), "initial_response": "Never.", "rounds": rounds, "seed": 0, "flags": [], **fields}
-
-
-def pair(i: int, **fields: Any) -> Row:
-    answers = {"response_a": f"It is {2 * i}.", "response_b": "No idea" + " at all" * (i % 3)}
-    return {**conversation(i), **answers, "label_prob": 0.9 if i % 3 else 0.2, "votes": [], "flags": [], **fields}
 
 
 @pytest.fixture

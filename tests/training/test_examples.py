@@ -12,7 +12,7 @@ from cai_ray.config import PreferenceModelConfig, SftConfig
 from cai_ray.errors import DataError, StageFailed
 from cai_ray.training import preference, sft
 from cai_ray.training.loop import reward_scale
-from tests.training.conftest import pair, revision
+from tests.training.rows import pair, revision
 
 CPU = torch.device("cpu")
 

@@ -10,9 +10,6 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from cai_ray.config import Config
-from cai_ray.pipeline import model_spec, preference_init, stage_of_path
-
 GIB = 2**30
 HEAD_TOKENS = 1024  # tokens whose logits exist at a time
 
@@ -66,21 +63,21 @@ KNOWN = {  # so that the shipped configurations can be planned before anything i
 }
 
 
-def model_shape(config: Config, name: str) -> Shape:
-    """The shape behind a model's name (a stage, a key of `models`, a path); UNKNOWN where no config.json is at hand."""
-    starts = {"sft": config.sft.init, "preference_model": preference_init(config), "ppo": config.ppo.init}
-    for _ in starts:
-        name = starts.get(name, name)
-    spec = model_spec(config, name)
-    if spec.path in KNOWN:
-        return KNOWN[spec.path]
-    stage = stage_of_path(spec.path)
-    folder = stage.model if stage else Path(spec.path).expanduser()
+def find_shape(model: str, revision: str | None = None) -> Shape:
+    """The shape of `embedded`, `tiny`, a folder or a hub id; UNKNOWN where no config.json is at hand.
+
+    Args:
+        model: as in a configuration's `models`.
+        revision: branch, tag or commit of a hub id.
+    """
+    if model in KNOWN:
+        return KNOWN[model]
+    folder = Path(model).expanduser()
     if not folder.is_dir():  # the hub's cache, found without the hub's library
         home = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
-        cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub") / f"models--{spec.path.replace('/', '--')}"
-        ref = cache / "refs" / (spec.revision or "main")
-        folder = cache / "snapshots" / (ref.read_text("utf-8").strip() if ref.is_file() else spec.revision or "none")
+        cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub") / f"models--{model.replace('/', '--')}"
+        ref = cache / "refs" / (revision or "main")
+        folder = cache / "snapshots" / (ref.read_text("utf-8").strip() if ref.is_file() else revision or "none")
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         c = json.loads((folder / "config.json").read_text("utf-8"))
         c = {"num_key_value_heads": None, "head_dim": None, "tie_word_embeddings": False, **(c.get("text_config") or c)}

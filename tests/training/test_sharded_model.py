@@ -1,0 +1,161 @@
+"""The sharded model on one rank: the same steps as plain torch at every ZeRO stage; what it refuses, saves, exports."""
+
+import copy
+import json
+import math
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from cai_ray.config import Optim, Sharding
+from cai_ray.errors import ConfigError, StageFailed
+from cai_ray.training import sft
+from cai_ray.training.deepspeed import ShardedModel, init_distributed, learning_rate
+
+CPU = torch.device("cpu")
+OPTIM = Optim(lr=0.01, schedule="linear", weight_decay=0.1, max_grad_norm=0.5)
+STEPS = 4
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_rank() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch, socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+        for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+            patch.setenv(name, value)
+        free.close()
+        init_distributed(CPU)
+        yield
+
+
+def small_model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+
+
+def sharded(model: nn.Module, stage: int, **fields: Any) -> ShardedModel:
+    sharding = Sharding(zero_stage=stage, **{"dtype": "float32", **fields})  # type: ignore[arg-type]
+    return ShardedModel(model, OPTIM, sharding, STEPS, CPU)
+
+
+def micro_losses(model: Any, step: int) -> Iterator[Tensor]:
+    """Two micro-batches of unequal size; each loss is a part of the step's mean."""
+    x = torch.randn(6, 4, generator=torch.Generator().manual_seed(step))
+    for part in (x[:4], x[4:]):
+        yield (model(part)[:, 0] - part.sum(1)).square().sum() / len(x)
+
+
+def take_step(model: ShardedModel, step: int) -> tuple[float, float]:
+    loss = 0.0
+    for part in micro_losses(model.module, step):
+        model.backward(part)
+        loss += float(part.detach())
+    return loss, model.step()
+
+
+def weights(model: ShardedModel) -> list[Tensor]:
+    return [p.clone() for _, p in model.full_parameters()]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_steps_are_those_of_plain_torch(stage: int) -> None:
+    model, plain = sharded(small_model(), stage), small_model()
+    decayed, rest = [p for p in plain.parameters() if p.ndim > 1], [p for p in plain.parameters() if p.ndim == 1]
+    adamw = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}])
+    for step in range(STEPS):
+        for group in adamw.param_groups:
+            group["lr"], group["betas"] = 0.01 * (1 - step / STEPS), (0.9, 0.95)
+        adamw.zero_grad()
+        expected = torch.stack(list(micro_losses(plain, step))).sum()
+        expected.backward()
+        norm = nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
+        adamw.step()
+        assert take_step(model, step) == pytest.approx((float(expected.detach()), float(norm)), rel=1e-5)
+        assert float(norm) > 0.5  # clipping took part
+    torch.testing.assert_close(weights(model), [p.detach() for p in plain.parameters()], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_gradient_that_is_not_finite_changes_no_weight(stage: int) -> None:
+    model = sharded(small_model(), stage)
+    take_step(model, 0)
+    before = weights(model)
+    model.backward(sum(micro_losses(model.module, 1), torch.zeros(())) * math.nan)
+    with pytest.raises(StageFailed, match="step 2 is not finite"):
+        model.step()
+    torch.testing.assert_close(weights(model), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_loaded_model_goes_on_as_if_nothing_had_happened(stage: int, tmp_path: Path) -> None:
+    model = sharded(small_model(), stage)
+    for step in range(2):
+        take_step(model, step)
+    model.save(tmp_path)
+    again = sharded(nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)), stage)
+    again.load(tmp_path)
+    assert (again.steps_done, again.lr) == (2, model.lr)
+    for step in range(2, STEPS):
+        assert take_step(again, step) == take_step(model, step)
+    torch.testing.assert_close(weights(again), weights(model), rtol=0, atol=0)
+
+
+def test_a_checkpoint_of_another_layout_is_refused(tmp_path: Path) -> None:
+    model = sharded(small_model(), 0)
+    model.save(tmp_path)
+    state = json.loads((tmp_path / "state.json").read_text())
+    (tmp_path / "state.json").write_text(json.dumps({**state, "ranks": 2}))
+    with pytest.raises(StageFailed, match=r"'ranks': 2.*'ranks': 1"):
+        model.load(tmp_path)
+
+
+def test_float16_is_refused() -> None:
+    with pytest.raises(ConfigError, match="float16"):
+        ShardedModel(small_model(), OPTIM, Sharding.model_construct(dtype="float16", zero_stage=0), STEPS, CPU)
+
+
+def test_bfloat16_keeps_float32_master_weights() -> None:
+    linear = nn.Linear(4, 1, bias=False)
+    nn.init.ones_(linear.weight)
+    model = sharded(linear, 0, dtype="bfloat16")
+    model._optim = Optim(lr=3e-4)  # below 1, bfloat16 numbers are 0.0039 apart: one step is lost in them, ten are not
+    x, seen = torch.ones(1, 4, dtype=torch.bfloat16), []
+    for _ in range(10):
+        model.backward(model.module(x).sum())
+        model.step()
+        seen += weights(model)
+    assert seen[0].dtype == torch.bfloat16
+    assert (seen[0] == 1).all()
+    assert (seen[-1] < 1).all()
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_export_is_a_model_folder_with_tied_weights_once(
+    stage: int, tiny: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    from cai_ray.models.checkpoints import load_causal_lm
+
+    module = sft.load(tiny, "float32", 0)
+    expected = copy.deepcopy(module.hf.state_dict())
+    model = sharded(module, stage, gradient_checkpointing=True)
+    model.export(tokenizer, tmp_path / "model", {"reward_mean": 1.5})
+    with safe_open(tmp_path / "model" / "model.safetensors", "pt") as file:
+        assert set(file.keys()) == set(expected) - {"lm_head.weight"}
+    loaded = load_causal_lm(tmp_path / "model", "float32")
+    assert loaded.config.reward_mean == 1.5
+    torch.testing.assert_close(dict(loaded.state_dict()), dict(expected), rtol=0, atol=0)
+
+
+def test_schedules_by_hand() -> None:
+    warm = Optim(lr=1.0, schedule="linear", warmup_fraction=0.2)  # 10 steps: 2 of warm-up, then 8 down to 0
+    assert [learning_rate(warm, i, 10) for i in range(4)] == pytest.approx([1 / 3, 2 / 3, 1.0, 7 / 8])
+    assert learning_rate(warm, 9, 10) == pytest.approx(1 / 8)
+    assert learning_rate(Optim(lr=1.0, schedule="cosine"), 5, 10) == pytest.approx(0.5)
+    assert [learning_rate(Optim(lr=2.0), i, 3) for i in range(3)] == [2.0, 2.0, 2.0]
