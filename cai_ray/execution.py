@@ -13,7 +13,7 @@ from typing import Any
 
 from cai_ray.artifacts import Manifest, RunDir, StageDir, StageKey, write_atomic
 from cai_ray.cluster import start_ray
-from cai_ray.config import Config, to_yaml
+from cai_ray.config import Config, Principles, to_yaml
 from cai_ray.errors import ConfigError, ResourceError
 from cai_ray.pipeline import (
     NAMES,
@@ -269,7 +269,7 @@ class Execution:
         return stage.model if stage else resolve_model(spec.path, spec.revision)
 
     def _setup(self, name: str, format: str | None = None) -> Any:
-        from cai_ray.stages.asking import EngineSetup
+        from cai_ray.stages.shared import EngineSetup
 
         spec = None if name in STAGE_MODELS else model_spec(self.config, name)
         return EngineSetup(
@@ -278,6 +278,30 @@ class Execution:
             format=format or (spec.format if spec else "auto"),
             dtype=(spec or self.config.models.helpful).dtype,
             run_tokens=longest_context(self.config),
+        )
+
+    def _generate(self, key: StageKey, what: str, rows: str, setup: Any, principles: Principles | None = None) -> Any:
+        """What a generating stage reads."""
+        from cai_ray.stages.shared import GenerateInputs
+
+        constitution = constitution_of(principles) if principles else None
+        return GenerateInputs(key, self.run.stage(rows).data, setup, self._map_settings(what), constitution)
+
+    def _train(self, key: StageKey, what: str, rows: str | None, model: str) -> Any:
+        """What a training stage reads; engines leave the GPUs that it is about to take."""
+        from cai_ray.stages.shared import TrainInputs
+
+        if self.device == "gpu":
+            self.pool.release()
+        return TrainInputs(
+            key=key,
+            rows=(self.run.stage(rows).data,) if rows else (),
+            model=self._model(model),
+            format="auto" if model in STAGE_MODELS else model_spec(self.config, model).format,
+            max_bad_fraction=self.config.run.max_bad_fraction,
+            cluster=self.config.cluster,
+            device=self.device,
+            progress=lambda: self.reporter.bar(what, "epochs"),
         )
 
     # ---- the stages ---------------------------------------------------------------------------------------------
@@ -291,75 +315,40 @@ class Execution:
 
     def revise(self, out: StageDir, key: StageKey) -> Manifest:
         """Stage 2."""
-        from cai_ray.stages.revise import ReviseInputs, revise
+        from cai_ray.stages.revise import revise
 
-        inputs = ReviseInputs(
-            key=key,
-            prompts=self.run.stage("prompts").data,
-            constitution=constitution_of(self.config.constitution.critique),
-            setup=self._setup("helpful"),
-            settings=self._map_settings("revise"),
-        )
+        principles = self.config.constitution.critique
+        inputs = self._generate(key, "revise", "prompts", self._setup("helpful"), principles)
         return revise(self.config.revise, inputs, out)
-
-    def sample_pairs(self, out: StageDir, key: StageKey) -> Manifest:
-        """Stage 4."""
-        from cai_ray.stages.sample_pairs import SamplePairsInputs, sample_pairs
-
-        inputs = SamplePairsInputs(
-            key=key,
-            prompts=self.run.stage("prompts").data,
-            setup=self._setup(self.config.sample_pairs.model),
-            settings=self._map_settings("sample_pairs"),
-        )
-        return sample_pairs(self.config.sample_pairs, inputs, out)
-
-    def label(self, out: StageDir, key: StageKey) -> Manifest:
-        """Stage 5."""
-        from cai_ray.stages.label import LabelInputs, label
-
-        config = self.config.label
-        inputs = LabelInputs(
-            key=key,
-            pairs=self.run.stage("sample_pairs").data,
-            constitution=constitution_of(self.config.constitution.feedback),
-            setup=self._setup(feedback_model(self.config), "chat" if config.format == "chat" else None),
-            settings=self._map_settings("label"),
-        )
-        return label(config, inputs, out)
 
     def sft(self, out: StageDir, key: StageKey) -> Manifest:
         """Stage 3."""
-        from cai_ray.stages.sft import SftInputs, sft
+        from cai_ray.stages.sft import sft
 
-        name = self.config.sft.init
-        inputs = SftInputs(
-            key=key,
-            revisions=self.run.stage("revise").data,
-            model=self._model(name),
-            format=self._format(name),
-            max_bad_fraction=self.config.run.max_bad_fraction,
-            cluster=self.config.cluster,
-            device=self._training_device(),
-            progress=lambda: self.reporter.bar("sft", "epochs"),
-        )
-        return sft(self.config.sft, inputs, out)
+        return sft(self.config.sft, self._train(key, "sft", "revise", self.config.sft.init), out)
+
+    def sample_pairs(self, out: StageDir, key: StageKey) -> Manifest:
+        """Stage 4."""
+        from cai_ray.stages.sample_pairs import sample_pairs
+
+        config = self.config.sample_pairs
+        return sample_pairs(config, self._generate(key, "sample_pairs", "prompts", self._setup(config.model)), out)
+
+    def label(self, out: StageDir, key: StageKey) -> Manifest:
+        """Stage 5."""
+        from cai_ray.stages.label import label
+
+        config, principles = self.config.label, self.config.constitution.feedback
+        setup = self._setup(feedback_model(self.config), "chat" if config.format == "chat" else None)
+        return label(config, self._generate(key, "label", "sample_pairs", setup, principles), out)
 
     def preference_model(self, out: StageDir, key: StageKey) -> Manifest:
         """Stage 6."""
-        from cai_ray.stages.preference_model import PreferenceModelInputs, preference_model
+        from cai_ray.stages.preference_model import preference_model
 
-        config, name = self.config.preference_model, preference_init(self.config)
-        inputs = PreferenceModelInputs(
-            key=key,
-            labels=self.run.stage("label").data if any(s.path == "label" for s in config.data) else None,
-            model=self._model(name),
-            format=self._format(name),
-            max_bad_fraction=self.config.run.max_bad_fraction,
-            cluster=self.config.cluster,
-            device=self._training_device(),
-            progress=lambda: self.reporter.bar("preference_model", "epochs"),
-        )
+        config = self.config.preference_model
+        rows = "label" if any(s.path == "label" for s in config.data) else None
+        inputs = self._train(key, "preference_model", rows, preference_init(self.config))
         return preference_model(config, inputs, out)
 
     def ppo(self, out: StageDir, key: StageKey) -> Manifest:
@@ -399,12 +388,3 @@ class Execution:
 
         path = write_report(self.run)
         return out.commit(key, {"path": path.name, "bytes": path.stat().st_size})
-
-    def _format(self, name: str) -> str:
-        return "auto" if name in STAGE_MODELS else model_spec(self.config, name).format
-
-    def _training_device(self) -> str:
-        """The device, after engines have left the GPUs that training is about to take."""
-        if self.device == "gpu":
-            self.pool.release()
-        return self.device

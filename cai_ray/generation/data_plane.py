@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.dataset
 import pyarrow.parquet as pq
 import ray
 import ray.data
-from ray.actor import ActorHandle
+from pyarrow.dataset import dataset
 from ray.data import ExecutionResources
 from ray.data.checkpoint import CheckpointConfig
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
@@ -29,7 +28,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError
 from cai_ray.artifacts import StageDir, write_atomic
 from cai_ray.errors import DataError, StageFailed
 from cai_ray.generation.actor import BAD, Program, Watch
-from cai_ray.generation.pool import DATA_CPUS
+from cai_ray.generation.pool import DATA_CPUS, EngineHandle
 
 RESTARTS = 2  # times that a stage goes on with fresh engines after one died
 POLL_S = 1.0
@@ -72,7 +71,7 @@ class RowCounts:
 def map_rows(
     inputs: Path,
     program: Program,
-    get_engines: Callable[[], Sequence[ActorHandle]],
+    get_engines: Callable[[], Sequence[EngineHandle]],
     out: StageDir,
     *,
     settings: MapSettings,
@@ -125,7 +124,7 @@ def _ids(folder: Path, counts: Callable[[str], bool] = lambda name: True) -> lis
 
 
 def _generate(
-    work: _Work, program: Program, get_engines: Callable[[], Sequence[ActorHandle]], total: int, settings: MapSettings
+    work: _Work, program: Program, get_engines: Callable[[], Sequence[EngineHandle]], total: int, settings: MapSettings
 ) -> None:
     """Fills `work` with every missing row."""
     work.rows.mkdir(parents=True, exist_ok=True)
@@ -153,7 +152,7 @@ def _generate(
 class _Client:
     """Forwards blocks to the engine that has the fewest; holds nothing and computes nothing."""
 
-    def __init__(self, engines: Sequence[ActorHandle], program: Any, watch: Watch):
+    def __init__(self, engines: Sequence[EngineHandle], program: Any, watch: Watch):
         self._engines, self._program, self._watch = list(engines), program, watch
         self._blocks = [0] * len(engines)
 
@@ -169,7 +168,7 @@ class _Client:
 def _feed(
     work: _Work,
     program: Program,
-    engines: Sequence[ActorHandle],
+    engines: Sequence[EngineHandle],
     infos: Sequence[dict[str, Any]],
     watch: Watch,
     settings: MapSettings,
@@ -205,7 +204,7 @@ def _feed(
 def _run(
     work: _Work,
     job: Callable[[], None],
-    engines: Sequence[ActorHandle],
+    engines: Sequence[EngineHandle],
     infos: Sequence[dict[str, Any]],
     total: int,
     settings: MapSettings,
@@ -239,7 +238,7 @@ def _run(
 _SHOWN = ("rows", "tokens_out")
 
 
-def _stats(engines: Sequence[ActorHandle]) -> list[dict[str, float]]:
+def _stats(engines: Sequence[EngineHandle]) -> list[dict[str, float]]:
     """Each engine's stats; empty for one that does not answer."""
     out = []
     for ref in [e.stats.remote() for e in engines]:
@@ -250,7 +249,7 @@ def _stats(engines: Sequence[ActorHandle]) -> list[dict[str, float]]:
     return out
 
 
-def _alive(engine: ActorHandle) -> bool:
+def _alive(engine: EngineHandle) -> bool:
     try:
         ray.get(engine.info.remote(), timeout=ANSWER_S)
     except (GetTimeoutError, RayActorError):
@@ -279,7 +278,7 @@ def _quiet() -> Iterator[None]:
 
 def _publish(work: _Work, schema: pa.Schema, expected: set[str], out: StageDir, max_bad_fraction: float) -> RowCounts:
     """Sorts the durable rows into the stage's data and its quarantine."""
-    table = pa.dataset.dataset(work.rows, format="parquet").to_table().sort_by("id") if expected else None
+    table = dataset(work.rows, format="parquet").to_table().sort_by("id") if expected else None
     got = table["id"].to_pylist() if table else []
     if len(got) != len(expected) or set(got) != expected:
         raise StageFailed(

@@ -193,23 +193,23 @@ class Engine:
         if device == "cpu":
             # Compiling costs more than it gains at the sizes that run on CPU. Prompts enter whole: after a part of
             # one vLLM rewinds the request's generator, which PyTorch's CPU generators cannot do.
-            special: dict[str, Any] = {
+            options: dict[str, Any] = {
                 "enforce_eager": True,
                 "kv_cache_memory_bytes": int(kv_cache_gib * 2**30),
                 "enable_chunked_prefill": False,
                 "max_num_batched_tokens": max(2048, max_model_len),
             }
         else:
-            special = {
+            options = {
                 "gpu_memory_utilization": gpu_memory_utilization,
                 "tensor_parallel_size": tensor_parallel_size,
                 "distributed_executor_backend": "mp" if tensor_parallel_size > 1 else "uni",
             }
+        options["dtype"] = dtype
         self._llm = LLMEngine.from_engine_args(
             EngineArgs(
                 model=str(model_folder),
                 skip_tokenizer_init=True,
-                dtype=dtype,
                 max_model_len=max_model_len,
                 max_num_seqs=max_num_seqs,
                 generation_config="vllm",
@@ -217,7 +217,7 @@ class Engine:
                 enable_prefix_caching=True,
                 disable_log_stats=True,
                 weight_transfer_config=WeightTransferConfig(backend=BACKEND if device == "cpu" else "nccl"),
-                **special,
+                **options,
             )
         )
         self.model_folder, self.device = model_folder, device
@@ -309,7 +309,7 @@ class Engine:
         from vllm.sampling_params import RequestOutputKind
 
         # ignore_eos leaves stop_token_ids alone and keeps the generation_config's EOS out.
-        common = {"detokenize": False, "ignore_eos": True, "flat_logprobs": True, "skip_clone": True}
+        common: dict[str, Any] = {"detokenize": False, "ignore_eos": True, "flat_logprobs": True, "skip_clone": True}
         if isinstance(request, Request):
             return SamplingParams(
                 temperature=request.temperature,
@@ -320,12 +320,11 @@ class Engine:
                 output_kind=RequestOutputKind.CUMULATIVE if request.stop else RequestOutputKind.FINAL_ONLY,
                 **common,
             )
-        what = (
-            {"logprob_token_ids": list(request.token_ids)}
-            if isinstance(request, ChoiceRequest)
-            else {"prompt_logprobs": 0}
-        )
-        return SamplingParams(temperature=1.0, max_tokens=1, output_kind=RequestOutputKind.FINAL_ONLY, **what, **common)
+        if isinstance(request, ChoiceRequest):
+            common["logprob_token_ids"] = list(request.token_ids)
+        else:
+            common["prompt_logprobs"] = 0
+        return SamplingParams(temperature=1.0, max_tokens=1, output_kind=RequestOutputKind.FINAL_ONLY, **common)
 
     def _result(self, request: Request | ChoiceRequest | ScoreRequest, output: Any) -> Result | None:
         """What a request came to, or None while it goes on."""

@@ -8,7 +8,6 @@ from typing import Any
 from uuid import uuid4
 
 import ray
-from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from cai_ray.config import Cluster
@@ -16,15 +15,17 @@ from cai_ray.errors import CaiError, ResourceError, StageFailed
 from cai_ray.generation.actor import EngineActor
 from cai_ray.generation.engine import architecture
 
+EngineHandle = Any  # Ray's handle of an EngineActor
 DATA_CPUS = 3  # slots that Ray Data may take beside the engines; each task that moves rows is a process of its own
 LOG_LINES = 12
 PING_S = 60.0
+GOODBYE_S = 20.0
 
 
 @dataclass(frozen=True, eq=False)
 class _Live:
     name: str
-    handle: ActorHandle
+    handle: EngineHandle
     log_file: Path
     kind: tuple[Any, ...]  # architecture, dtype: what load_checkpoint cannot change
     max_model_len: int
@@ -51,7 +52,7 @@ class EnginePool:
         dtype: str = "bfloat16",
         max_model_len: int,
         count: int | None = None,
-    ) -> list[ActorHandle]:
+    ) -> list[EngineHandle]:
         """Engines that hold a model, idle, in a stable order.
 
         Living engines of the same architecture are given the new weights; others are replaced, and so are dead ones.
@@ -161,8 +162,9 @@ class EnginePool:
                 ) from None
 
     def _stop(self, engines: list[_Live]) -> None:
-        goodbyes = [e.handle.shutdown.remote() for e in engines]
-        ray.wait(goodbyes, num_returns=len(goodbyes), timeout=20) if goodbyes else None
+        goodbyes: list[Any] = [e.handle.shutdown.remote() for e in engines]
+        if goodbyes:
+            ray.wait(goodbyes, num_returns=len(goodbyes), timeout=GOODBYE_S)
         for e in engines:
             ray.kill(e.handle)
 
@@ -177,6 +179,7 @@ def _settled(engine: _Live) -> dict[str, Any] | None:
     """An engine's info once what still ran there has been ended; None when it does not answer."""
     try:
         ray.get(engine.handle.abort.remote(), timeout=PING_S)
-        return ray.get(engine.handle.info.remote(), timeout=PING_S)
+        info: Any = ray.get(engine.handle.info.remote(), timeout=PING_S)
+        return info
     except (RayActorError, GetTimeoutError):
         return None

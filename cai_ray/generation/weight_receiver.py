@@ -1,6 +1,7 @@
 """vLLM's side of the shared-memory weight transfer, and what its CPU backend forgets when weights change."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -22,7 +23,7 @@ def repack_tied_head(model: torch.nn.Module) -> None:
     """
     embeddings = [m for m in model.modules() if type(m) is VocabParallelEmbedding]
     for head in (m for m in model.modules() if isinstance(m, ParallelLMHead)):
-        tied = [e for e in embeddings if e.weight.data_ptr() == head.weight.data_ptr()]
+        tied = [e for e in embeddings if e.weight is head.weight]
         if tied:
             head.weight = tied[0].weight
             head.quant_method.process_weights_after_loading(head)
@@ -56,7 +57,8 @@ class SharedMemoryReceiver(WeightTransferEngine[_InitInfo, _UpdateInfo]):
 
     def receive_weights(self, update_info: _UpdateInfo) -> None:
         """Loads one bucket."""
-        self._missing -= self.model.load_weights(load_file(update_info.path).items())
+        model: Any = self.model
+        self._missing -= model.load_weights(load_file(update_info.path).items())
 
     def update_weights(self, update_info: dict) -> None:
         """The inherited method, without its wait for an accelerator."""

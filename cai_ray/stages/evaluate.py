@@ -11,15 +11,10 @@ import ray.data
 from cai_ray.artifacts import Manifest, StageDir, StageKey
 from cai_ray.config import EvaluateConfig
 from cai_ray.errors import DataError
-from cai_ray.evaluation.statistics import looks_like_refusal, mean_interval, win_rate
+from cai_ray.evaluation.answers import ANSWER, SCORED, Scorer, summary, wins
 from cai_ray.generation.data_plane import MapSettings, RowCounts, map_rows
 from cai_ray.records import PROMPT, Row, to_table
-from cai_ray.stages.asking import EngineSetup, ask, read_rows
-
-ANSWER = pa.schema(
-    [*PROMPT, ("model", pa.string()), ("response", pa.string()), ("seed", pa.int64()), ("flags", pa.list_(pa.string()))]
-)
-SCORED = pa.schema([*ANSWER, ("score", pa.float64())])
+from cai_ray.stages.shared import EngineSetup, ask, read_rows, write_rows
 
 
 @dataclass(frozen=True)
@@ -50,9 +45,7 @@ def evaluate(config: EvaluateConfig, inputs: EvaluateInputs, out: StageDir) -> M
     counts: list[RowCounts] = []
     for name, setup in inputs.models.items():
         part = StageDir(out.path / "answers" / name, out.seed)
-        work = part.path / "inputs"
-        work.mkdir(parents=True, exist_ok=True)
-        pq.write_table(to_table(rows, PROMPT), work / "part-00000.parquet")
+        work = write_rows(rows, PROMPT, part.path / "inputs")
         engines = setup.engines(config.max_prompt_tokens + config.max_new_tokens, inputs.settings.engines)
         with out.phase("generate"):
             counts.append(map_rows(work, Answer(config, out.seed, name), engines, part, settings=inputs.settings))
@@ -67,38 +60,14 @@ def evaluate(config: EvaluateConfig, inputs: EvaluateInputs, out: StageDir) -> M
     policy = list(inputs.models)[-1]
     for name in inputs.models:
         for kind in ("harmful", "helpful"):
-            metrics |= _summary([r for r in answers if r["model"] == name and r["kind"] == kind], f"{name}/{kind}")
+            metrics |= summary([r for r in answers if r["model"] == name and r["kind"] == kind], f"{name}/{kind}")
         if name != policy:
-            metrics |= _wins(answers, policy, name)
+            metrics |= wins(answers, policy, name)
     first = {r["id"] for r in rows[:4]} | {r["id"] for r in rows[-4:]}
     for row in answers:
         if row["id"] in first:
             out.sample(row)
     return out.commit(inputs.key, metrics)
-
-
-def _summary(rows: list[Row], prefix: str) -> dict[str, Any]:
-    if not rows:
-        return {}
-    mean, low, high = mean_interval([r["score"] for r in rows])
-    return {
-        f"{prefix}/score": mean,
-        f"{prefix}/score_low": low,
-        f"{prefix}/score_high": high,
-        f"{prefix}/refusals": sum(looks_like_refusal(r["response"]) for r in rows) / len(rows),
-        f"{prefix}/words": sum(len(r["response"].split()) for r in rows) / len(rows),
-        f"{prefix}/truncated": sum(bool(r["flags"]) for r in rows) / len(rows),
-        f"{prefix}/prompts": len(rows),
-    }
-
-
-def _wins(answers: list[Row], policy: str, other: str) -> dict[str, float]:
-    ours = {r["id"]: r["score"] for r in answers if r["model"] == policy}
-    theirs = {r["id"]: r["score"] for r in answers if r["model"] == other}
-    both = sorted(ours.keys() & theirs.keys())
-    mean, low, high = mean_interval(win_rate([ours[i] for i in both], [theirs[i] for i in both]))
-    key = f"{policy}/wins_over_{other}"
-    return {key: mean, f"{key}_low": low, f"{key}_high": high}
 
 
 @dataclass(frozen=True)
@@ -120,54 +89,9 @@ class Answer:
         Raises:
             DataError: the prompt is too long.
         """
-        done = await ask(
-            engine,
-            row["messages"],
-            row,
-            "evaluate",
-            seed=self.seed,
-            max_prompt_tokens=self.config.max_prompt_tokens,
-            max_new_tokens=self.config.max_new_tokens,
-            temperature=self.config.temperature,
-        )
+        done = await ask(engine, row["messages"], row, "evaluate", self.seed, self.config)
         flags = [] if done.ended else ["truncated:response"]
         return {**row, "model": self.model, "response": done.text, "seed": self.seed, "flags": flags}
-
-
-class Scorer:
-    """Scores answers with the preference model, in a Ray Data actor."""
-
-    def __init__(self, reward: str, gpu: bool, max_tokens: int):
-        import torch
-
-        from cai_ray.models.checkpoints import load_scalar_model
-        from cai_ray.models.tokenization import Tokenizer
-
-        self._device = torch.device("cuda" if gpu else "cpu")
-        self._tokenizer = Tokenizer.load(Path(reward))
-        self._model: Any = load_scalar_model(Path(reward), torch.float32).eval()
-        self._model.to(self._device)
-        self._max_tokens = max_tokens
-
-    def __call__(self, table: pa.Table) -> pa.Table:
-        """The table with a `score` column: raw scores, in the preference model's own units."""
-        import torch
-
-        from cai_ray.models.scalar import scores_at_end
-        from cai_ray.models.tokenization import preference_input
-
-        rows, scores = table.to_pylist(), []
-        with torch.inference_mode():
-            for row in rows:
-                ids, _ = preference_input(
-                    self._tokenizer.prompt(row["messages"]),
-                    self._tokenizer.response(row["response"]),
-                    self._tokenizer.eos_id,
-                    self._max_tokens,
-                )
-                batch = torch.tensor([ids], device=self._device)
-                scores.append(float(scores_at_end(self._model, batch, torch.tensor([len(ids)], device=self._device))))
-        return to_table(({**r, "score": s} for r, s in zip(rows, scores, strict=True)), SCORED)
 
 
 def _score(inputs: EvaluateInputs, folders: list[Path], out: StageDir) -> list[Row]:

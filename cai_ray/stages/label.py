@@ -6,17 +6,16 @@ averaging comes first, the clamp last.
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from cai_ray.artifacts import Manifest, StageDir, StageKey
-from cai_ray.config import LabelConfig
+from cai_ray.artifacts import Manifest, StageDir
+from cai_ray.config import LabelConfig, Sampling
 from cai_ray.constitution import Constitution, Principle, draw
-from cai_ray.generation.data_plane import MapSettings, map_rows
+from cai_ray.generation.data_plane import map_rows
 from cai_ray.records import LABELED_PAIR, Row, derive_seed
-from cai_ray.stages.asking import EngineSetup, ask, check_length, encode, read_rows
+from cai_ray.stages.shared import GenerateInputs, ask, check_length, encode, read_rows
 from cai_ray.templates import (
     CHOICES,
     FRAMES,
@@ -29,28 +28,18 @@ from cai_ray.templates import (
 )
 
 
-@dataclass(frozen=True)
-class LabelInputs:
-    """What the stage reads besides its configuration."""
-
-    key: StageKey
-    pairs: Path
-    constitution: Constitution
-    setup: EngineSetup
-    settings: MapSettings
-
-
-def label(config: LabelConfig, inputs: LabelInputs, out: StageDir) -> Manifest:
+def label(config: LabelConfig, inputs: GenerateInputs, out: StageDir) -> Manifest:
     """Writes one `LabeledPair` row per response pair.
 
     Raises:
         StageFailed: an engine died repeatedly, or more than the permitted share of rows is bad.
     """
+    assert inputs.constitution is not None
     program = LabelPair(config, inputs.constitution, out.seed)
     longest = config.max_prompt_tokens + (config.max_rationale_tokens if config.format == "cot" else 0)
     engines = inputs.setup.engines(longest + 8, inputs.settings.engines)
     with out.phase("generate"):
-        counts = map_rows(inputs.pairs, program, engines, out, settings=inputs.settings)
+        counts = map_rows(inputs.rows, program, engines, out, settings=inputs.settings)
     done = read_rows(out.data)
     for row in done[:8]:
         out.sample(row)
@@ -118,16 +107,11 @@ class LabelPair:
         if config.format == "cot":
             shots = self.constitution.cot_few_shots[: config.few_shots]
             opening: Any = (rationale_prompt if plain else rationale_prompt_messages)(*head, shots, language)
-            done = await ask(
-                engine,
-                opening,
-                row,
-                f"rationale/{k}/{int(swapped)}",
-                seed=self.seed,
-                max_prompt_tokens=config.max_prompt_tokens,
-                max_new_tokens=config.max_rationale_tokens,
-                stop=FRAMES[language].rationale_stops,
+            limits = Sampling(
+                max_prompt_tokens=config.max_prompt_tokens, max_new_tokens=config.max_rationale_tokens, temperature=1.0
             )
+            step, stop = f"rationale/{k}/{int(swapped)}", FRAMES[language].rationale_stops
+            done = await ask(engine, opening, row, step, self.seed, limits, stop=stop)
             rationale = done.text
             # A rationale that never reaches a verdict is asked for one all the same: the label is never a guess.
             prompt: Any = (verdict_prompt if plain else verdict_prompt_messages)(opening, rationale, language)

@@ -7,7 +7,7 @@ from cai_ray.artifacts import Manifest, StageDir, StageKey
 from cai_ray.config import Cluster, PPOConfig
 from cai_ray.errors import DataError
 from cai_ray.rl.loop import run_ppo
-from cai_ray.stages.asking import EngineSetup, Show, read_rows
+from cai_ray.stages.shared import EngineSetup, Show, read_rows
 
 
 @dataclass(frozen=True)

@@ -5,19 +5,17 @@ supervised model helpful.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from cai_ray.artifacts import Manifest, StageDir, StageKey
+from cai_ray.artifacts import Manifest, StageDir
 from cai_ray.config import ReviseConfig
 from cai_ray.constitution import Constitution, draw
 from cai_ray.errors import DataError
-from cai_ray.generation.data_plane import MapSettings, map_rows
-from cai_ray.records import PROMPT, REVISION, Row, derive_seed, row_id, to_table
-from cai_ray.stages.asking import EngineSetup, ask, read_rows
+from cai_ray.generation.data_plane import map_rows
+from cai_ray.records import PROMPT, REVISION, Row, derive_seed, row_id
+from cai_ray.stages.shared import GenerateInputs, ask, read_rows, write_rows
 from cai_ray.templates import (
     FRAMES,
     critique_prompt,
@@ -27,34 +25,21 @@ from cai_ray.templates import (
 )
 
 
-@dataclass(frozen=True)
-class ReviseInputs:
-    """What the stage reads besides its configuration."""
-
-    key: StageKey
-    prompts: Path
-    constitution: Constitution
-    setup: EngineSetup
-    settings: MapSettings
-
-
-def revise(config: ReviseConfig, inputs: ReviseInputs, out: StageDir) -> Manifest:
+def revise(config: ReviseConfig, inputs: GenerateInputs, out: StageDir) -> Manifest:
     """Writes one `Revision` row per harmful prompt and per helpful sample; the latter have no rounds.
 
     Raises:
         StageFailed: an engine died repeatedly, or more than the permitted share of rows is bad.
     """
-    work = out.path / "inputs"
-    work.mkdir(parents=True, exist_ok=True)
     rows = []
-    for row in read_rows(inputs.prompts):
+    for row in read_rows(inputs.rows):
         if row["kind"] == "harmful":
             rows.append(row)
         else:  # each sample is a row of its own, so that rows in equal rows out
             samples = range(config.helpful_samples_per_prompt)
             rows += [{**row, "id": row_id(row["id"], sample)} for sample in samples]
-    pq.write_table(to_table(rows, PROMPT), work / "part-00000.parquet")
-
+    work = write_rows(rows, PROMPT, out.path / "inputs")
+    assert inputs.constitution is not None
     program = ReviseRow(config, inputs.constitution, out.seed)
     longest = max(config.max_new_tokens, config.max_critique_tokens)
     engines = inputs.setup.engines(config.max_prompt_tokens + longest, inputs.settings.engines)
@@ -132,17 +117,7 @@ class ReviseRow:
     async def _write(
         self, engine: Any, prompt: Any, row: Row, step: str, limit: int, flags: list[str], stop: Any = ()
     ) -> str:
-        done = await ask(
-            engine,
-            prompt,
-            row,
-            step,
-            seed=self.seed,
-            max_prompt_tokens=self.config.max_prompt_tokens,
-            max_new_tokens=limit,
-            temperature=self.config.temperature,
-            stop=stop,
-        )
+        done = await ask(engine, prompt, row, step, self.seed, self.config, max_new_tokens=limit, stop=stop)
         if not done.ended:
             flags.append(f"truncated:{step.split('/')[0]}")
         if not done.text and not step.startswith("critique"):

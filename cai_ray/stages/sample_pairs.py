@@ -1,40 +1,25 @@
 """Stage 4: the SL model answers each harmful prompt twice (Bai et al. 2022, section 4)."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from cai_ray.artifacts import Manifest, StageDir, StageKey
+from cai_ray.artifacts import Manifest, StageDir
 from cai_ray.config import SamplePairsConfig
 from cai_ray.errors import DataError
-from cai_ray.generation.data_plane import MapSettings, map_rows
-from cai_ray.records import PROMPT, RESPONSE_PAIR, Row, to_table
-from cai_ray.stages.asking import EngineSetup, ask, read_rows
+from cai_ray.generation.data_plane import map_rows
+from cai_ray.records import PROMPT, RESPONSE_PAIR, Row
+from cai_ray.stages.shared import GenerateInputs, ask, read_rows, write_rows
 
 
-@dataclass(frozen=True)
-class SamplePairsInputs:
-    """What the stage reads besides its configuration."""
-
-    key: StageKey
-    prompts: Path
-    setup: EngineSetup
-    settings: MapSettings
-
-
-def sample_pairs(config: SamplePairsConfig, inputs: SamplePairsInputs, out: StageDir) -> Manifest:
+def sample_pairs(config: SamplePairsConfig, inputs: GenerateInputs, out: StageDir) -> Manifest:
     """Writes one `ResponsePair` row per harmful prompt.
 
     Raises:
         StageFailed: an engine died repeatedly, or more than the permitted share of rows is bad.
     """
-    work = out.path / "inputs"
-    work.mkdir(parents=True, exist_ok=True)
-    rows = read_rows(inputs.prompts, kind="harmful")
-    pq.write_table(to_table(rows, PROMPT), work / "part-00000.parquet")
+    work = write_rows(read_rows(inputs.rows, kind="harmful"), PROMPT, out.path / "inputs")
     program = SamplePair(config, out.seed)
     engines = inputs.setup.engines(config.max_prompt_tokens + config.max_new_tokens, inputs.settings.engines)
     with out.phase("generate"):
@@ -68,16 +53,7 @@ class SamplePair:
         flags: list[str] = []
         texts = []
         for letter in "ab":
-            done = await ask(
-                engine,
-                row["messages"],
-                row,
-                f"response_{letter}",
-                seed=self.seed,
-                max_prompt_tokens=self.config.max_prompt_tokens,
-                max_new_tokens=self.config.max_new_tokens,
-                temperature=self.config.temperature,
-            )
+            done = await ask(engine, row["messages"], row, f"response_{letter}", self.seed, self.config)
             if not done.text:
                 raise DataError(f"response_{letter} came out empty")
             if not done.ended:

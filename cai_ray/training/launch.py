@@ -83,8 +83,9 @@ def run_training(
     running = _fit.options(runtime_env=environment).remote(job)
     if job.device == "cpu":
         _warm_up(config.sharding.ranks, environment)
+    finished = False
     try:
-        while not ray.wait([running], timeout=POLL_S)[0]:
+        while not (finished := bool(ray.wait([running], timeout=POLL_S)[0])):
             follow()
             watch()
         outcome = ray.get(running)
@@ -93,7 +94,8 @@ def run_training(
             f"the process that runs Ray Train died: {type(error).__name__}", f"see {out.logs}/trainer.log"
         ) from error
     finally:
-        ray.cancel(running, force=True)  # takes Ray Train's controller and the ranks with it; nothing when it is done
+        if not finished:  # takes Ray Train's controller and the ranks with it; a task that is done crashes Ray
+            ray.cancel(running, force=True)
     follow()
     if outcome["error"]:
         raise outcome["error"]

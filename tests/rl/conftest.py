@@ -30,7 +30,7 @@ def config(ranks=1, zero_stage=0, microbatch_tokens=8192, lr=1e-3, **changes):
     return PPOConfig(**{"steps": 3, **sizes, "actor": learner, "critic": learner, "kl_coef": 0.05, **changes})
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def policy():
     """Folder of the tiny language model."""
     from cai_ray.models import tiny_model
@@ -38,7 +38,7 @@ def policy():
     return tiny_model()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def reward_model(policy, tmp_path_factory):
     """Folder of a preference model that has learned nothing, with a reward scale."""
     from cai_ray.models.checkpoints import load_scalar_model, save_pretrained
@@ -51,7 +51,7 @@ def reward_model(policy, tmp_path_factory):
     return out
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def pool(tmp_path_factory):
     """Ray of our own and its engines."""
     os.environ.update(RAY_usage_stats_enabled="0")
@@ -66,7 +66,7 @@ def pool(tmp_path_factory):
     ray.shutdown()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def train(pool, policy, reward_model):
     """Runs `run_ppo` into a folder with a configuration."""
     from cai_ray.rl.loop import run_ppo

@@ -33,7 +33,7 @@ def kill_the_actor():
     os.kill(found[0].pid, signal.SIGKILL)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def killed_once(pool, train, tmp_path_factory):
     """Three steps of one rank a role; the actor is killed once, after step 1 and before its checkpoint."""
     out, seen = tmp_path_factory.mktemp("ppo"), {}

@@ -1,4 +1,4 @@
-"""How the generating stages ask the engine: a prompt in either format, a step's seed, a limit on its length."""
+"""What stages share: their inputs, how they ask an engine, how they train, how rows are read and written."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -7,13 +7,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.dataset as pads
+import pyarrow.parquet as pq
 
+from cai_ray.artifacts import StageDir, StageKey
+from cai_ray.config import Cluster, PreferenceModelConfig, Sampling, SftConfig
+from cai_ray.constitution import Constitution
 from cai_ray.errors import DataError
+from cai_ray.generation.data_plane import MapSettings
 from cai_ray.generation.engine import Completion, Request
 from cai_ray.models.tokenization import Tokenizer
-from cai_ray.records import Message, Row, derive_seed
+from cai_ray.records import Message, Row, derive_seed, to_table
 from cai_ray.templates import STOP_PLAIN
+from cai_ray.training.launch import run_training
+from cai_ray.training.loop import Kind
 
 PromptText = str | Sequence[Message]
 Show = Callable[[], AbstractContextManager[Callable[[float, float | None, str], None]]]  # opens a progress display
@@ -43,6 +51,31 @@ class EngineSetup:
         )
 
 
+@dataclass(frozen=True)
+class GenerateInputs:
+    """What `revise`, `sample_pairs` and `label` read besides their configuration."""
+
+    key: StageKey
+    rows: Path
+    setup: EngineSetup
+    settings: MapSettings
+    constitution: Constitution | None = None
+
+
+@dataclass(frozen=True)
+class TrainInputs:
+    """What `sft` and `preference_model` read besides their configuration."""
+
+    key: StageKey
+    rows: tuple[Path, ...]  # folders of parquet
+    model: Path
+    format: str
+    max_bad_fraction: float
+    cluster: Cluster
+    device: str
+    progress: Show
+
+
 def encode(tokenizer: Tokenizer, prompt: PromptText) -> list[int]:
     """Token ids of a plain prompt, or of messages up to where the assistant's text goes on."""
     if isinstance(prompt, str):
@@ -66,30 +99,28 @@ async def ask(
     prompt: PromptText,
     row: Row,
     step: str,
-    *,
     seed: int,
-    max_prompt_tokens: int,
-    max_new_tokens: int,
-    temperature: float = 1.0,
+    limits: Sampling,
+    *,
+    max_new_tokens: int | None = None,
     stop: Sequence[str] = (),
 ) -> Completion:
     """One completion of `prompt`, sampled with the seed of (run seed, row id, step).
 
     Raises:
-        DataError: the prompt is longer than `max_prompt_tokens`.
+        DataError: the prompt is longer than `limits.max_prompt_tokens`.
     """
     tokenizer: Tokenizer = engine.tokenizer
     plain = isinstance(prompt, str) or tokenizer.format == "plain"
-    return await engine.ask(
-        Request(
-            prompt_ids=check_length(encode(tokenizer, prompt), max_prompt_tokens),
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            seed=derive_seed(seed, row["id"], step),
-            stop=tuple(stop) or (tuple(STOP_PLAIN) if plain else ()),
-            eos_ids=tuple(tokenizer.eos_ids),
-        )
+    request = Request(
+        prompt_ids=check_length(encode(tokenizer, prompt), limits.max_prompt_tokens),
+        max_new_tokens=max_new_tokens or limits.max_new_tokens,
+        temperature=limits.temperature,
+        seed=derive_seed(seed, row["id"], step),
+        stop=tuple(stop) or (tuple(STOP_PLAIN) if plain else ()),
+        eos_ids=tuple(tokenizer.eos_ids),
     )
+    return await engine.ask(request)
 
 
 def read_rows(folder: Path, **equal: str) -> list[Row]:
@@ -97,3 +128,33 @@ def read_rows(folder: Path, **equal: str) -> list[Row]:
     table = pads.dataset(folder, format="parquet").to_table()
     rows = table.sort_by("id").to_pylist()
     return [r for r in rows if all(r[k] == v for k, v in equal.items())]
+
+
+def write_rows(rows: Sequence[Row], schema: pa.Schema, folder: Path) -> Path:
+    """Writes rows as a folder of parquet and returns the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pq.write_table(to_table(rows, schema), folder / "part-00000.parquet")
+    return folder
+
+
+def fit(
+    kind: Kind,
+    config: SftConfig | PreferenceModelConfig,
+    rows: Sequence[Path],
+    inputs: TrainInputs,
+    out: StageDir,
+) -> dict[str, float]:
+    """Trains on folders of rows and leaves the model in `out`; returns counts and the last metrics."""
+    with inputs.progress() as show, out.phase("train"):
+        return run_training(
+            kind,
+            config,
+            rows,
+            out,
+            inputs.cluster,
+            inputs.device,
+            model=inputs.model,
+            format=inputs.format,
+            max_bad_fraction=inputs.max_bad_fraction,
+            on_progress=show,
+        )
