@@ -79,10 +79,7 @@ def run_training(
         step_timeout_s=cluster.step_timeout_s,
     )
     watch, follow = _Watch(job), _Follow(out, config.epochs, on_progress)
-    environment = {"env_vars": _environment(job)}
-    running = _fit.options(runtime_env=environment).remote(job)
-    if job.device == "cpu":
-        _warm_up(config.sharding.ranks, environment)
+    running = _fit.remote(job)
     finished = False
     try:
         while not (finished := bool(ray.wait([running], timeout=POLL_S)[0])):
@@ -114,58 +111,33 @@ def _check_resources(ranks: int, cpus: int, device: str) -> None:
             )
 
 
-def _environment(job: Job) -> dict[str, str]:
-    """Ray Train's settings, as it passes them on from its driver to its controller and ranks."""
-    return {
-        "RAY_TRAIN_V2_ENABLED": "1",
-        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(job.start_timeout_s),
-        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",  # also how long a checkpoint or the end may go unnoticed
-        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # one process less; a preempted node counts as preempted all the same
-        "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",
-    }
-
-
-def _warm_up(ranks: int, environment: dict[str, Any]) -> None:
-    """Imports the slow libraries in idle processes that the controller and the ranks then take.
-
-    Ray Train starts its driver, its controller and its ranks one after the other, and each imports torch: on a small
-    machine that is most of the time to the first step. Nothing depends on a process being taken.
-    """
-    _import_libraries.options(runtime_env=environment).remote(False)
-    for _ in range(ranks):
-        _import_libraries.options(runtime_env=environment).remote(True)
-
-
-@ray.remote(num_cpus=0, max_retries=0)
-def _import_libraries(for_rank: bool) -> None:
-    import ray.train.torch
-
-    if for_rank:
-        os.environ["DS_ACCELERATOR"] = "cpu"
-        import deepspeed
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        import cai_ray.training.preference
-        import cai_ray.training.sft
-
-        _ = (ray.train.torch, deepspeed, AutoModelForCausalLM, AutoTokenizer, cai_ray.training)
-
-
 @ray.remote(num_cpus=0, max_retries=0, max_calls=1)
 def _fit(job: Job) -> dict[str, Any]:
     """Ray Train's driver, in a process of its own."""
     log = os.open(job.out / "logs" / "trainer.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     for stream in (1, 2):
         os.dup2(log, stream)
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(job.start_timeout_s)
+    os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "1"  # also how long a checkpoint or the end may go unnoticed
+    os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = (
+        "0"  # a process less; a preempted rank is restarted all the same
+    )
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
     from ray.train.v2.api.config import LoggingConfig
     from ray.train.v2.api.exceptions import TrainingFailedError
+
+    class Trainer(TorchTrainer):
+        """Without the process that would remove our placement group: Ray does so by itself when the controller ends."""
+
+        def _create_default_callbacks(self) -> list[Any]:
+            return [c for c in super()._create_default_callbacks() if not isinstance(c, PlacementGroupCleanerCallback)]
 
     gpu, sharding = job.device == "gpu", job.config.sharding
     path, name = storage(job.out)
     resources = {"CPU": sharding.cpus_per_rank} | ({"GPU": 1} if gpu else {})  # also sets a CPU rank's OpenMP threads
-    trainer = TorchTrainer(
+    trainer = Trainer(
         train,
         train_loop_config={"job": job},
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=int(job.step_timeout_s)),
