@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from cai_ray.artifacts import Manifest, RunDir, StageDir, StageKey, write_atomic
+from cai_ray.artifacts import Manifest, RunDir, StageKey, write_atomic
 from cai_ray.cluster import start_ray
 from cai_ray.config import Config, Principles, to_yaml
 from cai_ray.errors import ConfigError, ResourceError
@@ -23,7 +24,6 @@ from cai_ray.pipeline import (
     downstream,
     evaluated,
     feedback_model,
-    longest_context,
     model_spec,
     needed,
     plan,
@@ -34,9 +34,11 @@ from cai_ray.pipeline import (
     started_key,
 )
 from cai_ray.progress import Reporter, quiet_libraries
+from cai_ray.resources import check_here, context_tokens
 from cai_ray.tracking import StageTracker
 
 MIN_FREE_GIB = 2.0
+GENERATING = ("revise", "sample_pairs", "label", "ppo", "evaluate")
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,6 @@ def preflight(config: Config, stages: list[Stage]) -> None:
         ConfigError, DataError, ResourceError: what is missing, and how to mend it.
     """
     from cai_ray.models import resolve_model
-    from cai_ray.resources import check_here
     from cai_ray.sources import check_source
 
     for stage in stages:
@@ -165,7 +166,7 @@ def _take_over(config: Config, request: Request, run: RunDir, reporter: Reporter
 
 
 class Execution:
-    """A run in progress. Methods named like stages gather a stage's inputs and run it."""
+    """A run in progress: Ray, the engines, and each stage's inputs."""
 
     def __init__(self, config: Config, run: RunDir, reporter: Reporter):
         self.config, self.run, self.reporter = config, run, reporter
@@ -236,7 +237,8 @@ class Execution:
         start, tracker = time.monotonic(), StageTracker(config, out, self.run.path)
         out.on_metrics = tracker.log
         try:
-            manifest = stage.run(self, out, key)
+            function = getattr(import_module(f"cai_ray.stages.{stage.name}"), stage.name)
+            manifest: Manifest = function(getattr(config, stage.name, None), self._inputs(stage.name, key), out)
         except BaseException:
             tracker.finish(None)
             raise
@@ -277,7 +279,7 @@ class Execution:
             model=self._model(name),
             format=format or (spec.format if spec else "auto"),
             dtype=(spec or self.config.models.helpful).dtype,
-            run_tokens=longest_context(self.config),
+            run_tokens=max(context_tokens(self.config, s) for s in GENERATING),
         )
 
     def _generate(self, key: StageKey, what: str, rows: str, setup: Any, principles: Principles | None = None) -> Any:
@@ -304,87 +306,44 @@ class Execution:
             progress=lambda: self.reporter.bar(what, "epochs"),
         )
 
-    # ---- the stages ---------------------------------------------------------------------------------------------
-
-    def prompts(self, out: StageDir, key: StageKey) -> Manifest:
-        """Stage 1."""
-        from cai_ray.stages.prompts import PromptsInputs, prompts
-
-        _ = self.device
-        return prompts(self.config.prompts, PromptsInputs(key, self.config.run.max_bad_fraction), out)
-
-    def revise(self, out: StageDir, key: StageKey) -> Manifest:
-        """Stage 2."""
-        from cai_ray.stages.revise import revise
-
-        principles = self.config.constitution.critique
-        inputs = self._generate(key, "revise", "prompts", self._setup("helpful"), principles)
-        return revise(self.config.revise, inputs, out)
-
-    def sft(self, out: StageDir, key: StageKey) -> Manifest:
-        """Stage 3."""
-        from cai_ray.stages.sft import sft
-
-        return sft(self.config.sft, self._train(key, "sft", "revise", self.config.sft.init), out)
-
-    def sample_pairs(self, out: StageDir, key: StageKey) -> Manifest:
-        """Stage 4."""
-        from cai_ray.stages.sample_pairs import sample_pairs
-
-        config = self.config.sample_pairs
-        return sample_pairs(config, self._generate(key, "sample_pairs", "prompts", self._setup(config.model)), out)
-
-    def label(self, out: StageDir, key: StageKey) -> Manifest:
-        """Stage 5."""
-        from cai_ray.stages.label import label
-
-        config, principles = self.config.label, self.config.constitution.feedback
-        setup = self._setup(feedback_model(self.config), "chat" if config.format == "chat" else None)
-        return label(config, self._generate(key, "label", "sample_pairs", setup, principles), out)
-
-    def preference_model(self, out: StageDir, key: StageKey) -> Manifest:
-        """Stage 6."""
-        from cai_ray.stages.preference_model import preference_model
-
-        config = self.config.preference_model
-        rows = "label" if any(s.path == "label" for s in config.data) else None
-        inputs = self._train(key, "preference_model", rows, preference_init(self.config))
-        return preference_model(config, inputs, out)
-
-    def ppo(self, out: StageDir, key: StageKey) -> Manifest:
-        """Stage 7."""
-        from cai_ray.stages.ppo import PPOInputs, ppo
-
-        config = self.config.ppo
-        inputs = PPOInputs(
-            key=key,
-            prompts=self.run.stage("prompts").data,
-            setup=self._setup(config.init),
-            reward=self._model(config.reward),
-            cluster=self.config.cluster,
-            device=self.device,
-            progress=lambda: self.reporter.bar("ppo", "steps"),
-        )
-        return ppo(config, inputs, out)
-
-    def evaluate(self, out: StageDir, key: StageKey) -> Manifest:
-        """Stage 8."""
-        from cai_ray.stages.evaluate import EvaluateInputs, evaluate
-
-        inputs = EvaluateInputs(
-            key=key,
-            prompts=self.run.stage("prompts").data,
-            models={name: self._setup(name) for name in evaluated(self.config)},
-            reward=self._model(self.config.ppo.reward),
-            settings=self._map_settings("evaluate"),
-            threads=self.config.preference_model.sharding.cpus_per_rank,
-            gpu=self.device == "gpu",
-        )
-        return evaluate(self.config.evaluate, inputs, out)
-
-    def report(self, out: StageDir, key: StageKey) -> Manifest:
-        """Stage 9: writes RUN/report.html from what the run directory holds."""
-        from cai_ray.report import write_report
-
-        path = write_report(self.run)
-        return out.commit(key, {"path": path.name, "bytes": path.stat().st_size})
+    def _inputs(self, stage: str, key: StageKey) -> Any:
+        """What a stage's function is given besides its section of the configuration."""
+        config = self.config
+        module = import_module(f"cai_ray.stages.{stage}")
+        match stage:
+            case "prompts":
+                _ = self.device  # Ray must run
+                return module.PromptsInputs(key, config.run.max_bad_fraction)
+            case "revise":
+                return self._generate(key, stage, "prompts", self._setup("helpful"), config.constitution.critique)
+            case "sft":
+                return self._train(key, stage, "revise", config.sft.init)
+            case "sample_pairs":
+                return self._generate(key, stage, "prompts", self._setup(config.sample_pairs.model))
+            case "label":
+                setup = self._setup(feedback_model(config), "chat" if config.label.format == "chat" else None)
+                return self._generate(key, stage, "sample_pairs", setup, config.constitution.feedback)
+            case "preference_model":
+                labels = any(s.path == "label" for s in config.preference_model.data)
+                return self._train(key, stage, "label" if labels else None, preference_init(config))
+            case "ppo":
+                return module.PPOInputs(
+                    key=key,
+                    prompts=self.run.stage("prompts").data,
+                    setup=self._setup(config.ppo.init),
+                    reward=self._model(config.ppo.reward),
+                    cluster=config.cluster,
+                    device=self.device,
+                    progress=lambda: self.reporter.bar(stage, "steps"),
+                )
+            case "evaluate":
+                return module.EvaluateInputs(
+                    key=key,
+                    prompts=self.run.stage("prompts").data,
+                    models={name: self._setup(name) for name in evaluated(config)},
+                    reward=self._model(config.ppo.reward),
+                    settings=self._map_settings(stage),
+                    threads=config.preference_model.sharding.cpus_per_rank,
+                    gpu=self.device == "gpu",
+                )
+        return module.ReportInputs(key, self.run)

@@ -7,23 +7,20 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from cai_ray.artifacts import Manifest, RunDir, StageDir, StageKey, canonical_sha256, differences, file_sha256
+from cai_ray.artifacts import RunDir, StageDir, StageKey, canonical_sha256, differences, file_sha256
 from cai_ray.config import Config, ModelSpec, Principles, Source
 from cai_ray.constitution import Constitution, load_constitution
 from cai_ray.errors import ConfigError
 from cai_ray.shipped import asset_path
-
-if TYPE_CHECKING:
-    from cai_ray.execution import Execution
 
 STAGE_MODELS = ("sft", "preference_model", "ppo")  # stages that publish a model
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One line of the table. `Execution` has a method of the same name that runs it."""
+    """One line of the table; `stages/NAME.py` holds the function that runs it."""
 
     name: str
     data: Callable[[Config], tuple[str, ...]]  # stages whose rows it reads
@@ -34,10 +31,6 @@ class Stage:
     def reads(self, config: Config) -> tuple[str, ...]:
         """Earlier stages that it needs, for rows or models."""
         return tuple(dict.fromkeys([*self.data(config), *(m for m in self.models(config) if m in STAGE_MODELS)]))
-
-    def run(self, execution: "Execution", out: StageDir, key: StageKey) -> Manifest:
-        """Runs the stage's function, which commits `out`."""
-        return getattr(execution, self.name)(out, key)
 
 
 def feedback_model(c: Config) -> str:
@@ -90,16 +83,6 @@ def needed(config: Config) -> tuple[Stage, ...]:
                 wanted.add(name)
                 queue.append(name)
     return tuple(s for s in STAGES if s.name in wanted)
-
-
-def longest_context(config: Config) -> int:
-    """The longest prompt and response together that any stage gives an engine, tokens."""
-    revise, label = config.revise, config.label
-    return max(
-        revise.max_prompt_tokens + max(revise.max_new_tokens, revise.max_critique_tokens),
-        label.max_prompt_tokens + (label.max_rationale_tokens if label.format == "cot" else 0) + 8,
-        *(s.max_prompt_tokens + s.max_new_tokens for s in (config.sample_pairs, config.ppo, config.evaluate)),
-    )
 
 
 def model_spec(config: Config, name: str) -> ModelSpec:

@@ -1,4 +1,4 @@
-"""What starts cai-ray elsewhere: accepted by the tools that read it, free of secrets, and pointing at files that exist."""
+"""What starts cai-ray elsewhere: accepted by the tools that read it, free of secrets, pointing at files that exist."""
 
 import copy
 import json

@@ -18,8 +18,8 @@ LAYERS = [
     {"constitution", "config", "templates", "artifacts"},
     {"algo", "models", "sources"},
     {"generation", "training", "evaluation"},
-    {"rl"},
-    {"stages", "report"},
+    {"rl", "report"},
+    {"stages"},
     {"pipeline", "tracking", "progress", "cluster", "resources", "doctor"},
     {"execution", "serving"},
     {"console"},
@@ -33,6 +33,8 @@ SAME_LAYER = {
     ("templates", "constitution"),
     ("execution", "pipeline"),
     ("resources", "pipeline"),
+    ("resources", "cluster"),
+    ("resources", "doctor"),
 }
 KNOW_RAY = {"generation", "training", "rl", "stages", "cluster", "execution", "sources", "jobs", "doctor"}
 KNOW_VLLM = {"generation", "rl"}

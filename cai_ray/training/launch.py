@@ -87,9 +87,7 @@ def run_training(
             watch()
         outcome = ray.get(running)
     except RayError as error:
-        raise StageFailed(
-            f"the process that runs Ray Train died: {type(error).__name__}", f"see {out.logs}/trainer.log"
-        ) from error
+        raise StageFailed(_cause(error), f"see {out.logs}/trainer.log; the same command continues") from error
     finally:
         if not finished:  # takes Ray Train's controller and the ranks with it; a task that is done crashes Ray
             ray.cancel(running, force=True)
@@ -120,7 +118,7 @@ def _fit(job: Job) -> dict[str, Any]:
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(job.start_timeout_s)
     os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "1"  # also how long a checkpoint or the end may go unnoticed
     os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = (
-        "0"  # a process less; a preempted rank is restarted all the same
+        "0"  # a process less; preempted ranks are restarted all the same
     )
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -131,7 +129,7 @@ def _fit(job: Job) -> dict[str, Any]:
     class Trainer(TorchTrainer):
         """Without the process that would remove our placement group: Ray does so by itself when the controller ends."""
 
-        def _create_default_callbacks(self) -> list[Any]:
+        def _create_default_callbacks(self):  # no annotations: Ray pickles this class with the names it uses only
             return [c for c in super()._create_default_callbacks() if not isinstance(c, PlacementGroupCleanerCallback)]
 
     gpu, sharding = job.device == "gpu", job.config.sharding
@@ -159,13 +157,13 @@ def _fit(job: Job) -> dict[str, Any]:
 
 def _cause(error: Any) -> str:
     """What ended the run, in one line per rank: the exception's own last line, without its traceback."""
-    failures = getattr(error, "worker_failures", None) or {"Ray Train": error}
+    failures = getattr(error, "worker_failures", None) or {"Ray Train's driver": error}
     lines = []
     for rank, failure in failures.items():
         who = f"rank {rank}" if isinstance(rank, int) else rank
         text = str(failure).strip().splitlines() or [type(failure).__name__]
         lines.append(f"{who}: {text[-1][:300]}")
-    return "training failed, restarts included:\n    " + "\n    ".join(lines)
+    return "training failed, after restarts where they could help:\n    " + "\n    ".join(lines)
 
 
 class _Watch:

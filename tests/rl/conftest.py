@@ -54,7 +54,9 @@ def reward_model(policy, tmp_path_factory):
 @pytest.fixture(scope="package")
 def pool(tmp_path_factory):
     """Ray of our own and its engines."""
-    os.environ.update(RAY_usage_stats_enabled="0")
+    # Nobody waits for workers that are started ahead, and at Ray's own niceness whatever else runs here comes first.
+    quiet = ("RAY_usage_stats_enabled", "RAY_prestart_worker_first_driver", "RAY_enable_worker_prestart")
+    os.environ.update(dict.fromkeys([*quiet, "RAY_worker_niceness"], "0"))
     import ray
 
     from cai_ray.generation.pool import EnginePool

@@ -11,7 +11,9 @@ import ray
 import torch
 from safetensors.torch import load_file
 
+from cai_ray.algo.ppo import logprobs_from_logits
 from cai_ray.errors import StageFailed
+from cai_ray.models.checkpoints import load_causal_lm
 from cai_ray.rl import loop
 from cai_ray.rl.weight_sync import check_gap, mean_gap
 
@@ -100,9 +102,6 @@ def test_the_policy_and_its_snapshot_are_models_of_their_own(killed_once, policy
 def test_the_engine_holds_the_first_policy_again(killed_once, pool, policy):
     (engine,) = pool.engines(policy, dtype="float32", max_model_len=64)
     ids = [1, 2, 3, 4, 5, 6]
-    from cai_ray.algo import logprobs_from_logits
-    from cai_ray.models.checkpoints import load_causal_lm
-
     with torch.no_grad():
         logits = load_causal_lm(policy, "float32")(torch.tensor([ids])).logits
     ours = logprobs_from_logits(logits[:, :-1], torch.tensor([ids[1:]])).tolist()
