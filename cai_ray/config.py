@@ -6,6 +6,7 @@ stage's key, so one run directory moves from a laptop to a cluster. This module 
 
 import contextlib
 import difflib
+import json
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -356,8 +357,6 @@ class PPOConfig(Sampling):
     """The value function."""
     engines: Op[PositiveInt] = 1
     """Rollout engines."""
-    tensor_parallel_size: Op[PositiveInt] = 1
-    """GPUs of one rollout engine."""
     inference_ranks: Op[PositiveInt] = 1
     """Reward workers, and as many reference workers."""
     checkpoint_every: Op[PositiveInt] = 10
@@ -443,6 +442,7 @@ def load_config(name_or_path: str, overrides: tuple[str, ...] = ()) -> Config:
         )
     try:
         tree = yaml.safe_load(path.read_text("utf-8"))
+        tree = json.loads(json.dumps(tree, default=str))  # sections that share a YAML anchor become separate ones
     except (yaml.YAMLError, UnicodeDecodeError) as e:
         raise ConfigError(f"{path} is not readable YAML: {e}", "mend the line that is named") from e
     if not isinstance(tree, dict):

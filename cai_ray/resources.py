@@ -83,7 +83,7 @@ def _sum(parts: Iterable[Part]) -> str:
 def _engine(config: Config, stage: str, name: str, device: str) -> Role:
     shape, own = model_shape(config, name), config.ppo if stage == "ppo" else config.cluster
     spec = model_spec(config, name) if name in type(config.models).model_fields else config.models.helpful
-    width, tp = WIDTH[spec.dtype], own.tensor_parallel_size if device == "gpu" else 1
+    width, tp = WIDTH[spec.dtype], config.cluster.tensor_parallel_size if device == "gpu" else 1
     parts: list[Part] = [("weights", shape.gib(width), tp), ("libraries", LIBRARIES_GIB[device], 1)]
     if device == "cpu":
         parts.append(("KV cache", config.cluster.kv_cache_gib, 1))

@@ -19,9 +19,10 @@ from cai_ray.errors import DataError
 from cai_ray.records import Message, Row, check_messages, row_id, split_of
 from cai_ray.shipped import asset_path
 
+_TOLERANT = {"encoding_errors": "backslashreplace"}
 _TURN = re.compile(r"\n\n(Human|Assistant): ?")
-_BUILDERS = {".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
-_LINES = (".jsonl", ".ndjson")
+# Lines are parsed here, so that a bad one costs one row.
+_BUILDERS = {".jsonl": "text", ".ndjson": "text", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 
 
 def read_rows(source: Source) -> Iterator[Row | DataError]:
@@ -30,30 +31,23 @@ def read_rows(source: Source) -> Iterator[Row | DataError]:
     Raises:
         DataError: the source does not exist or no builder of `datasets` reads it.
     """
-    import datasets
-
-    datasets.disable_progress_bars()
     if source.path.startswith("hf:"):
-        yield from _read_hub(source)
+        name, _, split = source.path.removeprefix("hf:").partition(":")
+        name, _, folder = name.partition("//")  # hf:Anthropic/hh-rlhf//harmless-base:train
+        yield from _stream(name, name, split=split or "train", data_dir=folder or None)
         return
     for path in _files(source.path):
         suffix = path.with_suffix("").suffix if path.suffix in (".gz", ".zst", ".bz2", ".xz") else path.suffix
-        if suffix in _LINES:
-            # Line by line, so that one bad line costs one row; bytes that are no UTF-8 become what JSON refuses.
-            options: Any = {"split": "train", "streaming": True, "encoding_errors": "backslashreplace"}
-            lines = _guarded(datasets.load_dataset("text", data_files=str(path), **options), path.name)
-            yield from (
-                _parse_line(path.name, n, line["text"]) for n, line in enumerate(lines, 1) if line["text"].strip()
-            )
-        elif suffix in _BUILDERS:
-            more: Any = {"sep": "\t"} if suffix == ".tsv" else {}
-            rows = datasets.load_dataset(_BUILDERS[suffix], data_files=str(path), split="train", streaming=True, **more)
-            yield from _guarded(rows, path.name)
+        if suffix not in _BUILDERS:
+            raise DataError(f"{path.name}: no reader for its ending {suffix!r}", f"use one of {', '.join(_BUILDERS)}")
+        # Bytes that are no UTF-8 become what JSON refuses.
+        more: Any = {".tsv": {"sep": "\t"}, ".jsonl": _TOLERANT, ".ndjson": _TOLERANT}.get(suffix, {})
+        rows = _stream(path.name, _BUILDERS[suffix], data_files=str(path), split="train", **more)
+        if _BUILDERS[suffix] == "text":
+            lines = ((n, row["text"]) for n, row in enumerate(rows, 1))
+            yield from (_parse_line(path.name, n, text) for n, text in lines if text.strip())
         else:
-            raise DataError(
-                f"{path.name}: no reader for {suffix or 'a file without an ending'}",
-                f"use one of {', '.join([*_LINES, *_BUILDERS])}, also compressed as .gz",
-            )
+            yield from rows
 
 
 def check_source(source: Source) -> None:
@@ -67,9 +61,9 @@ def _files(path: str) -> list[Path]:
         return [asset_path(path.removeprefix("starter:") + ".jsonl")]
     here = Path(path).expanduser()
     if here.is_dir():
-        files = sorted(p for p in here.rglob("*") if p.is_file() and {*p.suffixes} & {*_LINES, *_BUILDERS})
+        files = sorted(p for p in here.rglob("*") if p.is_file() and {*p.suffixes} & _BUILDERS.keys())
         if not files:
-            raise DataError(f"the folder {path} holds no data file", f"expected {', '.join([*_LINES, *_BUILDERS])}")
+            raise DataError(f"the folder {path} holds no data file", f"expected {', '.join(_BUILDERS)}")
         return files
     if not here.is_file():
         raise DataError(
@@ -79,31 +73,19 @@ def _files(path: str) -> list[Path]:
     return [here]
 
 
-def _read_hub(source: Source) -> Iterator[Row | DataError]:
-    import datasets.exceptions
-
-    name, _, split = source.path.removeprefix("hf:").partition(":")
-    name, _, data_dir = name.partition("//")  # hf:Anthropic/hh-rlhf//harmless-base:train
-    try:
-        rows = datasets.load_dataset(name, data_dir=data_dir or None, split=split or "train", streaming=True)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as e:
-        raise DataError(
-            f"data set {name!r} could not be opened: {type(e).__name__}: {str(e).splitlines()[0]}",
-            "check the name and split (hf:NAME//FOLDER:SPLIT), the network, and HF_TOKEN if it is gated",
-        ) from e
-    yield from _guarded(rows, name)
-
-
-def _guarded(rows: Any, name: str) -> Iterator[Row]:
-    """Passes rows on; a file that the builder cannot read is an error with the file's name, not a traceback."""
+def _stream(name: str, builder: str, **options: Any) -> Iterator[Row]:
+    """The rows of one file or hub data set; what cannot be read is an error with its name, not a traceback."""
     import datasets.exceptions
     import pyarrow as pa
 
+    datasets.disable_progress_bars()
     try:
-        yield from rows
-    except (OSError, ValueError, UnicodeError, pa.ArrowException, datasets.exceptions.DatasetsError) as e:
-        reason = str(e).splitlines()[0][:200] if str(e) else ""
-        raise DataError(f"{name} could not be read: {type(e).__name__}: {reason}", "mend or remove the file") from e
+        yield from datasets.load_dataset(builder, streaming=True, **options)
+    except (OSError, ValueError, pa.ArrowException, datasets.exceptions.DatasetsError) as e:
+        raise DataError(
+            f"{name} could not be read: {type(e).__name__}: {str(e)[:200]}",
+            "mend or remove the file; on the hub check name and split (hf:NAME//FOLDER:SPLIT), network and HF_TOKEN",
+        ) from e
 
 
 def _parse_line(name: str, number: int, text: str) -> Row | DataError:
@@ -149,22 +131,16 @@ def to_prompts(row: Row, kind: str, source: Source) -> list[Row]:
             f"no column {source.column or 'messages, prompt or chosen'} among {sorted(row)}", "name it in `column`"
         )
     messages = _conversation(row[column], transcript=column == "chosen")
-    ends = [len(messages)] if messages[-1]["role"] == "user" else []
-    if not ends:
-        ends = [i + 1 for i, m in enumerate(messages) if m["role"] == "user"]
+    humans = [i for i, m in enumerate(messages, 1) if m["role"] == "user"]
+    ends = humans[-1:] if messages[-1]["role"] == "user" else humans
     if not ends:
         raise DataError("the conversation has no human turn")
     return [_prompt(check_messages(messages[:end]), kind, source.path) for end in ends]
 
 
 def _prompt(messages: list[Message], kind: str, source: str) -> Row:
-    return {
-        "id": row_id(messages),
-        "messages": messages,
-        "kind": kind,
-        "source": source,
-        "split": split_of(messages),
-    }
+    head = {"id": row_id(messages), "messages": messages, "kind": kind}
+    return {**head, "source": source, "split": split_of(messages)}
 
 
 def to_comparison(row: Row, source: Source) -> Row:

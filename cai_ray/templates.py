@@ -17,6 +17,9 @@ from cai_ray.constitution import CotFewShot, CritiqueFewShot, FeedbackFewShot
 from cai_ray.records import Message
 
 Messages = Sequence[Message | Mapping[str, str]]
+Critiques = Sequence[CritiqueFewShot]
+Feedbacks = Sequence[FeedbackFewShot]
+Cots = Sequence[CotFewShot]
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"  # the turn markers, one plain format for all languages
 STOP_PLAIN = [HUMAN, ASSISTANT]  # where a response ends in the plain format
@@ -117,11 +120,7 @@ def render_turns(messages: Messages) -> str:
 
 
 def critique_prompt(
-    messages: Messages,
-    response: str,
-    critique_request: str,
-    few_shots: Sequence[CritiqueFewShot] = (),
-    language: str = "en",
+    messages: Messages, response: str, critique_request: str, few_shots: Critiques = (), language: str = "en"
 ) -> str:
     """The plain prompt whose continuation is a critique of `response`; ends with the label `Critique:`."""
     frame = FRAMES[language]
@@ -140,7 +139,7 @@ def revision_prompt(
     critique_request: str,
     critique: str,
     revision_request: str,
-    few_shots: Sequence[CritiqueFewShot] = (),
+    few_shots: Critiques = (),
     language: str = "en",
 ) -> str:
     """The plain prompt whose continuation is a revised response; the critique prompt is its prefix."""
@@ -164,7 +163,7 @@ def _revision_text(frame: Frame, critique: str, revision_request: str) -> str:
 
 
 def critique_prompt_messages(
-    messages: Messages, response: str, critique_request: str, few_shots: Sequence[CritiqueFewShot] = ()
+    messages: Messages, response: str, critique_request: str, few_shots: Critiques = ()
 ) -> list[Message]:
     """The chat prompt for a critique: examples, conversation, response, and the request as the user's turn.
 
@@ -186,7 +185,7 @@ def revision_prompt_messages(
     critique_request: str,
     critique: str,
     revision_request: str,
-    few_shots: Sequence[CritiqueFewShot] = (),
+    few_shots: Critiques = (),
 ) -> list[Message]:
     """The chat prompt for a revision: the critique prompt, the critique, and the revision request."""
     prompt = critique_prompt_messages(messages, response, critique_request, few_shots)
@@ -209,12 +208,7 @@ def _copy(messages: Messages) -> list[Message]:
 
 
 def feedback_prompt(
-    messages: Messages,
-    question: str,
-    response_a: str,
-    response_b: str,
-    few_shots: Sequence[FeedbackFewShot] = (),
-    language: str = "en",
+    messages: Messages, question: str, response_a: str, response_b: str, few_shots: Feedbacks = (), language: str = "en"
 ) -> str:
     r"""The plain multiple-choice prompt; compare the log-probs of `CHOICES` after it.
 
@@ -236,12 +230,7 @@ def feedback_prompt(
 
 
 def feedback_prompt_messages(
-    messages: Messages,
-    question: str,
-    response_a: str,
-    response_b: str,
-    few_shots: Sequence[FeedbackFewShot] = (),
-    language: str = "en",
+    messages: Messages, question: str, response_a: str, response_b: str, few_shots: Feedbacks = (), language: str = "en"
 ) -> list[Message]:
     """The same as chat: the last message is the assistant's, opened with `The answer is:`; `CHOICES` continue it."""
     frame = FRAMES[language]
@@ -254,12 +243,7 @@ def feedback_prompt_messages(
 
 
 def rationale_prompt(
-    messages: Messages,
-    question: str,
-    response_a: str,
-    response_b: str,
-    few_shots: Sequence[CotFewShot] = (),
-    language: str = "en",
+    messages: Messages, question: str, response_a: str, response_b: str, few_shots: Cots = (), language: str = "en"
 ) -> str:
     """First half of the chain of thought, plain: its continuation is a rationale, up to `Frame.rationale_stops`."""
     frame, prompt = FRAMES[language], ""
@@ -277,12 +261,7 @@ def verdict_prompt(rationale_prompt: str, rationale: str, language: str = "en") 
 
 
 def rationale_prompt_messages(
-    messages: Messages,
-    question: str,
-    response_a: str,
-    response_b: str,
-    few_shots: Sequence[CotFewShot] = (),
-    language: str = "en",
+    messages: Messages, question: str, response_a: str, response_b: str, few_shots: Cots = (), language: str = "en"
 ) -> list[Message]:
     """First half as chat: the last message is the assistant's, opened with `Let's think step by step:`."""
     frame = FRAMES[language]

@@ -2,15 +2,13 @@
 
 import copy
 import hashlib
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cai_ray.errors import DataError
 from cai_ray.models.embedded import embedded_model, tiny_model
-from cai_ray.models.hub import hub_snapshot, quiet
+from cai_ray.models.hub import hub_snapshot, quiet, whole_folder
 from cai_ray.models.tokenization import Tokenizer
 
 if TYPE_CHECKING:
@@ -35,8 +33,6 @@ def resolve_model(path: str, revision: str | None = None) -> Path:
         return embedded_model() if path == "embedded" else tiny_model()
     folder = Path(path).expanduser()
     if not folder.is_dir():
-        if path.startswith(("/", ".", "~")):
-            raise DataError(f"there is no model folder {path}", "check the path")
         folder = hub_snapshot(path, revision)
     for name in ("config.json", "tokenizer.json"):
         if not (folder / name).is_file():
@@ -48,17 +44,12 @@ def resolve_model(path: str, revision: str | None = None) -> Path:
 def _weights(folder: Path) -> list[Path]:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        pickled = (
-            "; its .bin files are pickles, which can run code, and are not read" if any(folder.glob("*.bin")) else ""
-        )
-        raise DataError(
-            f"the model folder {folder} has no *.safetensors{pickled}", "save the model with save_pretrained()"
-        )
+        raise DataError(f"{folder} has no *.safetensors (pickles can run code: not read)", "save it as safetensors")
     return files
 
 
 def fingerprint(folder: Path) -> str:
-    """A cheap sha256 of a model folder: its small files, and of each weight file the size, header and last MiB."""
+    """A cheap sha256 of a model folder: its small files, and of each weight file the size, first and last MiB."""
     digest = hashlib.sha256()
     for path in [folder / name for name in _HASHED if (folder / name).is_file()]:
         content = path.read_bytes()
@@ -66,10 +57,9 @@ def fingerprint(folder: Path) -> str:
     for path in _weights(folder):
         size = path.stat().st_size
         with path.open("rb") as file:
-            length = file.read(8)
-            header = file.read(min(int.from_bytes(length, "little"), size))
+            digest.update(f"{path.name} {size}\n".encode() + file.read(_MIB))
             file.seek(max(0, size - _MIB))
-            digest.update(f"{path.name} {size}\n".encode() + length + header + file.read())
+            digest.update(file.read())
     return digest.hexdigest()
 
 
@@ -85,10 +75,7 @@ def load_causal_lm(folder: Path, dtype: "str | torch.dtype") -> "PreTrainedModel
     """
     from transformers import AutoModelForCausalLM
 
-    model, missing = _load(AutoModelForCausalLM, folder, dtype)
-    if missing:
-        raise DataError(f"the model in {folder} lacks weights: {sorted(missing)[:3]}", "download or save it again")
-    return model
+    return _load(AutoModelForCausalLM, folder, dtype)[0]
 
 
 def load_scalar_model(folder: Path, dtype: "str | torch.dtype", *, seed: int = 0) -> "PreTrainedModel":
@@ -107,51 +94,40 @@ def load_scalar_model(folder: Path, dtype: "str | torch.dtype", *, seed: int = 0
     from cai_ray.models.scalar import ScalarHead
 
     pad_id = Tokenizer.load(folder).pad_id
-    model, missing = _load(AutoModelForSequenceClassification, folder, dtype, num_labels=1)
+    model, fresh = _load(AutoModelForSequenceClassification, folder, dtype, num_labels=1)
     old: Any = getattr(model, "score", None)
     if old is None or old.bias is not None:
         raise DataError(f"{type(model).__name__} has no plain linear head named score", "take a decoder-only model")
-    if missing - {"score.weight"}:
-        raise DataError(f"the model in {folder} lacks weights: {sorted(missing)[:3]}", "download or save it again")
-    head = ScalarHead(old.in_features, 1, bias=False, dtype=old.weight.dtype)
-    if missing:
-        draw = torch.randn(1, old.in_features, generator=torch.Generator().manual_seed(seed))
-        old.weight = torch.nn.Parameter((draw * (old.in_features + 1) ** -0.5).to(old.weight.dtype))
-    head.weight = old.weight
-    model.score = head
+    model.score = ScalarHead(old.in_features, 1, bias=False)
+    model.score.weight = old.weight
+    if fresh:
+        draw = torch.randn(old.weight.shape, generator=torch.Generator().manual_seed(seed))
+        old.weight.data.copy_(draw * (old.in_features + 1) ** -0.5)
     model.config.get_text_config().pad_token_id = pad_id
     return model
 
 
-def _load(auto: Any, folder: Path, dtype: "str | torch.dtype", **kwargs: Any) -> "tuple[PreTrainedModel, set[str]]":
-    import torch
+def _load(auto: Any, folder: Path, dtype: "str | torch.dtype", **kwargs: Any) -> tuple[Any, bool]:
+    """The model, and whether its head `score` is missing from the folder."""
     from safetensors import SafetensorError
     from transformers import AutoConfig
 
     _weights(folder)
+    quiet()
     try:
-        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False, **kwargs)
-        for name, value in vars(config.get_text_config()).items():
-            if name.endswith(("dropout", "_pdrop")) and isinstance(value, int | float):
-                setattr(config.get_text_config(), name, 0.0)
-        config.use_cache = False
-        with quiet():
-            model, info = auto.from_pretrained(
-                str(folder),
-                config=config,
-                dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype,
-                attn_implementation="sdpa",
-                use_safetensors=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-            )
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, use_cache=False, **kwargs)
+        text = config.get_text_config()
+        vars(text).update({name: 0.0 for name in vars(text) if name.endswith(("dropout", "_pdrop"))})
+        model, info = auto.from_pretrained(  # scaled-dot-product attention is transformers' default
+            folder, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise DataError(
-            f"the model in {folder} cannot be loaded: {type(error).__name__}: {error}",
-            "download or save it again; the weights must fit config.json",
-        ) from None
+        raise DataError(f"the model in {folder} cannot be loaded: {error!r}", "download or save it again") from None
+    missing = set(info["missing_keys"])
+    if lost := sorted(missing - {"score.weight"}):
+        raise DataError(f"{type(model).__name__} in {folder} lacks weights: {lost[:3]}", "download or save it again")
     model.config.architectures = [type(model).__name__]
-    return model, set(info["missing_keys"])
+    return model, bool(missing)
 
 
 def save_pretrained(
@@ -179,24 +155,10 @@ def save_pretrained(
     config.dtype = next(t.dtype for t in tensors.values() if t.is_floating_point())
     pad_id = tokenizer.spare_id()
     config.get_text_config().pad_token_id = pad_id
-    temporary, old = out.with_name(f".{out.name}.new-{os.getpid()}"), out.with_name(f".{out.name}.old-{os.getpid()}")
-    temporary.mkdir(parents=True)
-    try:
-        tokenizer.save(temporary)
-        config.save_pretrained(temporary)
-        GenerationConfig(
-            do_sample=True,
-            temperature=1.0,
-            top_p=1.0,
-            top_k=0,
-            bos_token_id=config.get_text_config().bos_token_id,
-            eos_token_id=sorted(tokenizer.eos_ids),
-            pad_token_id=pad_id,
-        ).save_pretrained(temporary)
-        save_torch_state_dict(tensors, temporary, max_shard_size="5GB")
-        if out.exists():
-            out.rename(old)
-        temporary.rename(out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+    ids = {"eos_token_id": sorted(tokenizer.eos_ids), "pad_token_id": pad_id}
+    generation = GenerationConfig(do_sample=True, temperature=1.0, top_p=1.0, top_k=0, **ids)
+    with whole_folder(out) as folder:
+        tokenizer.save(folder)
+        config.save_pretrained(folder)
+        generation.save_pretrained(folder)
+        save_torch_state_dict(tensors, folder, max_shard_size="5GB")

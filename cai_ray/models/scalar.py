@@ -67,10 +67,9 @@ def scores_at_end(model: PreTrainedModel, ids_BT: torch.Tensor, lengths_B: torch
         ids_BT: token ids, padded on the right.
         lengths_B: real tokens of each row, at least 1.
     """
-    columns = torch.arange(ids_BT.shape[1], device=ids_BT.device)
-    hidden_BTH = hidden_states(model, ids_BT, columns[None] < lengths_B[:, None])
-    rows = torch.arange(len(ids_BT), device=ids_BT.device)
-    return _head(model, hidden_BTH[rows, lengths_B - 1])
+    columns_T = torch.arange(ids_BT.shape[1], device=ids_BT.device)
+    last_BT = columns_T == lengths_B[:, None] - 1
+    return values_at(model, ids_BT, columns_T < lengths_B[:, None], last_BT)[last_BT]
 
 
 def values_at(
@@ -86,8 +85,4 @@ def values_at(
     """
     chosen_NH = hidden_states(model, ids_BT, attention_mask_BT)[positions_BT]
     values_BT = torch.zeros(ids_BT.shape, dtype=torch.float32, device=ids_BT.device)
-    return values_BT.masked_scatter(positions_BT, _head(model, chosen_NH))
-
-
-def _head(model: PreTrainedModel, hidden_NH: torch.Tensor) -> torch.Tensor:
-    return model.get_submodule("score")(hidden_NH)[:, 0]
+    return values_BT.masked_scatter(positions_BT, model.get_submodule("score")(chosen_NH))

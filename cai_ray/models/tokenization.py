@@ -12,14 +12,11 @@ import re
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cai_ray.errors import ConfigError, DataError
 from cai_ray.models.hub import forget_origin
 from cai_ray.templates import ASSISTANT, Messages, render_turns
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer as Backend
 
 # `render_turns` in Jinja: saved with models that came without a chat template, for those who serve them. An answer
 # that ends the conversation gets EOS; earlier ones are closed by the next turn, as in training. The inner loop puts a
@@ -55,7 +52,7 @@ class Tokenizer:
     def __init__(self, hf: Any, format: str, stops: Iterable[int] = (), vocab_size: int = 0):
         self.hf, self.format, self._vocab_size = hf, format, vocab_size
         first = hf("a")["input_ids"][:1]
-        self.bos_id = hf.bos_token_id if hf.bos_token_id is not None and first == [hf.bos_token_id] else None
+        self.bos_id = hf.bos_token_id if first == [hf.bos_token_id] else None
         added = [t.content for t in hf.added_tokens_decoder.values() if any(c.isalnum() for c in t.content)]
         opened, closing, seen, self._gap = ASSISTANT, "", "", " "
         if format == "chat":
@@ -71,7 +68,11 @@ class Tokenizer:
         # Some models leave their turn tokens unmarked as special; what the template writes is control all the same.
         control = {*hf.all_special_tokens, eos_token, *(t for t in added if t in seen)}
         control |= {t.content for t in hf.added_tokens_decoder.values() if t.special}
-        self._set_control(sorted(control))
+        self._control, self._nonce = sorted(control), secrets.token_hex(12)
+        self._secret = {token: f"<{self._nonce}{i}>" for i, token in enumerate(self._control)}
+        self._pattern = _any_of(control)
+        self._control_ids = frozenset(hf.convert_tokens_to_ids(self._control))
+        self._backend = _renamed(hf, self._secret)
         self.eos_id: int = hf.convert_tokens_to_ids(eos_token)
         self.eos_ids: frozenset[int] = frozenset({self.eos_id, *stops} | ({hf.eos_token_id} - {None}))
         # An answer is encoded as it stands behind the prompt: after its last control token and the text from there on.
@@ -95,18 +96,14 @@ class Tokenizer:
 
         folder = Path(folder)
         try:
-            hf = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+            hf = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            if not hf.is_fast:
+                raise ValueError("it has no fast form")
         except (OSError, ValueError, KeyError) as error:
-            raise DataError(
-                f"the tokenizer in {folder} cannot be read: {error}", "give a folder with tokenizer.json"
-            ) from None
-        if not hf.is_fast:
-            raise DataError(f"the tokenizer in {folder} has no tokenizer.json", "convert it to a fast tokenizer")
+            fix = "give a folder with tokenizer.json"
+            raise DataError(f"the tokenizer in {folder} cannot be read: {error}", fix) from None
         if format == "chat" and not hf.chat_template:
-            raise ConfigError(
-                f"format: chat needs a chat template, and the tokenizer in {folder} has none",
-                "set format: plain for this model, or auto",
-            )
+            raise ConfigError(f"the tokenizer in {folder} has no chat template", "set format: plain, or auto")
         if format == "auto":
             own = hf.chat_template and not str(hf.chat_template).endswith(PLAIN_TEMPLATE)
             format = "chat" if own else "plain"
@@ -128,7 +125,8 @@ class Tokenizer:
 
     def plain(self, text: str) -> list[int]:
         """The ids of a plain-format prompt: BOS where the model uses one, then the text."""
-        return self._encode(self._bos() + text)
+        bos = "" if self.bos_id is None else self._secret[self.hf.bos_token]
+        return self._encode(bos + text)
 
     def prompt(self, messages: Messages) -> list[int]:
         """The ids of a conversation up to where the assistant's answer begins.
@@ -171,10 +169,8 @@ class Tokenizer:
         """
         pad = self.spare_id()
         if pad is None:
-            raise DataError(
-                "the vocabulary has no token that could serve as padding: all special tokens end generation",
-                "add a padding token to the tokenizer and resize the model's embeddings",
-            )
+            fix = "add a padding token to the tokenizer and resize the model's embeddings"
+            raise DataError("the vocabulary has no token that could serve as padding", fix)
         return pad
 
     def spare_id(self) -> int | None:
@@ -202,21 +198,8 @@ class Tokenizer:
 
     # ---- control tokens -------------------------------------------------------------------------------------------
 
-    def _set_control(self, control: list[str]) -> None:
-        self._control, self._nonce = control, secrets.token_hex(12)
-        self._secret = {token: f"<{self._nonce}{i}>" for i, token in enumerate(control)}
-        self._pattern = _any_of(control)
-        self._control_ids = frozenset(self.hf.convert_tokens_to_ids(control))
-        self._backend = _renamed(self.hf, self._secret)
-        for token, name in self._secret.items():
-            if self._backend.token_to_id(name) != self.hf.convert_tokens_to_ids(token):
-                raise DataError(f"the tokenizer gives its token {token!r} two ids", "repair its tokenizer.json")
-
     def _to_secret(self, text: str) -> str:
         return self._pattern.sub(lambda m: self._secret[m.group()], text)
-
-    def _bos(self) -> str:
-        return "" if self.bos_id is None else self._secret[self.hf.bos_token]
 
     def _encode(self, text: str) -> list[int]:
         return self._backend.encode(text, add_special_tokens=False).ids
@@ -250,7 +233,7 @@ def sft_example(
         ids, loss_mask (True where a token carries loss), and whether anything was cut.
     """
     prompt, answer = tok.prompt(messages), [*tok.response(response), tok.eos_id]
-    kept, answer = _fit(prompt, answer, max_tokens), answer[:max_tokens]
+    kept, answer = prompt[max(0, len(prompt + answer) - max_tokens) :], answer[:max_tokens]
     truncated = len(kept) < len(prompt) or answer[-1:] != [tok.eos_id]
     return kept + answer, [False] * len(kept) + [True] * len(answer), truncated
 
@@ -270,13 +253,8 @@ def preference_input(
     if response[-1:] == [eos_id]:
         response.pop()
     answer = [*response[: max_tokens - 1], eos_id]
-    kept = _fit(prompt, answer, max_tokens)
-    return kept + answer, len(kept) + len(answer) < len(prompt) + len(response) + 1
-
-
-def _fit(prompt: list[int], answer: list[int], max_tokens: int) -> list[int]:
-    room = max(0, max_tokens - len(answer))
-    return prompt[max(0, len(prompt) - room) :]
+    kept = prompt[max(0, len(prompt + answer) - max_tokens) :]
+    return kept + answer, len(kept + answer) <= len(prompt + response)
 
 
 def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
@@ -293,14 +271,12 @@ def _render(hf: Any, messages: Sequence[Mapping[str, str]], **how: bool) -> str:
         roles = [m["role"] for m in messages]
         # transformers' own messages quote the conversation, a template's do not
         why = f": {error}" if isinstance(error, TemplateError) else ""
-        raise DataError(
-            f"the chat template fails on turns {roles} ({type(error).__name__}{why})",
-            "give the model conversations that its template knows, or set format: plain",
-        ) from None
+        fix = "give the model conversations that its template knows, or set format: plain"
+        raise DataError(f"the chat template fails on turns {roles} ({type(error).__name__}{why})", fix) from None
 
 
-def _renamed(hf: Any, names: Mapping[str, str]) -> "Backend":
-    """A copy of the tokenizer that knows its control tokens by other names only, also inside the model's vocabulary.
+def _renamed(hf: Any, names: Mapping[str, str]) -> Any:
+    """A backend tokenizer that knows its control tokens by other names only, also inside the model's vocabulary.
 
     (A Unigram or word-level model would otherwise find `</s>` there even with special tokens switched off.)
     """

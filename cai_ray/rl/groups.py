@@ -5,10 +5,11 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -78,8 +79,6 @@ def _answer(call: Call, what: str, timeout_s: float) -> Any:
         if isinstance(cause, CaiError):
             raise cause from e
         raise StageFailed(f"{what}: {call.who} failed with {type(cause).__name__}: {cause}") from e
-    except GetTimeoutError as e:
-        raise StageFailed(f"{what}: the answer of {call.who} could not be fetched") from e
     except RayError as e:
         raise StageFailed(f"{what}: {call.who} failed: {type(e).__name__}", "see Ray's logs") from e
 
@@ -175,13 +174,10 @@ def placed(ranks: Mapping[str, int], device: str, timeout_s: float) -> Iterator[
     try:
         if not group.wait(timeout_s):
             raise ResourceError(
-                f"Ray did not place PPO's workers ({wanted}) in {timeout_s:g} s",
-                "see `ray status` for what is free",
+                f"Ray did not place PPO's workers ({wanted}) in {timeout_s:g} s", "`ray status` says what is free"
             )
-        first, at = {}, 0
-        for role, n in ranks.items():
-            first[role] = 0 if shared else at
-            at += n
+        starts = [0] * len(ranks) if shared else accumulate(ranks.values(), initial=0)
+        first = dict(zip(ranks, starts, strict=False))
         share = len(ranks) if shared else 1
         yield Placement(group, first, bundle["CPU"] / share, bundle.get("GPU", 0.0) / share)
     finally:

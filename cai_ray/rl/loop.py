@@ -27,13 +27,7 @@ from cai_ray.rl.batches import Plan
 from cai_ray.rl.checkpoints import commit_checkpoint, forget_from, last_checkpoint
 from cai_ray.rl.groups import Call, EngineDied, Group, WorkerDied, engine_calls, wait
 from cai_ray.rl.roles import started
-from cai_ray.rl.rollouts import (
-    RollOut,
-    keep_rollouts,
-    make_experience,
-    prompts_of_steps,
-    requests,
-)
+from cai_ray.rl.rollouts import RollOut, keep_rollouts, make_experience, prompts_of_steps, requests
 from cai_ray.rl.weight_sync import GAP_LIMITS, check_gap, mean_gap
 from cai_ray.rl.workers import Setup
 from cai_ray.training.batches import layout, step_rows

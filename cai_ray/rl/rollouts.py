@@ -119,14 +119,8 @@ def requests(prompts: Sequence[Row], config: PPOConfig, seed: int, step: int) ->
     for prompt in (p for p in prompts for _ in range(config.samples_per_prompt)):
         sample, key = seen[prompt["id"]], prompt["id"]  # a prompt that comes twice in a step is one more sample
         seen[key] += 1
-        rows.append(
-            {
-                **prompt,
-                "row": len(rows),
-                "id": f"{key}-{sample}",
-                "seed": derive_seed(seed, key, f"ppo/{step}/{sample}"),
-            }
-        )
+        own = derive_seed(seed, key, f"ppo/{step}/{sample}")
+        rows.append({**prompt, "row": len(rows), "id": f"{key}-{sample}", "seed": own})
     return to_table(rows, REQUESTS)
 
 
@@ -232,16 +226,8 @@ def make_experience(config: PPOConfig, kl_coef: float, batch: pa.Table, *parts: 
     mask_BR = torch.arange(old_BR.shape[1]) < torch.tensor(lengths)[:, None]
     scores_B, raw_B = (torch.tensor(batch[name].to_numpy(), dtype=torch.float32) for name in ("score", "score_raw"))
     ended_B = torch.tensor(batch["ended"].to_pylist())
-    rewards_BR = shaped_rewards(
-        scores_B,
-        old_BR,
-        ref_BR,
-        mask_BR,
-        kl_coef,
-        score_clip=config.score_clip,
-        missing_eos_penalty=config.missing_eos_penalty,
-        ended_B=ended_B,
-    )
+    clip, penalty = config.score_clip, config.missing_eos_penalty
+    rewards_BR = shaped_rewards(scores_B, old_BR, ref_BR, mask_BR, kl_coef, "k1", clip, penalty, ended_B)
     advantages_BR, returns_BR = gae(rewards_BR, values_BR, mask_BR, config.gamma, config.gae_lambda)
     unexplained = masked_var(returns_BR - values_BR, mask_BR) / masked_var(returns_BR, mask_BR).clamp(min=1e-8)
     gap_BR = (old_BR - rollout_BR).abs()

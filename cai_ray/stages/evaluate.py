@@ -49,6 +49,8 @@ def evaluate(config: EvaluateConfig, inputs: EvaluateInputs, out: StageDir) -> M
         engines = setup.engines(config.max_prompt_tokens + config.max_new_tokens, inputs.settings.engines)
         with out.phase("generate"):
             counts.append(map_rows(work, Answer(config, out.seed, name), engines, part, settings=inputs.settings))
+    if inputs.gpu:  # the scorer takes a GPU that an engine may hold
+        next(iter(inputs.models.values())).pool.release()
     with out.phase("score"):
         answers = _score(inputs, [out.path / "answers" / name / "data" for name in inputs.models], out)
     pq.write_table(to_table(answers, SCORED), out.data / "part-00000.parquet")

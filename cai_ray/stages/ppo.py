@@ -40,6 +40,8 @@ def ppo(config: PPOConfig, inputs: PPOInputs, out: StageDir) -> Manifest:
         reward_model=inputs.reward,
         prompts=prompts,
         engines=engines(),
+        restart_engines=engines,
+        engine_dtype=inputs.setup.dtype,
         format=inputs.setup.format,
         cluster=inputs.cluster,
         device=inputs.device,

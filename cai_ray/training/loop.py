@@ -6,6 +6,7 @@ and a resumed run repeats an uninterrupted one.
 
 import json
 import os
+import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -71,6 +72,7 @@ def _train(job: Job) -> dict[str, float]:
     out, config, sharding = StageDir(job.out, job.seed), job.config, job.config.sharding
     rank, world = ray.train.get_context().get_world_rank(), ray.train.get_context().get_world_size()
     pulse = _own_log(rank_log(out, rank))
+    print(f"rank {rank} of {world}: process {os.getpid()} on {platform.node()}", flush=True)
     from cai_ray.models.tokenization import Tokenizer
     from cai_ray.training.deepspeed import ShardedModel, init_distributed
 

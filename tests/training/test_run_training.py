@@ -1,0 +1,193 @@
+"""Training under Ray Train: curves that do not depend on the layout, crashes that change nothing, what is published."""
+
+import json
+import os
+import re
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cai_ray.artifacts import StageDir
+from cai_ray.config import Cluster, Optim, PreferenceModelConfig, SftConfig, Sharding
+from cai_ray.errors import DataError, ResourceError, StageFailed
+from cai_ray.records import Row
+from cai_ray.training.launch import _Follow, _Watch, run_training
+from cai_ray.training.loop import Job
+from tests.training.rows import pair, revision
+
+CLUSTER = Cluster(start_timeout_s=300, step_timeout_s=300)
+OPTIM = Optim(lr=2e-3, schedule="linear", warmup_fraction=0.2)
+Write = Callable[[list[Row]], Path]
+
+
+def sft_config(ranks: int = 1, stage: int = 0, tokens: int = 512, **fields: Any) -> SftConfig:
+    sharding = Sharding(ranks=ranks, zero_stage=stage, dtype="float32", microbatch_tokens=tokens)  # type: ignore[arg-type]
+    return SftConfig(**{"batch_size": 6, "max_tokens": 128, "optim": OPTIM, "sharding": sharding, **fields})
+
+
+def lines(out: StageDir) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (out.path / "metrics.jsonl").read_text().splitlines()]
+
+
+def curve(out: StageDir, key: str = "train/loss") -> list[float]:
+    return [line[key] for line in lines(out) if key in line]
+
+
+def stage_dir(path: Path) -> StageDir:
+    path.mkdir()
+    return StageDir(path, seed=7)
+
+
+@pytest.fixture
+def rows(write_rows: Write) -> Path:
+    return write_rows([revision(i) for i in range(20)])  # 15 train rows of two revisions: 5 steps of 6
+
+
+@pytest.fixture
+def run(ray_cluster: None, rows: Path, tiny: Path, tmp_path: Path) -> Callable[..., tuple[StageDir, dict[str, float]]]:
+    def start(name: str, config: SftConfig, **how: Any) -> tuple[StageDir, dict[str, float]]:
+        out = StageDir(tmp_path / name, 7) if (tmp_path / name).is_dir() else stage_dir(tmp_path / name)
+        return out, run_training("sft", config, [rows], out, CLUSTER, "cpu", model=tiny, **how)
+
+    return start
+
+
+def test_ranks_stage_and_micro_batches_do_not_change_the_curve(run: Any) -> None:
+    reference, metrics = run("plain", sft_config(tokens=4096))
+    assert metrics["steps"] == 5
+    assert metrics["train_examples"] == 30
+    assert [line["step"] for line in lines(reference)] == [0, 0, 1, 2, 3, 4, 5]  # held-out rows before and after
+    before, after = curve(reference, "eval/loss")
+    assert after < before
+    assert metrics["eval/loss"] == after
+    for name, config in {"zero-2": sft_config(2, 2, 256), "zero-3": sft_config(2, 3, 512)}.items():
+        out, _ = run(name, config)
+        for key in ("train/loss", "train/grad_norm", "eval/loss"):
+            assert curve(out, key) == pytest.approx(curve(reference, key), rel=1e-5)
+        weights, expected = (load_file(o.path / "model" / "model.safetensors") for o in (out, reference))
+        assert weights.keys() == expected.keys()
+        for key, tensor in weights.items():
+            torch.testing.assert_close(tensor, expected[key], rtol=1e-3, atol=1e-5)
+
+
+def test_killed_driver_and_killed_rank_end_like_an_uninterrupted_run(run: Any) -> None:
+    config = sft_config(checkpoint_every=1)
+    reference, _ = run("whole", config)
+    passed_on: list[int] = []
+
+    class Crash(BaseException):
+        pass
+
+    def crash(epoch: float, epochs: float | None, words: str) -> None:
+        if epoch >= 0.4:
+            time.sleep(3)  # Ray Train notices a checkpoint within its polling interval
+            raise Crash
+
+    with pytest.raises(Crash):
+        run("broken", config, on_progress=crash)
+    out = StageDir(reference.path.parent / "broken", 7)
+    assert not (out.path / "model").exists()
+    assert list((out.checkpoints / "train").glob("step-*"))
+
+    def kill(epoch: float, epochs: float | None, words: str) -> None:
+        passed_on.append(round(epoch * 5))
+        if len(passed_on) == 1:
+            pids = re.findall(r"process (\d+)", (out.logs / "rank-0.log").read_text())
+            os.kill(int(pids[-1]), signal.SIGKILL)
+
+    run("broken", config, on_progress=kill)
+    assert curve(out) == curve(reference)
+    assert curve(out, "train/lr") == curve(reference, "train/lr")
+    assert passed_on == sorted(set(passed_on))  # trackers see no step twice
+    weights, expected = (load_file(o.path / "model" / "model.safetensors") for o in (out, reference))
+    for key, tensor in weights.items():
+        torch.testing.assert_close(tensor, expected[key], rtol=0, atol=0)
+
+
+def test_a_preference_model_learns_and_carries_its_reward_scale(
+    ray_cluster: None, write_rows: Write, tiny: Path, tmp_path: Path
+) -> None:
+    from cai_ray.models.checkpoints import load_scalar_model
+
+    rows, out = write_rows([pair(i) for i in range(40)]), stage_dir(tmp_path / "preference_model")
+    sharding = Sharding(ranks=1, dtype="float32", microbatch_tokens=1024)
+    config = PreferenceModelConfig(batch_size=10, max_tokens=128, optim=OPTIM, sharding=sharding, epochs=2)
+    metrics = run_training("preference_model", config, [rows], out, CLUSTER, "cpu", model=tiny)
+    before, after = curve(out, "eval/loss")
+    assert after < before
+    assert {"eval/accuracy", "eval/accuracy/s0", "eval/accuracy/s1", "eval/calibration_error"} <= metrics.keys()
+    saved = load_scalar_model(out.path / "model", "float32").config
+    assert (saved.reward_mean, saved.reward_std) == (metrics["reward_mean"], metrics["reward_std"])
+    assert saved.reward_std > 0
+    assert saved.pad_token_id != saved.eos_token_id
+
+
+def test_what_can_never_run_is_refused_before_it_starts(run: Any) -> None:
+    with pytest.raises(ResourceError, match=r"training needs 1000 CPUs \(1000 ranks"):
+        run("huge", sft_config(ranks=1000))
+
+
+def test_rows_without_a_train_split_are_an_error_that_is_not_retried(
+    ray_cluster: None, write_rows: Write, tiny: Path, tmp_path: Path
+) -> None:
+    rows, out = write_rows([revision(i, split="test") for i in range(4)]), stage_dir(tmp_path / "sft")
+    with pytest.raises(DataError, match="no training rows"):
+        run_training("sft", sft_config(), [rows], out, CLUSTER, "cpu", model=tiny)
+
+
+# ---- watching and following, without Ray ----------------------------------------------------------------------------
+
+
+def job(path: Path, start_s: float, step_s: float) -> Job:
+    return Job("sft", sft_config(ranks=2), path, "auto", (), path, 0, "cpu", 0.01, start_s, step_s)
+
+
+def test_ranks_that_never_start_or_fall_silent_are_named(tmp_path: Path) -> None:
+    watch = _Watch(job(tmp_path, start_s=0.0, step_s=1000.0))
+    (tmp_path / "logs" / "rank-0.log").write_text("up")
+    time.sleep(0.01)
+    with pytest.raises(StageFailed, match="ranks 1 have not started for 0 s"):
+        watch()
+    (tmp_path / "logs" / "rank-1.log").write_text("up")
+    watch()  # both have been seen now, and the limit of a step is long
+    watch = _Watch(job(tmp_path, start_s=1000.0, step_s=0.0))
+    for rank in (0, 1):
+        os.utime(tmp_path / "logs" / f"rank-{rank}.log", ns=(0, rank + 1))
+    watch()
+    os.utime(tmp_path / "logs" / "rank-0.log", ns=(0, 99))
+    time.sleep(0.01)
+    with pytest.raises(StageFailed, match="ranks 1 have not answered for 0 s"):
+        watch()
+
+
+def test_following_passes_on_every_step_once(tmp_path: Path) -> None:
+    seen: list[int] = []
+    out = StageDir(tmp_path)
+    out.on_metrics = lambda name, step, values: seen.append(step)
+
+    def write(steps: list[int], end: str = "\n", mode: str = "a") -> None:
+        with (tmp_path / "metrics.jsonl").open(mode) as file:
+            file.write("".join(json.dumps({"step": s, "time": 0.0, "eval/loss": 1.0}) + end for s in steps))
+
+    follow = _Follow(out, 1.0, None)
+    follow()
+    write([0, 1])
+    write([2], end="")
+    follow()
+    assert seen == [0, 1]  # a line that is being written waits
+    write([], mode="a")
+    (tmp_path / "metrics.jsonl").open("a").write("\n")
+    follow()
+    assert seen == [0, 1, 2]
+    (tmp_path / "metrics.jsonl").unlink()  # the ranks restart at step 1: the file is written anew
+    write([0, 1, 2, 3])
+    follow()
+    assert seen == [0, 1, 2, 3]
+    _Follow(out, 1.0, None)()  # a later attempt's driver does not repeat what an earlier one passed on
+    assert seen == [0, 1, 2, 3]
