@@ -1,7 +1,6 @@
 """The command line: parsing only. Everything heavy is imported inside the command that needs it."""
 
 import contextlib
-import errno
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -47,10 +46,6 @@ def _readable_errors(report: Callable[[], str] | None = None) -> Iterator[None]:
         yield
     except CaiError as e:
         code, text = e.exit_code, str(e)
-    except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        code, text = 3, f"the disk is full: {e.filename or e}\n  fix: free some space; the same command continues"
     else:
         return
     click.echo(f"error: {text}", err=True)

@@ -12,10 +12,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from cai_ray.artifacts import Manifest, RunDir, StageKey, write_atomic
+from cai_ray.artifacts import Manifest, RunDir, StageDir, StageKey, write_atomic
 from cai_ray.cluster import start_ray
 from cai_ray.config import Config, Principles, to_yaml
-from cai_ray.errors import ConfigError, ResourceError
+from cai_ray.errors import CaiError, ConfigError, ResourceError, StageFailed
 from cai_ray.pipeline import (
     NAMES,
     STAGE_MODELS,
@@ -165,6 +165,19 @@ def _take_over(config: Config, request: Request, run: RunDir, reporter: Reporter
             reporter.say(f"{stage.name}: taken over from {other.path}")
 
 
+def _readable(error: BaseException, stage: str, out: StageDir) -> BaseException:
+    """What a person can act on: our own errors as they are, Ray's and the file system's as the stage's failure."""
+    from ray.exceptions import RayError
+
+    if isinstance(error, CaiError) or not isinstance(error, RayError | OSError):
+        return error
+    cause = str(error).strip().splitlines()
+    full = any("No space left on device" in line or "Disk quota exceeded" in line for line in cause)
+    fix = "free some space" if full else f"see {out.path.parent / 'logs'} and {out.logs}"
+    what = "the disk is full" if full else f"{type(error).__name__}: {cause[-1] if cause else ''}"
+    return StageFailed(f"{stage} stopped: {what}", f"{fix}; the same command continues")
+
+
 class Execution:
     """A run in progress: Ray, the engines, and each stage's inputs."""
 
@@ -239,9 +252,9 @@ class Execution:
         try:
             function = getattr(import_module(f"cai_ray.stages.{stage.name}"), stage.name)
             manifest: Manifest = function(getattr(config, stage.name, None), self._inputs(stage.name, key), out)
-        except BaseException:
+        except BaseException as e:
             tracker.finish(None)
-            raise
+            raise _readable(e, stage.name, out) from e
         tracker.finish(manifest)
         shutil.rmtree(out.path / "checkpoints", ignore_errors=True)  # resume state of a finished stage: only weight
         shown = [f"{k} {v:.4g}" for k, v in manifest.metrics.items() if isinstance(v, int | float)]

@@ -23,58 +23,31 @@ class Message(TypedDict):
     content: str
 
 
-_MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+def _list(**fields: pa.DataType) -> pa.DataType:
+    return pa.list_(pa.struct(list(fields.items())))
+
+
+_TEXT, _NUMBER = pa.string(), pa.float64()
 _HEAD = [
-    ("id", pa.string()),
-    ("messages", _MESSAGES),  # ends with the user's turn
-    ("kind", pa.string()),  # harmful | helpful
-    ("source", pa.string()),
-    ("split", pa.string()),  # train | test, by a hash of the first human turn
+    ("id", _TEXT),
+    ("messages", _list(role=_TEXT, content=_TEXT)),  # ends with the user's turn
+    ("kind", _TEXT),  # harmful | helpful
+    ("source", _TEXT),
+    ("split", _TEXT),  # train | test, by a hash of the first human turn
 ]
-_TAIL = [
-    ("seed", pa.int64()),
-    ("flags", pa.list_(pa.string())),
-]  # seed: the run's; a step's is derive_seed(seed, id, step)
+_PAIR = [("response_a", _TEXT), ("response_b", _TEXT)]
+_TAIL = [("seed", pa.int64()), ("flags", pa.list_(_TEXT))]  # seed: the run's; a step's is derive_seed(seed, id, step)
+_ROUNDS = _list(principle_id=_TEXT, critique=_TEXT, revision=_TEXT)
+# swapped: response_b was shown as (A). logprob_a, logprob_b: of the letters as shown, nats. prob: P(response_a better).
+_VOTES = _list(
+    principle_id=_TEXT, swapped=pa.bool_(), logprob_a=_NUMBER, logprob_b=_NUMBER, prob=_NUMBER, rationale=_TEXT
+)
 
 PROMPT = pa.schema(_HEAD)
-REVISION = pa.schema(
-    [
-        *_HEAD,
-        ("initial_response", pa.string()),
-        (
-            "rounds",
-            pa.list_(pa.struct([("principle_id", pa.string()), ("critique", pa.string()), ("revision", pa.string())])),
-        ),
-        *_TAIL,
-    ]
-)
-RESPONSE_PAIR = pa.schema([*_HEAD, ("response_a", pa.string()), ("response_b", pa.string()), *_TAIL])
-LABELED_PAIR = pa.schema(
-    [
-        *_HEAD,
-        ("response_a", pa.string()),
-        ("response_b", pa.string()),
-        ("label_prob", pa.float64()),  # P(A is better)
-        (
-            "votes",
-            pa.list_(
-                pa.struct(
-                    [
-                        ("principle_id", pa.string()),
-                        ("swapped", pa.bool_()),  # True: response_b was shown as (A)
-                        ("logprob_a", pa.float64()),  # of the letter (A) as shown, nats
-                        ("logprob_b", pa.float64()),
-                        ("prob", pa.float64()),  # P(response_a is better) by this vote
-                        ("rationale", pa.string()),
-                    ]
-                )
-            ),
-        ),
-        *_TAIL,
-    ]
-)
+REVISION = pa.schema([*_HEAD, ("initial_response", _TEXT), ("rounds", _ROUNDS), *_TAIL])
+RESPONSE_PAIR = pa.schema([*_HEAD, *_PAIR, *_TAIL])
+LABELED_PAIR = pa.schema([*_HEAD, *_PAIR, ("label_prob", _NUMBER), ("votes", _VOTES), *_TAIL])  # P(A is better)
 
-KINDS = ("harmful", "helpful")
 TEST_PERCENT = 10
 
 
