@@ -161,8 +161,13 @@ class ShardedModel:
         if self._stage == 0:
             if self.world_size > 1:
                 self.module.buffered_allreduce_fallback()
-            norm = float(nn.utils.clip_grad_norm_(self.module.parameters(), self._optim.max_grad_norm))
+            parameters = [p for p in self.module.parameters() if p.grad is not None]
+            # Rows in float32, their norms in float64: a CPU's float32 norm of 28 million numbers is 0.1% too small.
+            rows = [torch.linalg.vector_norm(p.grad, dim=-1).double() for p in parameters]
+            total = torch.stack([torch.linalg.vector_norm(r) for r in rows]).norm()
+            norm = float(total)
             if math.isfinite(norm):
+                nn.utils.clip_grads_with_norm_(parameters, self._optim.max_grad_norm, total.float())
                 self.module.step()
         else:
             self.module.step()  # discards the step by itself when the norm is not finite
