@@ -1,6 +1,7 @@
 """One engine in this process: `cai-ray chat` and `cai-ray critique`."""
 
 import asyncio
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ class LocalEngine:
     """An engine in this process with the face that the stages' programs expect of an engine actor."""
 
     def __init__(self, folder: Path):
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # people talk here
         import torch
 
         from cai_ray.generation.engine import Engine

@@ -187,7 +187,11 @@ def test_ppo_s_roles_get_gpus_of_their_own_beside_the_engines(name: str, logical
     with reserved([*engines, *elsewhere]), placed(ranks, "gpu", 30) as placement:
         table = placement_group_table(placement.group)
         assert table["state"] == "CREATED"
-        assert len(table["bundles"]) == sum(ranks.values()) == LARGE[name] - p.engines * config.cluster.tensor_parallel_size
+        assert (
+            len(table["bundles"])
+            == sum(ranks.values())
+            == LARGE[name] - p.engines * config.cluster.tensor_parallel_size
+        )
         assert placement.gpus == 1.0
         started = ranks if name == "7b_8xgpu" else {"reference": 2}  # a process each, so not all of the 48
         groups = [placement.start(role, StandIn, n, {}, 0) for role, n in started.items()]

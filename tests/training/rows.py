@@ -8,7 +8,7 @@ from cai_ray.records import Row, row_id
 def conversation(i: int) -> Row:
     messages = [{"role": "user", "content": f"What is {i} plus {i}{', and why' * (i % 3)}?"}]
     split = "test" if i % 4 == 0 else "train"
-    return {"id": row_id(messages), "messages": messages, "kind": "harmful", "source": f"s{i % 2}", "split": split}
+    return {"id": row_id(messages), "messages": messages, "kind": "harmful", "source": f"s{i // 4 % 2}", "split": split}
 
 
 def revision(i: int, **fields: Any) -> Row:

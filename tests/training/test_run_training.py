@@ -76,6 +76,7 @@ def test_ranks_stage_and_micro_batches_do_not_change_the_curve(run: Any) -> None
             torch.testing.assert_close(tensor, expected[key], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.full
 def test_killed_driver_and_killed_rank_end_like_an_uninterrupted_run(run: Any) -> None:
     config = sft_config(checkpoint_every=1)
     reference, _ = run("whole", config)
