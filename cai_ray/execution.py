@@ -53,7 +53,7 @@ class Request:
 
 def run_dir(config: Config) -> RunDir:
     """The directory of this run."""
-    return RunDir(Path(config.run.dir).expanduser() / config.run.name)
+    return RunDir((Path(config.run.dir).expanduser() / config.run.name).absolute())
 
 
 def run_pipeline(config: Config, request: Request, reporter: Reporter) -> RunDir:
@@ -152,7 +152,7 @@ def _take_over(config: Config, request: Request, run: RunDir, reporter: Reporter
     """Takes over, by reference, every stage of --reuse whose key is equal."""
     if request.reuse is None:
         return
-    other = RunDir(request.reuse)
+    other = RunDir(request.reuse.absolute())
     if not other.path.is_dir():
         raise ConfigError(f"--reuse {request.reuse}: no such run directory")
     for stage in needed(config):
