@@ -36,4 +36,5 @@ def preference_model(config: PreferenceModelConfig, inputs: TrainInputs, out: St
         counts[f"rows/{source.path}"] = len(rows)
     out.quarantine_path.write_text("".join(json.dumps(b) + "\n" for b in bad), "utf-8")
     metrics = fit("preference_model", config, folders, inputs, out)
-    return out.commit(inputs.key, {**counts, "quarantined": len(bad), **metrics})
+    metrics["quarantined"] += len(bad)
+    return out.commit(inputs.key, {**counts, **metrics})

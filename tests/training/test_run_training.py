@@ -78,8 +78,9 @@ def test_ranks_stage_and_micro_batches_do_not_change_the_curve(run: Any) -> None
 
 @pytest.mark.full
 def test_killed_driver_and_killed_rank_end_like_an_uninterrupted_run(run: Any) -> None:
-    config = sft_config(checkpoint_every=1)
-    reference, _ = run("whole", config)
+    # A checkpoint waits until Ray Train's controller polls, once a second: ten steps last long enough to interrupt.
+    config = sft_config(checkpoint_every=1, epochs=2)
+    reference, _ = run("whole", sft_config(epochs=2))
     passed_on: list[int] = []
 
     class Crash(BaseException):
@@ -87,7 +88,7 @@ def test_killed_driver_and_killed_rank_end_like_an_uninterrupted_run(run: Any) -
 
     def crash(epoch: float, epochs: float | None, words: str) -> None:
         if epoch >= 0.4:
-            time.sleep(3)  # Ray Train notices a checkpoint within its polling interval
+            time.sleep(2)  # until the controller has put the checkpoint on record
             raise Crash
 
     with pytest.raises(Crash):
