@@ -60,7 +60,7 @@ class StageTracker:
         if manifest:
             self._run.summary.update({k: v for k, v in manifest.metrics.items() if isinstance(v, int | float)})
             self._log_samples()
-        self._run.finish(exit_code=0 if manifest else 1, quiet=True)
+        self._run.finish(exit_code=0 if manifest else 1)
 
     def _log_samples(self) -> None:
         import wandb

@@ -1,12 +1,15 @@
 """Reads what W&B wrote offline, from its own binary files."""
 
 import json
+import struct
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from wandb.proto import wandb_internal_pb2
-from wandb.sdk.internal.datastore import DataStore
+
+BLOCK, HEADER = 32768, 7  # LevelDB's log format: blocks of fragments, each with a checksum, length and type
 
 
 @dataclass
@@ -25,10 +28,25 @@ def read_offline_runs(folder: Path) -> list[OfflineRun]:
     return [_read(path) for path in sorted(folder.rglob("run-*.wandb"))]
 
 
+def _records(raw: bytes) -> Iterator[bytes]:
+    assert raw[:4] == b":W&B"
+    at, parts = HEADER, b""
+    while at + HEADER <= len(raw):
+        room = BLOCK - at % BLOCK
+        if room < HEADER:  # the rest of a block that no header fits into
+            at += room
+            continue
+        _, length, kind = struct.unpack("<IHB", raw[at : at + HEADER])
+        parts += raw[at + HEADER : at + HEADER + length]
+        at += HEADER + length
+        if kind in (1, 4):  # whole, or the last fragment
+            yield parts
+            parts = b""
+
+
 def _read(path: Path) -> OfflineRun:
-    store, run = DataStore(), OfflineRun()
-    store.open_for_scan(str(path))
-    while (data := store.scan_data()) is not None:
+    run = OfflineRun()
+    for data in _records(path.read_bytes()):
         record = wandb_internal_pb2.Record()
         record.ParseFromString(data)
         kind = record.WhichOneof("record_type")
