@@ -5,6 +5,11 @@ from pathlib import Path
 
 import pytest
 
+# Ray otherwise starts a worker for every logical CPU ahead of time, and below everybody else's priority.
+os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
+os.environ.setdefault("RAY_enable_worker_prestart", "0")
+os.environ.setdefault("RAY_worker_niceness", "0")
+
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_DATA = ROOT / ".." / "shared" / "data"
 

@@ -89,6 +89,7 @@ def test_rows_with_one_id_are_refused(tmp_path):
         map_rows(tmp_path / "in", TwoSteps(), no_engines, StageDir(tmp_path / "stage"), settings=settings())
 
 
+@pytest.mark.full
 def test_a_row_that_kills_its_engine_is_found(engines, tmp_path):
     from cai_ray.generation.data_plane import map_rows
 
@@ -105,6 +106,7 @@ def test_a_row_that_kills_its_engine_is_found(engines, tmp_path):
     assert set(read(out.data)) == set(ids) - {ids[9]}
 
 
+@pytest.mark.full
 def test_a_killed_driver_loses_and_repeats_nothing(pool, engines, tmp_path):
     import ray
 
