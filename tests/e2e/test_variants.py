@@ -3,9 +3,12 @@
 import json
 import os
 import re
+import secrets
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -74,8 +77,12 @@ def test_two_ranks(tiny_run: Path, tmp_path: Path, stage: str, overrides: list[s
 def test_a_job_on_a_running_cluster(tiny_run: Path, tmp_path: Path) -> None:
     """`ray start --head`, the real Job API, and a run that joins by RAY_ADDRESS; the cluster outlives it."""
     ray = str(Path(sys.executable).parent / "ray")
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {
-        "RAY_prestart_worker_first_driver": "0"
+    short = tempfile.mkdtemp(prefix="cai-")  # Ray puts sockets there, whose paths may have 107 characters
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    clean |= {
+        "RAY_prestart_worker_first_driver": "0",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
     }
     ports = [
         "--port=46379",
@@ -83,9 +90,9 @@ def test_a_job_on_a_running_cluster(tiny_run: Path, tmp_path: Path) -> None:
         "--ray-client-server-port=46301",
         "--dashboard-agent-listen-port=46365",
     ]
-    start = [ray, "start", "--head", "--num-cpus=16", f"--temp-dir={tmp_path}/r", "--include-dashboard=true", *ports]
+    start = [ray, "start", "--head", "--num-cpus=16", f"--temp-dir={short}", "--include-dashboard=true", *ports]
     subprocess.run(start, env=clean, check=True, timeout=120, capture_output=True)
-    nodes = [p for p in psutil.process_iter(["cmdline"]) if f"{tmp_path}/r" in " ".join(p.info["cmdline"] or [])]
+    nodes = [p for p in psutil.process_iter(["cmdline"]) if short in " ".join(p.info["cmdline"] or [])]
     try:
         run = [sys.executable, "-m", "cai_ray.cli", "run", "tiny", "label.max_prompt_tokens=900", f"run.dir={tmp_path}"]
         job = [*run, "--name", "job", "--reuse", str(tiny_run), "--only", "label"]
@@ -103,6 +110,7 @@ def test_a_job_on_a_running_cluster(tiny_run: Path, tmp_path: Path) -> None:
     finally:
         for p in nodes:
             p.kill()
+        shutil.rmtree(short, ignore_errors=True)
 
 
 def test_ctrl_c_leaves_nothing_and_says_how_to_go_on(tmp_path: Path) -> None:
