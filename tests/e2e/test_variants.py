@@ -74,6 +74,7 @@ def test_two_ranks(tiny_run: Path, tmp_path: Path, stage: str, overrides: list[s
         assert lines[-1].get("eval/loss", 0.0) == pytest.approx(metrics(tiny_run / stage)[-1]["eval/loss"], rel=0.2)
 
 
+@pytest.mark.full
 def test_a_job_on_a_running_cluster(tiny_run: Path, tmp_path: Path) -> None:
     """`ray start --head`, the real Job API, and a run that joins by RAY_ADDRESS; the cluster outlives it."""
     ray = str(Path(sys.executable).parent / "ray")
