@@ -131,6 +131,8 @@ class Cluster(Section):
     """Address of a running Ray cluster; RAY_ADDRESS counts too; none starts one here."""
     engines: Op[PositiveInt] = 1
     """vLLM engines that work side by side."""
+    max_engines: Op[PositiveInt | None] = None
+    """Engines that may join a stage while it runs, as the cluster grows to hold them; none is `engines`."""
     tensor_parallel_size: Op[PositiveInt] = 1
     """GPUs of one engine."""
     kv_cache_gib: Op[PositiveFloat] = 1.0
@@ -145,6 +147,12 @@ class Cluster(Section):
     """Longest wait for a worker or an engine to start, seconds."""
     step_timeout_s: Op[PositiveFloat] = 1800
     """Longest wait for one answer of a worker, seconds."""
+
+    @model_validator(mode="after")
+    def _range(self) -> "Cluster":
+        if self.max_engines and self.max_engines < self.engines:
+            raise ValueError(f"max_engines {self.max_engines} is below engines {self.engines}")
+        return self
 
 
 class Source(Section):

@@ -266,7 +266,8 @@ class Execution:
 
         cluster = self.config.cluster
         return MapSettings(
-            engines=cluster.engines,
+            engines=(cluster.engines, cluster.max_engines or cluster.engines),
+            joining=self.pool.joining,
             rows_per_block=cluster.rows_per_block,
             max_bad_fraction=self.config.run.max_bad_fraction,
             timeout_s=cluster.step_timeout_s,

@@ -4,6 +4,8 @@ A block is durable once Ray Data has written it and its checkpoint. The same cal
 finished rows keep their bytes.
 """
 
+import asyncio
+import contextlib
 import json
 import logging
 import time
@@ -34,6 +36,7 @@ RESTARTS = 2  # times that a stage goes on with fresh engines after one died
 POLL_S = 1.0
 ANSWER_S = 30.0
 PART_ROWS = 10_000
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -41,18 +44,20 @@ class MapSettings:
     """How rows are fed to engines.
 
     Attributes:
-        engines: how many.
+        engines: how many at least, and at most.
         rows_per_block: rows that become durable together.
         max_bad_fraction: share of bad rows beyond which the stage fails.
         timeout_s: longest time without any progress of any engine, seconds.
         progress: opens a display; what it yields is called with (rows done, rows in all, a few words).
+        joining: engines that have not started yet and may join while rows are generated.
     """
 
-    engines: int
+    engines: tuple[int, int]
     rows_per_block: int
     max_bad_fraction: float
     timeout_s: float
     progress: Callable[[], AbstractContextManager[Callable[[float, float | None, str], None]]]
+    joining: Callable[[], Sequence[EngineHandle]] = tuple
 
 
 @dataclass(frozen=True)
@@ -131,13 +136,12 @@ def _generate(
     work.journal.mkdir(parents=True, exist_ok=True)
     watch = Watch(work.journal)
     for attempt in range(RESTARTS + 1):
-        engines = get_engines()
-        infos = ray.get([e.info.remote() for e in engines], timeout=ANSWER_S)
+        crew = _Crew(get_engines(), settings.joining())
         try:
-            _run(work, _feed(work, program, engines, infos, watch, settings), engines, infos, total, settings)
+            _run(work, _feed(work, program, crew, watch, settings), crew, total, settings)
             return
         except RayError:
-            dead = [info["name"] for e, info in zip(engines, infos, strict=True) if not _alive(e)]
+            dead = [info["name"] for e, info in crew.infos.items() if not _alive(e)]
             if not dead:
                 raise  # a bug in the program, or in Ray Data
             held = frozenset[str]().union(*map(watch.held_by, dead))
@@ -149,34 +153,54 @@ def _generate(
             watch = Watch(work.journal, watch.suspects | held, watch.culprits | (watch.suspects & held))
 
 
+class _Crew:
+    """The engines of one attempt: those that are ready, and those that join while it runs."""
+
+    def __init__(self, ready: Sequence[EngineHandle], joining: Sequence[EngineHandle]):
+        asked = ray.get([e.info.remote() for e in ready], timeout=ANSWER_S)
+        self.infos: dict[EngineHandle, dict[str, Any]] = dict(zip(ready, asked, strict=True))
+        self.joining = {e.info.remote(): e for e in joining}
+
+    def admit(self) -> None:
+        """Adds the engines that have become ready; one that failed to start is left out, and the rest goes on."""
+        while ready := ray.wait(list(self.joining), timeout=0)[0] if self.joining else []:
+            engine = self.joining.pop(ready[0])
+            try:
+                self.infos[engine] = ray.get(ready[0])
+            except RayActorError as e:
+                log.warning("an engine did not start: %s", e)
+
+
 class _Client:
     """Forwards blocks to the engine that has the fewest; holds nothing and computes nothing."""
 
-    def __init__(self, engines: Sequence[EngineHandle], program: Any, watch: Watch):
-        self._engines, self._program, self._watch = list(engines), program, watch
-        self._blocks = [0] * len(engines)
+    def __init__(self, ready: Sequence[EngineHandle], joining: Sequence[EngineHandle], program: Any, watch: Watch):
+        self._program, self._watch, self._joining = program, watch, list(joining)
+        self._blocks = dict.fromkeys(ready, 0)
+        self._tasks: list[asyncio.Task[None]] = []
 
     async def __call__(self, block: pa.Table) -> pa.Table:
-        i = min(range(len(self._engines)), key=self._blocks.__getitem__)
-        self._blocks[i] += 1
+        while self._joining:
+            self._tasks.append(asyncio.create_task(self._admit(self._joining.pop())))
+        engine = min(self._blocks, key=lambda e: self._blocks[e])
+        self._blocks[engine] += 1
         try:
-            return await self._engines[i].run.remote(self._program, block, self._watch)
+            return await engine.run.remote(self._program, block, self._watch)
         finally:
-            self._blocks[i] -= 1
+            self._blocks[engine] -= 1
+
+    async def _admit(self, engine: EngineHandle) -> None:
+        with contextlib.suppress(RayActorError):  # the driver says so (`_Crew.admit`)
+            await engine.info.remote()
+            self._blocks[engine] = 0
 
 
-def _feed(
-    work: _Work,
-    program: Program,
-    engines: Sequence[EngineHandle],
-    infos: Sequence[dict[str, Any]],
-    watch: Watch,
-    settings: MapSettings,
-) -> Callable[[], None]:
+def _feed(work: _Work, program: Program, crew: _Crew, watch: Watch, settings: MapSettings) -> Callable[[], None]:
     """The Ray Data job that generates what is missing, ready to be started."""
     # Enough blocks in flight to fill every engine while the slowest rows of some blocks are awaited.
-    in_flight = sum(-(-info["slots"] // settings.rows_per_block) + 1 for info in infos)
-    arguments = (engines, ray.put(program), watch)
+    slots = max(info["slots"] for info in crew.infos.values())
+    in_flight = (-(-slots // settings.rows_per_block) + 1) * (len(crew.infos) + len(crew.joining))
+    arguments = (list(crew.infos), list(crew.joining.values()), ray.put(program), watch)
 
     def job() -> None:
         context = ray.data.DataContext.get_current().copy()
@@ -204,33 +228,35 @@ def _feed(
 def _run(
     work: _Work,
     job: Callable[[], None],
-    engines: Sequence[EngineHandle],
-    infos: Sequence[dict[str, Any]],
+    crew: _Crew,
     total: int,
     settings: MapSettings,
 ) -> None:
     """Runs a job to its end; shows its progress, and stops it when the engines stand still."""
-    before, first = len(work.done()), _stats(engines)
+    before, first = len(work.done()), _stats(crew)
     start = moved = time.monotonic()
     last = first
     with ThreadPoolExecutor(1, "ray-data") as thread, settings.progress() as show:
         future: Future[None] = thread.submit(job)
         try:
             while not wait([future], POLL_S).done:
-                now, stats = time.monotonic(), _stats(engines)
+                crew.admit()
+                now, stats = time.monotonic(), _stats(crew)
                 moved = now if stats != last else moved
                 last = stats
-                rows, tokens = (sum(s.get(k, 0) for s in stats) - sum(s.get(k, 0) for s in first) for k in _SHOWN)
+                rows, tokens = (
+                    sum(s.get(k, 0) for s in stats.values()) - sum(s.get(k, 0) for s in first.values()) for k in _SHOWN
+                )
                 show(min(total, before + rows), total, f"{tokens / (now - start):.0f} tokens/s")
                 if now - moved > settings.timeout_s:
-                    names = ", ".join(i["name"] for i, s in zip(infos, stats, strict=True) if s.get("unfinished", 1))
+                    names = ", ".join(name for name, s in stats.items() if s.get("unfinished", 1))
                     raise StageFailed(
                         f"no progress for {settings.timeout_s:.0f} s; waiting for {names or 'Ray Data'}",
                         "read the engines' logs; where steps are that slow, raise cluster.step_timeout_s",
                     )
         finally:
             if not future.done():  # stuck, or interrupted: without engines the job ends at once
-                for engine in engines:
+                for engine in [*crew.infos, *crew.joining.values()]:
                     ray.kill(engine)
         future.result()
 
@@ -238,14 +264,14 @@ def _run(
 _SHOWN = ("rows", "tokens_out")
 
 
-def _stats(engines: Sequence[EngineHandle]) -> list[dict[str, float]]:
-    """Each engine's stats; empty for one that does not answer."""
-    out = []
-    for ref in [e.stats.remote() for e in engines]:
+def _stats(crew: _Crew) -> dict[str, dict[str, float]]:
+    """Each ready engine's stats by its name; empty for one that does not answer."""
+    out: dict[str, dict[str, float]] = {}
+    for name, ref in [(info["name"], e.stats.remote()) for e, info in crew.infos.items()]:
         try:
-            out.append(ray.get(ref, timeout=ANSWER_S))
+            out[name] = ray.get(ref, timeout=ANSWER_S)
         except (GetTimeoutError, RayActorError):
-            out.append({})
+            out[name] = {}
     return out
 
 

@@ -29,6 +29,12 @@ class _Live:
     log_file: Path
     kind: tuple[Any, ...]  # architecture, dtype: what load_checkpoint cannot change
     max_model_len: int
+    info: Any  # reference that is ready once the engine is
+
+    @property
+    def ready(self) -> bool:
+        """Whether it has started, or failed to."""
+        return bool(ray.wait([self.info], timeout=0)[0])
 
 
 class EnginePool:
@@ -51,7 +57,7 @@ class EnginePool:
         format: str = "auto",
         dtype: str = "bfloat16",
         max_model_len: int,
-        count: int | None = None,
+        count: int | tuple[int, int] | None = None,
     ) -> list[EngineHandle]:
         """Engines that hold a model, idle, in a stable order.
 
@@ -62,27 +68,36 @@ class EnginePool:
             format: prompt format: auto, plain or chat.
             dtype: float32 or bfloat16.
             max_model_len: longest prompt and continuation together, tokens.
-            count: how many; `cluster.engines` when None.
+            count: how many; of (fewest, most) the fewest are waited for, and as many others as Ray finds room for
+                join later. `cluster.engines` when None.
 
         Raises:
             ResourceError: the cluster is too small for them; the message carries the arithmetic.
             StageFailed: one did not start in time or died; the message ends with its last log lines.
         """
         count = count or self.cluster.engines
+        count, most = count if isinstance(count, tuple) else (count, count)
         kind, model = (architecture(folder), dtype), (folder, format)
         infos = [(e, _settled(e)) for e in self._live if e.kind == kind and e.max_model_len >= max_model_len]
         fit = {e: info for e, info in infos if info and not info["updating"]}
         self._stop([e for e in self._live if e not in fit])
-        self._live, surplus = list(fit)[:count], list(fit)[count:]
+        self._live, surplus = list(fit)[:most], list(fit)[most:]
         self._stop(surplus)
         # The engine itself knows what it holds: PPO may have given it other weights since.
         stale = [e for e in self._live if fit[e]["holds"] != model]
         swaps = [(e, e.handle.load_checkpoint.remote(*model)) for e in stale]
-        missing = self._room_for(count - len(self._live))
-        fresh = [self._start(model, kind, max_model_len, count) for _ in range(missing)]
+        missing = self._room_for(max(0, count - len(self._live)))
+        fresh = [self._start(model, kind, max_model_len, most) for _ in range(missing)]
         self._live += fresh
-        self._await([*swaps, *((e, e.handle.info.remote()) for e in fresh)])
-        return [e.handle for e in self._live]
+        self._await([*swaps, *((e, e.info) for e in fresh)])
+        ready = [e.handle for e in self._live]
+        # Ray places these when it can; where it cannot, their wait is what tells an autoscaler to add machines.
+        self._live += [self._start(model, kind, max_model_len, most) for _ in range(most - len(ready))]
+        return ready
+
+    def joining(self) -> list[EngineHandle]:
+        """Engines beyond the fewest that the last call of `engines` asked for, which have not started yet."""
+        return [e.handle for e in self._live if not e.ready]
 
     def release(self) -> None:
         """Stops all engines and frees what they hold, before training on the same devices."""
@@ -123,7 +138,7 @@ class EnginePool:
             )
             .remote(name, log_file, model[0], options)
         )
-        return _Live(name, handle, log_file, kind, max_model_len)
+        return _Live(name, handle, log_file, kind, max_model_len, handle.info.remote())
 
     def _room_for(self, fresh: int) -> int:
         """Passes `fresh` on when the cluster can hold that many new engines beside the living ones."""
@@ -162,7 +177,7 @@ class EnginePool:
                 ) from None
 
     def _stop(self, engines: list[_Live]) -> None:
-        goodbyes: list[Any] = [e.handle.shutdown.remote() for e in engines]
+        goodbyes: list[Any] = [e.handle.shutdown.remote() for e in engines if e.ready]
         if goodbyes:
             ray.wait(goodbyes, num_returns=len(goodbyes), timeout=GOODBYE_S)
         for e in engines:
@@ -176,7 +191,9 @@ def log_tail(log_file: Path) -> str:
 
 
 def _settled(engine: _Live) -> dict[str, Any] | None:
-    """An engine's info once what still ran there has been ended; None when it does not answer."""
+    """An engine's info once what still ran there has been ended; None when it has not started or does not answer."""
+    if not engine.ready:
+        return None
     try:
         ray.get(engine.handle.abort.remote(), timeout=PING_S)
         info: Any = ray.get(engine.handle.info.remote(), timeout=PING_S)

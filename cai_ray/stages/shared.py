@@ -37,12 +37,12 @@ class EngineSetup:
     dtype: str
     run_tokens: int  # the run's longest prompt and response: an engine that holds them serves later stages too
 
-    def engines(self, max_model_len: int, count: int) -> Callable[[], list[Any]]:
+    def engines(self, max_model_len: int, count: int | tuple[int, int]) -> Callable[[], list[Any]]:
         """What gives engines that hold this model: started or reused when called, replaced when dead.
 
         Args:
             max_model_len: longest prompt and response together, tokens.
-            count: how many.
+            count: how many; of (fewest, most) those beyond the fewest join later (`EnginePool.joining`).
         """
         positions = json.loads((self.model / "config.json").read_text("utf-8")).get("max_position_embeddings")
         longest = max(max_model_len, min(self.run_tokens, positions or self.run_tokens))

@@ -5,6 +5,7 @@ import sys
 import time
 from collections import Counter
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -23,7 +24,7 @@ def settings(seen=None, max_bad_fraction=0.5, rows_per_block=4):
     def show():
         yield lambda done, total, extra: seen.append((done, total)) if seen is not None else None
 
-    return MapSettings(1, rows_per_block, max_bad_fraction, 120, show)
+    return MapSettings((1, 1), rows_per_block, max_bad_fraction, 120, show)
 
 
 @pytest.fixture
@@ -141,3 +142,24 @@ def test_a_killed_driver_loses_and_repeats_nothing(pool, engines, tmp_path):
     again = {r["id"]: r for r in after}
     assert all(again[i]["text"] == r["text"] and again[i]["ids"] == r["ids"] for i, r in before.items())
     assert {i: r for i, r in read(rows).items() if i in finished} == before
+
+
+@pytest.mark.full
+def test_an_engine_that_starts_later_joins(pool, model, tmp_path):
+    from cai_ray.generation.data_plane import map_rows
+
+    ids, out = write_rows(tmp_path / "in", 4000), StageDir(tmp_path / "stage")
+    pool.release()
+    elastic = replace(settings(rows_per_block=50), joining=pool.joining)
+    counts = map_rows(
+        tmp_path / "in",
+        TwoSteps(new=30),
+        lambda: pool.engines(model, dtype="float32", max_model_len=MAX_LEN, count=(1, 2)),
+        out,
+        settings=elastic,
+    )
+    assert counts.rows_out == len(ids)
+    journals = [path.read_text().split() for path in (out.checkpoints / "in_flight").iterdir()]
+    assert len(journals) == 2
+    assert min(len(set(rows)) for rows in journals) > 50  # both had work
+    assert pool.joining() == []
