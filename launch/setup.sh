@@ -55,7 +55,10 @@ if [ "$flavour" = cpu ]; then
 else
   options+=(--torch-backend=auto)
 fi
+# Bytecode is made here, once and on all cores: a run starts dozens of processes, and where PYTHONDONTWRITEBYTECODE is set
+# (containers often do) each would compile all that it imports, half of its start.
 export UV_LINK_MODE="${UV_LINK_MODE:-copy}" UV_HTTP_TIMEOUT="${UV_HTTP_TIMEOUT:-180}"
+export UV_COMPILE_BYTECODE=1
 .venv/bin/uv pip install --quiet --python .venv/bin/python "${options[@]}" \
   --constraint "launch/requirements-$flavour.txt" -e ".[$flavour,dev]"
 # The quickstart's model travels in a package; its own dependencies are not needed to read it.
