@@ -12,6 +12,7 @@ ANSWER = pa.schema(
     [*PROMPT, ("model", pa.string()), ("response", pa.string()), ("seed", pa.int64()), ("flags", pa.list_(pa.string()))]
 )
 SCORED = pa.schema([*ANSWER, ("score", pa.float64())])
+BATCH = 8  # answers that are scored together
 
 
 class Scorer:
@@ -32,21 +33,26 @@ class Scorer:
     def __call__(self, table: pa.Table) -> pa.Table:
         """The table with a `score` column: raw scores, in the preference model's own units."""
         import torch
+        from torch.nn.utils.rnn import pad_sequence
 
         from cai_ray.models.scalar import scores_at_end
         from cai_ray.models.tokenization import preference_input
 
-        rows, scores = table.to_pylist(), []
+        tok, rows = self._tokenizer, table.to_pylist()
+        inputs = []
+        for row in rows:
+            prompt, response = tok.prompt(row["messages"]), tok.response(row["response"])
+            inputs.append(torch.tensor(preference_input(prompt, response, tok.eos_id, self._max_tokens)[0]))
+        order = sorted(range(len(rows)), key=lambda i: len(inputs[i]))  # neighbours in length share a batch
+        scores = [0.0] * len(rows)
         with torch.inference_mode():
-            for row in rows:
-                ids, _ = preference_input(
-                    self._tokenizer.prompt(row["messages"]),
-                    self._tokenizer.response(row["response"]),
-                    self._tokenizer.eos_id,
-                    self._max_tokens,
-                )
-                batch = torch.tensor([ids], device=self._device)
-                scores.append(float(scores_at_end(self._model, batch, torch.tensor([len(ids)], device=self._device))))
+            for first in range(0, len(order), BATCH):
+                chosen = order[first : first + BATCH]
+                lengths_B = torch.tensor([len(inputs[i]) for i in chosen])
+                ids_BT = pad_sequence([inputs[i] for i in chosen], batch_first=True)
+                scores_B = scores_at_end(self._model, ids_BT.to(self._device), lengths_B.to(self._device))
+                for i, score in zip(chosen, scores_B.tolist(), strict=True):
+                    scores[i] = score
         return to_table(({**r, "score": s} for r, s in zip(rows, scores, strict=True)), SCORED)
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from cai_ray.pipeline import STAGES
 from tests.e2e.conftest import cli, finish, wait_for
 from tests.e2e.wandb_files import OfflineRun, read_offline_runs
 
@@ -75,8 +76,8 @@ def test_two_ranks(tiny_run: Path, tmp_path: Path, stage: str, overrides: list[s
 
 
 @pytest.mark.full
-def test_a_job_on_a_running_cluster(tiny_run: Path, tmp_path: Path) -> None:
-    """`ray start --head`, the real Job API, and a run that joins by RAY_ADDRESS; the cluster outlives it."""
+def test_a_job_on_a_running_cluster(tmp_path: Path) -> None:
+    """`ray start --head`, the real Job API, and a whole run that joins by RAY_ADDRESS; the cluster outlives it."""
     ray = str(Path(sys.executable).parent / "ray")
     short = tempfile.mkdtemp(prefix="cai-")  # Ray puts sockets there, whose paths may have 107 characters
     clean = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
@@ -95,18 +96,23 @@ def test_a_job_on_a_running_cluster(tiny_run: Path, tmp_path: Path) -> None:
     subprocess.run(start, env=clean, check=True, timeout=120, capture_output=True)
     nodes = [p for p in psutil.process_iter(["cmdline"]) if short in " ".join(p.info["cmdline"] or [])]
     try:
-        run = [sys.executable, "-m", "cai_ray.cli", "run", "tiny", "label.max_prompt_tokens=900", f"run.dir={tmp_path}"]
-        job = [*run, "--name", "job", "--reuse", str(tiny_run), "--only", "label"]
+        job = [sys.executable, "-m", "cai_ray.cli", "run", "tiny", f"run.dir={tmp_path}", "--name", "job"]
         environment = '{"env_vars": {"WANDB_MODE": "offline"}}'
         address = ["--address=http://127.0.0.1:48265", "--runtime-env-json", environment]
         submit = [ray, "job", "submit", *address, "--", *job]
-        done = subprocess.run(submit, env=clean, capture_output=True, text=True, timeout=300, check=False)
+        done = subprocess.run(submit, env=clean, capture_output=True, text=True, timeout=1200, check=False)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
         assert re.search(r"[Ss]ucceeded", done.stdout + done.stderr)
-        assert (tmp_path / "job" / "label" / "manifest.json").is_file()
-        summary = tracked(tmp_path / "job", "label").summary
-        assert summary["mean_label"] == pytest.approx(0.5, abs=0.1)
-        assert summary["samples/nrows"] == 8
+        run = tmp_path / "job"
+        logged = {r.name: r for r in read_offline_runs(run)}
+        assert set(logged) == {f"job/{stage.name}" for stage in STAGES}  # a W&B run for every stage,
+        assert {r.group for r in logged.values()} == {"job"}  # all in one group
+        for stage in STAGES:
+            numbers = json.loads((run / stage.name / "manifest.json").read_text("utf-8"))["metrics"]
+            assert logged[f"job/{stage.name}"].config["ppo"]["rollout_batch_size"] == 8
+            for key in numbers.keys() & {"mean_label", "rows_out", "train_examples", "objective/kl"}:
+                assert logged[f"job/{stage.name}"].summary[key] == pytest.approx(numbers[key])
+        assert logged["job/label"].summary["samples/nrows"] == 8
         assert any(p.is_running() for p in nodes)  # the cluster outlives the run that joined it
     finally:
         for p in nodes:
