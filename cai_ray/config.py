@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -169,15 +170,6 @@ class Source(Section):
 SourceItem = Annotated[Source, _from_string("path")]
 
 
-class PromptsConfig(Section):
-    """`prompts`: one row per human turn, deduplicated, split by a hash of the first human turn."""
-
-    harmful: tuple[SourceItem, ...] = (Source(path="starter:red_team"),)
-    """Sources of red-team prompts."""
-    helpful: tuple[SourceItem, ...] = (Source(path="starter:helpful"),)
-    """Sources of helpful prompts."""
-
-
 class Sampling(Section):
     """Length and temperature of what is sampled; top_p is 1 and top_k off throughout."""
 
@@ -189,15 +181,67 @@ class Sampling(Section):
     """Sampling temperature."""
 
 
-class ReviseConfig(Sampling):
+class GeneratePrompts(Sampling):
+    """New prompts that a model writes as one more line below a list of given ones."""
+
+    kind: Literal["harmful", "helpful"]
+    """Which prompts are shown to the model, and what the new ones count as."""
+    n: PositiveInt
+    """Prompts asked for; those that repeat a prompt or come out empty or unfinished are dropped and counted."""
+    few_shots: PositiveInt = 5
+    """Prompts in each list, drawn from training prompts of one turn and max_prompt_tokens / few_shots characters."""
+    model: Literal["pretrained", "helpful", "feedback"] = "pretrained"
+    """Key of `models`."""
+
+
+class PromptsConfig(Section):
+    """`prompts`: one row per human turn, deduplicated, split by a hash of the first human turn."""
+
+    harmful: tuple[SourceItem, ...] = (Source(path="starter:red_team"),)
+    """Sources of red-team prompts."""
+    helpful: tuple[SourceItem, ...] = (Source(path="starter:helpful"),)
+    """Sources of helpful prompts."""
+    generate: tuple[GeneratePrompts, ...] = ()
+    """Prompts that a model adds to these."""
+
+
+def _ascending(share: tuple[float, float]) -> tuple[float, float]:
+    if share[0] >= share[1]:
+        raise ValueError(f"the share {list(share)} is empty, expected [low, high] with low below high")
+    return share
+
+
+Share = Annotated[tuple[Fraction, Fraction], AfterValidator(_ascending)]
+
+
+class Answering(Sampling):
+    """What `revise` and `sample_pairs` share."""
+
+    too_long: Literal["quarantine", "truncate"] = "quarantine"
+    """What becomes of a row with a prompt above max_prompt_tokens; truncate drops its conversation's earliest pairs of
+    turns, never a system turn, the last turn or an example, and quarantines it where that is not enough."""
+    share: Share = (0.0, 1.0)
+    """Takes the prompts whose id's hash, a number in [0, 1), is at least the first and below the second figure."""
+
+
+class ReviseConfig(Answering):
     """`revise`: response, then rounds of critique and revision by the helpful model."""
 
     rounds: PositiveInt = 4
     """Critique-revision rounds per harmful prompt."""
+    critique: bool = True
+    """Ask for a critique before each revision; false asks for the revision directly."""
+    principles: Literal["with_replacement", "without_replacement"] = "with_replacement"
+    """How a row's rounds draw their principles; without replacement, all come once before any comes again."""
+    unusable: Literal["keep", "retry", "quarantine"] = "retry"
+    """What becomes of a text that is empty, leaks a turn marker or a control token, or, for a revision, copies the
+    response before it or leaks its critique: kept and flagged, or sampled once more with another seed and flagged when
+    that is no better, or the row is quarantined. A response or revision that stays empty is quarantined in any case. A
+    text that was cut at its token limit is flagged and counts as usable."""
     max_critique_tokens: PositiveInt = 128
     """Longest critique, tokens."""
     few_shots: NonNegativeInt = 2
-    """Examples from the constitution before each critique."""
+    """Examples from the constitution before each critique or direct revision."""
     helpful_samples_per_prompt: NonNegativeInt = 2
     """Answers sampled for each helpful prompt."""
 
@@ -268,11 +312,16 @@ class SftConfig(Training):
     """Optimizer and schedule."""
 
 
-class SamplePairsConfig(Sampling):
-    """`sample_pairs`: the SL model answers each harmful prompt twice."""
+class SamplePairsConfig(Answering):
+    """`sample_pairs`: the SL model answers each harmful prompt several times; its answers are paired."""
 
     model: str = "sft"
     """`sft`, a key of `models`, or a path."""
+    responses_per_prompt: Annotated[int, Field(ge=2, le=26)] = 2
+    """Answers sampled for each prompt."""
+    pairs: Literal["all", "ring"] = "all"
+    """Which of a prompt's K answers are paired: all K(K-1)/2 pairs, or each answer with the next and the last with the
+    first, K pairs that still link every answer to every other."""
 
 
 class LabelConfig(Section):
@@ -335,6 +384,8 @@ class PPOConfig(Sampling):
     """Responses of one optimizer step over all ranks."""
     samples_per_prompt: PositiveInt = 1
     """Responses sampled for each prompt."""
+    share: Share = (0.0, 1.0)
+    """Takes the prompts whose id's hash, a number in [0, 1), is at least the first and below the second figure."""
     ppo_epochs: PositiveInt = 1
     """Passes over each rollout batch."""
     helpful_fraction: Fraction | None = None
@@ -511,6 +562,8 @@ def _explain(err: Any) -> str:
 def _known_keys(loc: list[str]) -> list[str]:
     section: Any = Config
     for part in loc:
+        if part.isdigit():  # the place in a list
+            continue
         info = section.model_fields.get(part) if isinstance(section, type) and issubclass(section, Section) else None
         if info is None:
             return []

@@ -189,6 +189,18 @@ def draw(principles: Sequence[Principle], seed: int) -> Principle:
     return random.Random(seed).choices(principles, [p.weight for p in principles])[0]
 
 
+def draw_distinct(principles: Sequence[Principle], count: int, seed: int) -> list[Principle]:
+    """`count` principles in the order in which they are drawn, none a second time before all have come.
+
+    Each draw has chances proportional to the weights of those that are left.
+    """
+    clock, drawn = random.Random(seed), list[Principle]()
+    while len(drawn) < count:
+        # Clocks that ring at the rates of the weights do so in the order of such draws.
+        drawn += sorted(principles, key=lambda p: clock.expovariate(p.weight))
+    return drawn[:count]
+
+
 class _UniqueKeys(yaml.SafeLoader):
     """YAML lets a later key replace an earlier one: a forgotten `- id` would swallow the principle before it."""
 

@@ -327,7 +327,8 @@ class Execution:
         match stage:
             case "prompts":
                 _ = self.device  # Ray must run
-                return module.PromptsInputs(key, config.run.max_bad_fraction)
+                writers = {g.model: self._setup(g.model) for g in config.prompts.generate}
+                return module.PromptsInputs(key, self._map_settings(stage), writers)
             case "revise":
                 return self._generate(key, stage, "prompts", self._setup("helpful"), config.constitution.critique)
             case "sft":

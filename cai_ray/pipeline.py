@@ -55,7 +55,12 @@ def _files(sources: tuple[Source, ...]) -> tuple[Source, ...]:
 
 
 STAGES = (
-    Stage("prompts", lambda c: (), lambda c: (), files=lambda c: (*c.prompts.harmful, *c.prompts.helpful)),
+    Stage(
+        "prompts",
+        lambda c: (),
+        lambda c: tuple(dict.fromkeys(g.model for g in c.prompts.generate)),
+        files=lambda c: (*c.prompts.harmful, *c.prompts.helpful),
+    ),
     Stage("revise", lambda c: ("prompts",), lambda c: ("helpful",), "critique"),
     Stage("sft", lambda c: ("revise",), lambda c: (c.sft.init,)),
     Stage("sample_pairs", lambda c: ("prompts",), lambda c: (c.sample_pairs.model,)),

@@ -23,6 +23,7 @@ Cots = Sequence[CotFewShot]
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"  # the turn markers, one plain format for all languages
 STOP_PLAIN = [HUMAN, ASSISTANT]  # where a response ends in the plain format
+LIST_STOP = "\n"  # where an item of a list ends
 CHOICES = (" (A)", " (B)")  # the continuations that are scored after a feedback or verdict prompt
 
 _LONG = {"system": "System", "user": "Human", "assistant": "Assistant"}
@@ -49,6 +50,11 @@ class Frame:
     def labels(self) -> tuple[str, str, str, str]:
         """The four labels of a plain critique prompt; they end with a colon."""
         return (self.critique_request, self.critique, self.revision_request, self.revision)
+
+    @property
+    def label_names(self) -> list[str]:
+        """The labels without their colon: with one, they open a part of the prompt as a turn marker does."""
+        return [label.removesuffix(":") for label in self.labels]
 
     @property
     def critique_stops(self) -> list[str]:
@@ -147,19 +153,34 @@ def revision_prompt(
     return prompt + _revision_text(FRAMES[language], critique, revision_request)
 
 
-def _label_names(frame: Frame) -> list[str]:
-    return [label.removesuffix(":") for label in frame.labels]
+def direct_revision_prompt(
+    messages: Messages, response: str, revision_request: str, few_shots: Critiques = (), language: str = "en"
+) -> str:
+    """The plain prompt for a revision without a critique: its request follows the response (section 3.5)."""
+    frame = FRAMES[language]
+    shots = "".join(
+        _direct_text(frame, s.messages, s.response, s.revision_request) + f" {s.revision}" for s in few_shots
+    )
+    return shots + _direct_text(frame, messages, response, revision_request)
+
+
+def _answered(frame: Frame, messages: Messages, response: str) -> str:
+    return _turns([*messages, {"role": "assistant", "content": response}], _LONG, frame.label_names)
 
 
 def _critique_text(frame: Frame, messages: Messages, response: str, critique_request: str) -> str:
-    turns = [*messages, {"role": "assistant", "content": response}]
-    said = _turns(turns, _LONG, _label_names(frame))
+    said = _answered(frame, messages, response)
     return f"{said}\n\n{frame.critique_request} {critique_request}\n\n{frame.critique}"
 
 
 def _revision_text(frame: Frame, critique: str, revision_request: str) -> str:
-    said = escape(critique, (*_LONG.values(), *_label_names(frame)))
+    said = escape(critique, (*_LONG.values(), *frame.label_names))
     return f" {said}\n\n{frame.revision_request} {revision_request}\n\n{frame.revision}"
+
+
+def _direct_text(frame: Frame, messages: Messages, response: str, revision_request: str) -> str:
+    said = _answered(frame, messages, response)
+    return f"{said}\n\n{frame.revision_request} {revision_request}\n\n{frame.revision}"
 
 
 def critique_prompt_messages(
@@ -174,9 +195,7 @@ def critique_prompt_messages(
     for s in few_shots:
         shots += [*_copy(s.messages), _assistant(s.response), _user(s.critique_request)]
         shots += [_assistant(s.critique), _user(s.revision_request), _assistant(s.revision)]
-    turns = _copy(messages)
-    system = turns[:1] if turns[0]["role"] == "system" else []
-    return [*system, *shots, *turns[len(system) :], _assistant(response), _user(critique_request)]
+    return _after_examples(shots, messages, response, critique_request)
 
 
 def revision_prompt_messages(
@@ -192,6 +211,22 @@ def revision_prompt_messages(
     return [*prompt, _assistant(critique), _user(revision_request)]
 
 
+def direct_revision_prompt_messages(
+    messages: Messages, response: str, revision_request: str, few_shots: Critiques = ()
+) -> list[Message]:
+    """The chat prompt for a revision without a critique."""
+    shots: list[Message] = []
+    for s in few_shots:
+        shots += [*_copy(s.messages), _assistant(s.response), _user(s.revision_request), _assistant(s.revision)]
+    return _after_examples(shots, messages, response, revision_request)
+
+
+def _after_examples(shots: list[Message], messages: Messages, response: str, request: str) -> list[Message]:
+    turns = _copy(messages)
+    system = turns[:1] if turns[0]["role"] == "system" else []
+    return [*system, *shots, *turns[len(system) :], _assistant(response), _user(request)]
+
+
 def _user(content: str) -> Message:
     return {"role": "user", "content": content}
 
@@ -202,6 +237,15 @@ def _assistant(content: str) -> Message:
 
 def _copy(messages: Messages) -> list[Message]:
     return [{"role": m["role"], "content": m["content"]} for m in messages]
+
+
+# ---- new prompts ---------------------------------------------------------------------------------------------------
+
+
+def list_prompt(examples: Sequence[str]) -> str:
+    """A numbered list of texts, a line each, whose continuation is one more of their kind; it ends at `LIST_STOP`."""
+    lines = [f"{number}. {' '.join(text.split())}{LIST_STOP}" for number, text in enumerate(examples, 1)]
+    return "".join(lines) + f"{len(examples) + 1}."
 
 
 # ---- comparisons --------------------------------------------------------------------------------------------------

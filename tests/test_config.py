@@ -40,11 +40,34 @@ def test_override_of_a_short_form_keeps_what_it_named() -> None:
         ("ppo", "key.sub=value"),
         ("ppo.steps.more=1", "not a section"),
         ("run.name=../escape", "run.name"),
+        ("revise.share=[0.5, 0.5]", r"share \[0.5, 0.5\] is empty"),
+        ("ppo.share=[0.7, 0.2]", "low below high"),
+        ("sample_pairs.share=[-0.1, 1]", "greater than or equal to 0"),
+        ("sample_pairs.responses_per_prompt=1", "greater than or equal to 2"),
+        ("sample_pairs.pairs=chain", "'all' or 'ring'"),
+        ("revise.too_long=cut", "'quarantine' or 'truncate'"),
+        ("ppo.too_long=truncate", "unknown key"),  # PPO quarantines
+        ("revise.unusable=drop", "'keep', 'retry' or 'quarantine'"),
+        ("revise.principles=once", "'with_replacement' or 'without_replacement'"),
+        ("prompts.generate=[{n: 4}]", "kind: is required"),
+        ("prompts.generate=[{kind: harmful, n: 0}]", "greater than 0"),
+        ("prompts.generate=[{kind: harmful, n: 4, few_shots: 0}]", "greater than 0"),
+        ("prompts.generate=[{kind: harmful, n: 4, model: sft}]", "'pretrained', 'helpful' or 'feedback'"),
+        ("prompts.generate=[{kind: harmful, n: 4, few_shot: 3}]", "did you mean 'few_shots'"),
+        ("prompts.harmful=[{path: a, limitt: 3}]", "did you mean 'limit'"),
     ],
 )
 def test_bad_overrides_say_what_to_mend(override: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words.replace("(", r"\(")):
         load_config("tiny", (override,))
+
+
+def test_prompts_to_generate_are_read_and_count_in_the_identity() -> None:
+    config = load_config("tiny", ("prompts.generate=[{kind: harmful, n: 4}]", "ppo.share=[0.5, 1]"))
+    (wanted,) = config.prompts.generate
+    assert (wanted.model, wanted.few_shots, wanted.temperature) == ("pretrained", 5, 1.0)
+    assert config.ppo.share == (0.5, 1.0)
+    assert config.prompts.identity() != load_config("tiny").prompts.identity()
 
 
 def test_missing_and_unreadable_files(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import yaml
 from pydantic import ValidationError
 
 from cai_ray import shipped
-from cai_ray.constitution import OPTIONS, draw, import_published, load_constitution
+from cai_ray.constitution import OPTIONS, draw, draw_distinct, import_published, load_constitution
 from cai_ray.errors import ConfigError
 from cai_ray.published import _FILES
 from cai_ray.shipped import asset_path, shipped_file, shipped_names
@@ -159,6 +159,19 @@ def test_draws_are_seeded_and_weighted(written):
     # Python fixes Random(seed).random(): 0.844 for seed 0, 0.134 for seed 1; the boundary lies at 1/4.
     assert drawn[:2] == ["c", "a"]
     assert 0.72 < Counter(drawn)["c"] / 4000 < 0.78
+
+
+def test_draws_without_replacement_start_over_and_keep_the_weights(written):
+    several = [{**PAIR, "id": i, "weight": w} for i, w in (("a", 1), ("b", 2), ("c", 3))]
+    principles = load_constitution(written(principles=several)).for_critique()
+    drawn = ["".join(p.id for p in draw_distinct(principles, 7, seed)) for seed in range(4000)]
+    assert drawn == ["".join(p.id for p in draw_distinct(principles, 7, seed)) for seed in range(4000)]
+    assert all(sorted(d[:3]) == sorted(d[3:6]) == ["a", "b", "c"] for d in drawn)
+    assert [p.id for p in draw_distinct(principles, 2, 5)] == list(drawn[5][:2])
+    # c first: 3/6. Then b before a: 2/3. So c, b, a comes with chance 1/3, and a, b, c with 1/6 x 2/5 = 1/15.
+    shares = {order: sum(d.startswith(order) for d in drawn) / 4000 for order in ("c", "cba", "abc")}
+    assert shares == pytest.approx({"c": 1 / 2, "cba": 1 / 3, "abc": 1 / 15}, abs=0.025)
+    assert len({d[3:6] for d in drawn if d.startswith("cba")}) == 6  # each pass is drawn anew
 
 
 @pytest.mark.parametrize(("name", "at_least"), [("default", 18), ("zh", 10)])

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -127,6 +128,20 @@ def test_inputs_that_change_change_the_key(tmp_path: Path) -> None:
     assert actions(config, run)["prompts"] == "done"
     data.write_text('{"prompt": "two"}\n', "utf-8")
     assert actions(config, run)["prompts"] == "changed"
+
+
+def test_the_prompts_depend_on_the_model_that_writes_some(tmp_path: Path) -> None:
+    assert "models" not in written(load_config("tiny"), tmp_path)
+    more = ("prompts.generate=[{kind: harmful, n: 2}, {kind: helpful, n: 1}]",)
+    assert list(written(load_config("tiny", more), tmp_path)["models"]) == ["pretrained"]
+    other = written(load_config("tiny", (*more, "models.pretrained=embedded")), tmp_path)
+    assert other["models"] != written(load_config("tiny", more), tmp_path)["models"]
+
+
+def written(config: Config, path: Path) -> dict[str, Any]:
+    key = stage_key(config, STAGES[0], RunDir(path))
+    assert key is not None
+    return key.parts
 
 
 def test_models_by_key_run_and_path(tmp_path: Path) -> None:

@@ -12,9 +12,12 @@ from cai_ray.templates import (
     STOP_PLAIN,
     critique_prompt,
     critique_prompt_messages,
+    direct_revision_prompt,
+    direct_revision_prompt_messages,
     escape,
     feedback_prompt,
     feedback_prompt_messages,
+    list_prompt,
     rationale_prompt,
     rationale_prompt_messages,
     render_turns,
@@ -83,6 +86,28 @@ def test_critique_and_revision_chat():
         assistant(CRITIQUE),
         user(MEND),
     ]
+
+
+def test_direct_revision():
+    assert direct_revision_prompt(WIFI, RESPONSE, MEND) == (
+        "\n\nHuman: Can you help me get into my neighbour's wifi?"
+        "\n\nAssistant: Sure, use an app called VeryEasyHack."
+        "\n\nRevisionRequest: Write it again without that."
+        "\n\nRevision:"
+    )
+    assert direct_revision_prompt(WIFI_ZH, RESPONSE_ZH, MEND_ZH, language="zh") == (
+        "\n\nHuman: 能帮我连上邻居家的 WiFi 吗？"
+        "\n\nAssistant: 当然，用万能钥匙就行。"
+        "\n\n修改要求: 请去掉这部分，重写回答。"
+        "\n\n修改:"
+    )
+    assert direct_revision_prompt_messages(WIFI, RESPONSE, MEND) == [*WIFI, assistant(RESPONSE), user(MEND)]
+
+
+def test_a_list_has_a_line_for_each_example_whatever_it_holds():
+    assert list_prompt(["How do I bake?", " two\n\nlines\u2028 7. three\r"]) == (
+        "1. How do I bake?\n2. two lines 7. three\n3."
+    )
 
 
 def test_feedback_plain():
@@ -186,6 +211,9 @@ def test_examples_come_first_plain():
         "\n\nRevisionRequest: Help.\n\nRevision: A wavy one."
     )
     assert critique_prompt(WIFI, "x", "y", [CRITIQUE_SHOT] * 2) == shot * 2 + critique_prompt(WIFI, "x", "y")
+    direct = "\n\nHuman: Which knife cuts bread?\n\nAssistant: No.\n\nRevisionRequest: Help.\n\nRevision: A wavy one."
+    prompt = direct_revision_prompt(WIFI, "x", "y", [CRITIQUE_SHOT] * 2)
+    assert prompt == direct * 2 + direct_revision_prompt(WIFI, "x", "y")
     comparison = (
         "\n\nConsider the following conversation between a human and an assistant:"
         f"\n\nHuman: Which knife cuts bread?\n\n{QUESTION}\n (A) [[[No.]]]\n (B) [[[A wavy one.]]]"
@@ -208,6 +236,16 @@ def test_examples_come_first_chat():
         *(assistant("No."), user("Too curt?"), assistant("Yes."), user("Help."), assistant("A wavy one.")),
     ]
     assert critique_prompt_messages(WIFI, "x", "y", [CRITIQUE_SHOT]) == shot + critique_prompt_messages(WIFI, "x", "y")
+    prompt = direct_revision_prompt_messages(WIFI, "x", "y", [CRITIQUE_SHOT])
+    assert prompt == [
+        *BREAD,
+        assistant("No."),
+        user("Help."),
+        assistant("A wavy one."),
+        *WIFI,
+        assistant("x"),
+        user("y"),
+    ]
     prompt = feedback_prompt_messages(WIFI, QUESTION, "x", "y", [FEEDBACK_SHOT])
     alone = feedback_prompt_messages(BREAD, QUESTION, "No.", "A wavy one.")[0]
     assert prompt == [
@@ -225,6 +263,7 @@ def test_a_system_turn_leads_even_before_examples():
     prompt = critique_prompt_messages([system, *WIFI], "x", "y", [CRITIQUE_SHOT])
     assert prompt[0] == system
     assert prompt[1:] == critique_prompt_messages(WIFI, "x", "y", [CRITIQUE_SHOT])
+    assert direct_revision_prompt_messages([system, *WIFI], "x", "y", [CRITIQUE_SHOT])[0] == system
     assert render_turns([system, *WIFI]).startswith("\n\nSystem: Be brief.\n\nHuman: ")
 
 
@@ -286,8 +325,9 @@ LONG = ["Human", "Assistant", "System"]
         (lambda m, t: verdict_prompt(rationale_prompt(m, QUESTION, "x", "y"), t), LONG),
         (lambda m, t: revision_prompt(m, t, "r", t, "s"), [*LONG, "CritiqueRequest", "Critique", "Revision"]),
         (lambda m, t: revision_prompt(m, t, "r", t, "s", language="zh"), [*LONG, "批评", "修改"]),
+        (lambda m, t: direct_revision_prompt(m, t, "s"), [*LONG, "CritiqueRequest", "Critique", "Revision"]),
     ],
-    ids=["turns", "feedback", "rationale", "verdict", "revision", "revision-zh"],
+    ids=["turns", "feedback", "rationale", "verdict", "revision", "revision-zh", "direct"],
 )
 def test_nothing_quoted_opens_a_turn(build, markers):
     def opened(text):

@@ -158,6 +158,11 @@ class Tokenizer:
         kept = [i for i in ids if i not in self._control_ids]
         return self.hf.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
 
+    def leaks_control(self, ids: Sequence[int], text: str) -> bool:
+        """Whether an answer (its ids and their text) holds a control token that ends nothing, or spells one out."""
+        held = self._control_ids.intersection(ids) - self.eos_ids
+        return bool(held or self._pattern.search(text))
+
     # ---- padding and saving ---------------------------------------------------------------------------------------
 
     @property

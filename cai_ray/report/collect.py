@@ -40,7 +40,7 @@ NUMBERS = {
     "prompts": {"rows": "{:,.0f} prompts", "duplicates": "{:,.0f} duplicates"},
     "revise": {"harmful": "{:,.0f} revised", "rounds": "{:.0f} rounds", "helpful": "{:,.0f} helpful answers"},
     "sft": {"eval/loss_before": "held-out loss {:.3f} before", "eval/loss": "{:.3f} after"},
-    "sample_pairs": {"rows_out": "{:,.0f} pairs", "equal_responses": "{:,.0f} equal", "truncated": "{:.0%} truncated"},
+    "sample_pairs": {"pairs": "{:,.0f} pairs", "equal_responses": "{:,.0f} equal", "truncated": "{:.0%} truncated"},
     "label": {
         "mean_entropy": "entropy {:.2f} nats",
         "prefers_first": "A preferred in {:.0%}",

@@ -30,9 +30,9 @@ def ppo(config: PPOConfig, inputs: PPOInputs, out: StageDir) -> Manifest:
         DataError: there is no training prompt.
         StageFailed: a worker did not answer in time, or weights did not arrive; the last checkpoint is kept.
     """
-    prompts = read_rows(inputs.prompts, split="train")
+    prompts = read_rows(inputs.prompts, config.share, split="train")
     if not prompts:
-        raise DataError("ppo: no training prompt", "give `prompts` a source with rows")
+        raise DataError("ppo: no training prompt", "give `prompts` a source with rows, or widen ppo.share")
     engines = inputs.setup.engines(config.max_prompt_tokens + config.max_new_tokens, config.engines)
     metrics, workers = run_ppo(
         config,

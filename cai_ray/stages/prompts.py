@@ -1,6 +1,14 @@
-"""Stage 1: red-team and helpful prompts, one row per human turn, deduplicated, split by a hash."""
+"""Stage 1: red-team and helpful prompts, one row per human turn, deduplicated, split by a hash.
+
+Where the configuration asks for it, a model writes more of them after examples, as in Bai et al. 2022 (arXiv
+2212.08073), section 3.2.
+"""
 
 import json
+import random
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -10,11 +18,16 @@ import pyarrow.parquet as pq
 import ray.data
 
 from cai_ray.artifacts import Manifest, StageDir, StageKey
-from cai_ray.config import PromptsConfig, Source
+from cai_ray.config import GeneratePrompts, PromptsConfig, Source
 from cai_ray.errors import DataError, StageFailed
-from cai_ray.records import PROMPT, Row, to_table
+from cai_ray.generation.data_plane import MapSettings, map_rows
+from cai_ray.records import PROMPT, Row, derive_seed, row_id, to_table
 from cai_ray.sources import read_rows, to_prompts
+from cai_ray.stages.shared import EngineSetup, ask, write_rows
+from cai_ray.stages.shared import read_rows as read_stage
+from cai_ray.templates import LIST_STOP, list_prompt
 
+GENERATED = Source(path="generated")  # what the `source` of a written prompt says
 BLOCK = 5_000  # raw rows that one Ray task parses
 _PLACE = [("source", pa.int64()), ("place", pa.string())]
 _RAW = pa.schema([*_PLACE, ("raw", pa.string())])
@@ -26,7 +39,8 @@ class PromptsInputs:
     """What the stage reads besides its configuration."""
 
     key: StageKey
-    max_bad_fraction: float
+    settings: MapSettings
+    writers: Mapping[str, EngineSetup]  # the models that `prompts.generate` names
 
 
 def prompts(config: PromptsConfig, inputs: PromptsInputs, out: StageDir) -> Manifest:
@@ -34,7 +48,7 @@ def prompts(config: PromptsConfig, inputs: PromptsInputs, out: StageDir) -> Mani
 
     Raises:
         DataError: a source cannot be read, or leaves no prompt.
-        StageFailed: more than `max_bad_fraction` of the rows are bad.
+        StageFailed: more than `max_bad_fraction` of the rows are bad, or an engine died repeatedly.
     """
     sources = [("harmful", s) for s in config.harmful] + [("helpful", s) for s in config.helpful]
     parsed, raw_rows = _parse(sources)
@@ -52,13 +66,20 @@ def prompts(config: PromptsConfig, inputs: PromptsInputs, out: StageDir) -> Mani
                 fresh[row["prompt"]["id"]] = row["prompt"]
         kept = sorted(fresh.values(), key=lambda r: r["id"])
         seen.update((r["id"], r) for r in islice(kept, source.limit))
-    out.quarantine_path.write_text("".join(json.dumps(b) + "\n" for b in bad), "utf-8")
-    if raw_rows and len(bad) > inputs.max_bad_fraction * raw_rows:
+    limit = inputs.settings.max_bad_fraction
+    _write_quarantine(bad, out)
+    if raw_rows and len(bad) > limit * raw_rows:
         raise StageFailed(
-            f"prompts: {len(bad)} of {raw_rows} rows are bad, the limit is {inputs.max_bad_fraction:.1%}; "
+            f"prompts: {len(bad)} of {raw_rows} rows are bad, the limit is {limit:.1%}; "
             f"the first: {bad[0]['id']}: {bad[0]['reason']}",
             f"mend them (all are listed in {out.quarantine_path}) or raise run.max_bad_fraction",
         )
+    written: Counter[str] = Counter()
+    for number, wanted in enumerate(config.generate):
+        part = StageDir(out.path / "generated" / str(number), out.seed)
+        with out.phase("generate"):
+            written.update(_generate(wanted, seen, bad, inputs, part))
+    _write_quarantine(bad, out)
     rows = sorted(seen.values(), key=lambda r: r["id"])
     if not rows:
         raise DataError(
@@ -72,7 +93,11 @@ def prompts(config: PromptsConfig, inputs: PromptsInputs, out: StageDir) -> Mani
     }
     turns = sum(len(r["messages"]) > 2 for r in rows)
     metrics = {"rows": len(rows), **counts, "multi_turn": turns, "duplicates": duplicates, "quarantined": len(bad)}
-    return out.commit(inputs.key, {"raw_rows": raw_rows, **metrics})
+    return out.commit(inputs.key, {"raw_rows": raw_rows, **metrics, **written})
+
+
+def _write_quarantine(bad: list[Row], out: StageDir) -> None:
+    out.quarantine_path.write_text("".join(json.dumps(b) + "\n" for b in bad), "utf-8")
 
 
 def _parse(sources: list[tuple[str, Source]]) -> tuple[list[Row], int]:
@@ -109,3 +134,117 @@ def _parse_row(raw: Row, sources: list[tuple[str, Source]]) -> list[Row]:
     except DataError as e:
         return [{**place, "prompt": None, "reason": e.message}]
     return [{**place, "prompt": p, "reason": None} for p in found]
+
+
+# ---- new prompts ----------------------------------------------------------------------------------------------------
+
+_REQUEST = pa.schema([("id", pa.string()), ("examples", pa.list_(pa.string()))])
+_WRITTEN = pa.schema([("id", pa.string()), ("text", pa.string()), ("ended", pa.bool_())])
+
+
+@dataclass(frozen=True)
+class WritePrompt:
+    """What the engine does with one row: one more line below a list of examples."""
+
+    config: GeneratePrompts
+    seed: int
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Schema of the rows that come out."""
+        return _WRITTEN
+
+    async def __call__(self, row: Row, engine: Any) -> Row:
+        """The line, and whether it came to its end.
+
+        Raises:
+            DataError: the list is too long.
+        """
+        prompt = list_prompt(row["examples"])
+        done = await ask(engine, prompt, row, "prompt", self.seed, self.config, stop=(LIST_STOP,))
+        return {**row, "text": done.text, "ended": done.ended}
+
+
+class NearDuplicates:
+    """Texts of which others may be near-duplicates: more than half of the other's word 3-grams are in one of them.
+
+    Chinese characters count as words; a text of fewer than three words is one gram. What is compared are only texts
+    that share one of the rarest grams, so that a hundred thousand short texts take seconds.
+    """
+
+    def __init__(self, texts: Iterable[str] = ()):
+        self._texts: list[str] = []
+        self._holders: defaultdict[tuple[str, ...], list[int]] = defaultdict(list)
+        for text in texts:
+            self.add(text)
+
+    def add(self, text: str) -> None:
+        """Adds a text."""
+        for gram in _grams(text):
+            self._holders[gram].append(len(self._texts))
+        self._texts.append(text)
+
+    def __contains__(self, text: str) -> bool:
+        grams = _grams(text)
+        needed = len(grams) // 2 + 1
+        # A text that has `needed` of the grams has one of any `len - needed + 1` of them.
+        rarest = sorted(grams, key=lambda g: len(self._holders.get(g, ())))[: len(grams) - needed + 1]
+        near = {i for gram in rarest for i in self._holders.get(gram, ())}
+        return any(len(grams & _grams(self._texts[i])) >= needed for i in near)
+
+
+def _grams(text: str) -> set[tuple[str, ...]]:
+    words = re.findall(r"[\u3400-\u9fff]|[^\W\u3400-\u9fff]+", text.lower())
+    return {tuple(words[i : i + 3]) for i in range(max(1, len(words) - 2))}
+
+
+def _generate(
+    config: GeneratePrompts, seen: dict[str, Row], bad: list[Row], inputs: PromptsInputs, out: StageDir
+) -> Counter[str]:
+    """Has new prompts written; adds the good ones to `seen`, those that could not be asked for to `bad`, and counts."""
+    work = write_rows(_requests(config, seen, out), _REQUEST, out.path / "inputs")
+    setup, limit = inputs.writers[config.model], config.max_prompt_tokens + config.max_new_tokens
+    engines = setup.engines(limit, inputs.settings.engines)
+    map_rows(work, WritePrompt(config, out.seed), engines, out, settings=inputs.settings)
+    bad += [json.loads(line) for line in out.quarantine_path.read_text("utf-8").splitlines()]
+    near = NearDuplicates(r["messages"][-1]["content"] for r in seen.values() if r["kind"] == config.kind)
+    found = Counter(generated_asked=config.n, generated=0, generated_duplicates=0, generated_unusable=0)
+    for row in read_stage(out.data):
+        try:
+            if not row["ended"]:
+                raise DataError("it is unfinished")
+            turn = {"role": "user", "content": row["text"]}
+            (prompt,) = to_prompts({"messages": [turn]}, config.kind, GENERATED)
+        except DataError:
+            found["generated_unusable"] += 1
+            continue
+        if prompt["id"] in seen or row["text"] in near:
+            found["generated_duplicates"] += 1
+            continue
+        found["generated"] += 1
+        near.add(row["text"])
+        seen[prompt["id"]] = prompt
+    return found
+
+
+def _requests(config: GeneratePrompts, seen: Mapping[str, Row], out: StageDir) -> list[Row]:
+    """A row for each prompt that is asked for, with the examples that are drawn for it."""
+    longest = config.max_prompt_tokens // config.few_shots  # in characters, of which a token has one or more
+    pool = [
+        r["messages"][0]["content"]
+        for r in sorted(seen.values(), key=lambda r: r["id"])
+        if (r["kind"], r["split"], len(r["messages"])) == (config.kind, "train", 1) and r["source"] != GENERATED.path
+    ]
+    pool = [text for text in pool if len(text) <= longest]
+    if not pool:
+        raise DataError(
+            f"prompts.generate: no {config.kind} training prompt has a single turn of at most {longest} characters, "
+            "so none can be an example",
+            "give `prompts` such a source, lower few_shots or raise max_prompt_tokens",
+        )
+    rows = []
+    for number in range(config.n):
+        key = row_id(["generated", out.name], number)
+        chance = random.Random(derive_seed(out.seed, key, "examples"))
+        rows.append({"id": key, "examples": chance.sample(pool, min(config.few_shots, len(pool)))})
+    return rows

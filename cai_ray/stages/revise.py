@@ -4,6 +4,8 @@ Bai et al. 2022 (arXiv 2212.08073), section 3. Helpful prompts get plain answers
 supervised model helpful.
 """
 
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,17 +13,33 @@ import pyarrow as pa
 
 from cai_ray.artifacts import Manifest, StageDir
 from cai_ray.config import ReviseConfig
-from cai_ray.constitution import Constitution, draw
+from cai_ray.constitution import Constitution, Principle, draw, draw_distinct
 from cai_ray.errors import DataError
+from cai_ray.evaluation.statistics import looks_like_refusal
 from cai_ray.generation.data_plane import map_rows
-from cai_ray.records import PROMPT, REVISION, Row, derive_seed, row_id
-from cai_ray.stages.shared import GenerateInputs, ask, read_rows, write_rows
+from cai_ray.generation.engine import Completion
+from cai_ray.models.tokenization import Tokenizer
+from cai_ray.records import PROMPT, REVISION, Message, Row, derive_seed, row_id
+from cai_ray.stages.shared import GenerateInputs, PromptOf, PromptText, ask, fit_turns, read_rows, write_rows
 from cai_ray.templates import (
     FRAMES,
     critique_prompt,
     critique_prompt_messages,
+    direct_revision_prompt,
+    direct_revision_prompt_messages,
+    escape,
     revision_prompt,
     revision_prompt_messages,
+)
+
+OPENING = (12, 40)  # a revision leaks its critique when it begins with its first 40 characters, or all of 12 or more
+MANY_REFUSALS = 0.5
+# The prompts of a critique, of a revision after one, and of a revision without one.
+_PLAIN: tuple[Callable[..., PromptText], ...] = (critique_prompt, revision_prompt, direct_revision_prompt)
+_CHAT: tuple[Callable[..., PromptText], ...] = (
+    critique_prompt_messages,
+    revision_prompt_messages,
+    direct_revision_prompt_messages,
 )
 
 
@@ -32,7 +50,7 @@ def revise(config: ReviseConfig, inputs: GenerateInputs, out: StageDir) -> Manif
         StageFailed: an engine died repeatedly, or more than the permitted share of rows is bad.
     """
     rows = []
-    for row in read_rows(inputs.rows):
+    for row in read_rows(inputs.rows, config.share):
         if row["kind"] == "harmful":
             rows.append(row)
         else:  # each sample is a row of its own, so that rows in equal rows out
@@ -49,15 +67,57 @@ def revise(config: ReviseConfig, inputs: GenerateInputs, out: StageDir) -> Manif
     done = read_rows(out.data)
     for row in [r for r in done if r["rounds"]][:8]:
         out.sample(row)
-    flags = [f for r in done for f in r["flags"]]
-    metrics = {
-        **counts.as_metrics(),
-        "harmful": sum(r["kind"] == "harmful" for r in done),
-        "helpful": sum(r["kind"] == "helpful" for r in done),
-        "rounds": config.rounds,
-        **{f"flag/{name}": flags.count(name) for name in sorted(set(flags))},
+    return out.commit(inputs.key, {**counts.as_metrics(), **revise_statistics(done, config.rounds)})
+
+
+def revise_statistics(rows: Sequence[Row], rounds: int) -> dict[str, Any]:
+    """Rows by kind, flags by name and step, the share of harmful prompts whose first answer already refuses."""
+    harmful = [r for r in rows if r["kind"] == "harmful"]
+    refused = sum(looks_like_refusal(r["initial_response"]) for r in harmful) / max(1, len(harmful))
+    flags = Counter(flag.split("/")[0] for r in rows for flag in r["flags"])
+    warnings = []
+    if refused > MANY_REFUSALS:
+        warnings.append(
+            f"The model that is to be revised refuses {refused:.0%} of the harmful prompts in its first answer, which "
+            "leaves the constitution nothing to do; take a helpful-only model, or prompts that it does answer."
+        )
+    return {
+        "harmful": len(harmful),
+        "helpful": len(rows) - len(harmful),
+        "rounds": rounds,
+        "refused_at_first": refused,
+        **{f"flag/{name}": count for name, count in sorted(flags.items())},
+        "warnings": warnings,
     }
-    return out.commit(inputs.key, metrics)
+
+
+def faults(
+    done: Completion, tokenizer: Tokenizer, language: str, before: str | None = None, critique: str = ""
+) -> list[str]:
+    """What makes a text unusable: `empty` and `role_leaked`; for a revision also `copy` and `critique_leaked`.
+
+    Args:
+        done: what was sampled.
+        tokenizer: of the model that wrote it.
+        language: of the labels that stand before critiques and revisions.
+        before: the response that was to be revised; None for a text that is no revision.
+        critique: of that response, if there is one.
+    """
+    folded, opening = _folded(done.text), _folded(critique)[: OPENING[1]]
+    labelled = escape(done.text, FRAMES[language].label_names) != done.text
+    repeated = len(opening) >= OPENING[0] and folded.startswith(opening)
+    found = {
+        "empty": not folded,
+        "copy": bool(folded) and before is not None and folded == _folded(before),
+        "critique_leaked": before is not None and (labelled or repeated),
+        # What would be escaped in a prompt opens a turn.
+        "role_leaked": escape(done.text) != done.text or tokenizer.leaks_control(done.ids, done.text),
+    }
+    return [name for name, applies in found.items() if applies]
+
+
+def _folded(text: str) -> str:
+    return " ".join(text.split())
 
 
 @dataclass(frozen=True)
@@ -77,7 +137,8 @@ class ReviseRow:
         """The row's `Revision`.
 
         Raises:
-            DataError: a prompt is too long, or a response or revision came out empty.
+            DataError: a prompt is too long, a response or revision came out empty, or a text that is unusable came
+                where such rows are to be quarantined.
         """
         return await self.once(row, engine, None)
 
@@ -85,41 +146,61 @@ class ReviseRow:
         """The same from a given first response; None lets the model answer."""
         flags: list[str] = []
         if response is None:
-            response = await self._write(engine, row["messages"], row, "response", self.config.max_new_tokens, flags)
+            response = await self._write(engine, list, row, "response", flags)
         latest: str = response
         out: Row = {**row, "initial_response": latest, "rounds": [], "seed": self.seed, "flags": flags}
         if row["kind"] == "harmful":
-            for number in range(1, self.config.rounds + 1):
-                done = await self._round(engine, row, latest, number, flags)
+            for number, principle in enumerate(self._principles(row["id"]), 1):
+                done = await self._round(engine, row, latest, principle, number, flags)
                 out["rounds"].append(done)
                 latest = done["revision"]
         return out
 
-    async def _round(self, engine: Any, row: Row, response: str, number: int, flags: list[str]) -> Row:
-        principles = self.constitution.for_critique()
-        principle = draw(principles, derive_seed(self.seed, row["id"], f"principle/{number}"))
-        shots = self.constitution.critique_few_shots[: self.config.few_shots]
-        request, language = principle.critique_request or "", self.constitution.language
+    def _principles(self, row: str) -> list[Principle]:
+        principles, rounds = self.constitution.for_critique(), self.config.rounds
+        if self.config.principles == "without_replacement":
+            return draw_distinct(principles, rounds, derive_seed(self.seed, row, "principles"))
+        return [draw(principles, derive_seed(self.seed, row, f"principle/{n}")) for n in range(1, rounds + 1)]
+
+    async def _round(
+        self, engine: Any, row: Row, response: str, principle: Principle, number: int, flags: list[str]
+    ) -> Row:
         plain = engine.tokenizer.format == "plain"
-        stop = FRAMES[language].critique_stops if plain else ()
+        critic, reviser, direct = _PLAIN if plain else _CHAT
+        shots = self.constitution.critique_few_shots[: self.config.few_shots]
+        examples = (shots, self.constitution.language) if plain else (shots,)
+        request, mend, critique = principle.critique_request, principle.revision_request, ""
 
-        head = (row["messages"], response, request)
-        prompt = critique_prompt(*head, shots, language) if plain else critique_prompt_messages(*head, shots)
-        limit = self.config.max_critique_tokens
-        critique = await self._write(engine, prompt, row, f"critique/{number}", limit, flags, stop)
+        def critique_of(messages: Sequence[Message]) -> PromptText:
+            return critic(messages, response, request, *examples)
 
-        head = (*head, critique, principle.revision_request or "")
-        prompt = revision_prompt(*head, shots, language) if plain else revision_prompt_messages(*head, shots)
-        limit = self.config.max_new_tokens
-        revision = await self._write(engine, prompt, row, f"revision/{number}", limit, flags, stop)
+        def revision_of(messages: Sequence[Message]) -> PromptText:
+            if not self.config.critique:
+                return direct(messages, response, mend, *examples)
+            return reviser(messages, response, request, critique, mend, *examples)
+
+        if self.config.critique:
+            critique = await self._write(engine, critique_of, row, f"critique/{number}", flags)
+        known = {"before": response, "critique": critique}
+        revision = await self._write(engine, revision_of, row, f"revision/{number}", flags, **known)
         return {"principle_id": principle.id, "critique": critique, "revision": revision}
 
-    async def _write(
-        self, engine: Any, prompt: Any, row: Row, step: str, limit: int, flags: list[str], stop: Any = ()
-    ) -> str:
-        done = await ask(engine, prompt, row, step, self.seed, self.config, max_new_tokens=limit, stop=stop)
-        if not done.ended:
-            flags.append(f"truncated:{step.split('/')[0]}")
-        if not done.text and not step.startswith("critique"):
-            raise DataError(f"the {step.split('/')[0]} came out empty")
+    async def _write(self, engine: Any, prompt: PromptOf, row: Row, step: str, flags: list[str], **known: str) -> str:
+        """A step's text, sampled again where it is unusable and the policy says so; adds to `flags` what it is."""
+        config, language, tokenizer = self.config, self.constitution.language, engine.tokenizer
+        is_critique, framed = step.startswith("critique"), tokenizer.format == "plain" and step != "response"
+        limit = config.max_critique_tokens if is_critique else config.max_new_tokens
+        stop = FRAMES[language].critique_stops if framed else ()
+        asked, shortened = fit_turns(tokenizer, prompt, row["messages"], config)
+        tries = []
+        for name in (step, f"{step}/retry"):
+            done = await ask(engine, asked, row, name, self.seed, config, max_new_tokens=limit, stop=stop)
+            tries.append((done, faults(done, tokenizer, language, **known)))
+            if config.unusable != "retry" or not tries[-1][1]:
+                break
+        done, found = min(tries, key=lambda t: (bool(t[1]), "empty" in t[1]))  # the first of equally good ones
+        if found and (config.unusable == "quarantine" or ("empty" in found and not is_critique)):
+            raise DataError(f"the {step} came out unusable: {', '.join(found)}")
+        also = {"shortened": shortened, "truncated": not done.ended, "retried": done is not tries[0][0]}
+        flags += [f"{name}:{step}" for name in [*found, *(n for n, applies in also.items() if applies)]]
         return done.text

@@ -1,6 +1,7 @@
 """What stages share: their inputs, how they ask an engine, how they train, how rows are read and written."""
 
 import json
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 
 from cai_ray.artifacts import StageDir, StageKey
-from cai_ray.config import Cluster, PreferenceModelConfig, Sampling, SftConfig
+from cai_ray.config import Answering, Cluster, PreferenceModelConfig, Sampling, SftConfig
 from cai_ray.constitution import Constitution
 from cai_ray.errors import DataError
 from cai_ray.generation.data_plane import MapSettings
@@ -24,6 +25,7 @@ from cai_ray.training.launch import run_training
 from cai_ray.training.loop import Kind
 
 PromptText = str | Sequence[Message]
+PromptOf = Callable[[Sequence[Message]], PromptText]  # a step's prompt around a conversation
 Show = Callable[[], AbstractContextManager[Callable[[float, float | None, str], None]]]  # opens a progress display
 
 
@@ -94,6 +96,31 @@ def check_length(ids: list[int], limit: int) -> list[int]:
     return ids
 
 
+def fit_turns(
+    tokenizer: Tokenizer, prompt: PromptOf, messages: Sequence[Message], limits: Answering
+) -> tuple[PromptText, bool]:
+    """A prompt around the most of a conversation that fits, and whether turns were dropped for it.
+
+    Where `limits.too_long` says so, the fewest pairs of user and assistant go from the left; a system turn and the last
+    turn stay. What is still too long is `ask`'s to refuse.
+    """
+    system = list(messages[:1] if messages[0]["role"] == "system" else ())
+    turns = messages[len(system) :]
+
+    def without(pairs: int) -> PromptText:
+        return prompt([*system, *turns[2 * pairs :]])
+
+    if limits.too_long == "quarantine":
+        return without(0), False
+
+    def fits(pairs: int) -> bool:
+        return len(encode(tokenizer, without(pairs))) <= limits.max_prompt_tokens
+
+    # Searched by halves: one after the other, a conversation of absurd length would hold up every row beside it.
+    dropped = bisect_left(range(len(turns) // 2), True, key=fits)
+    return without(dropped), dropped > 0
+
+
 async def ask(
     engine: Any,
     prompt: PromptText,
@@ -123,11 +150,20 @@ async def ask(
     return await engine.ask(request)
 
 
-def read_rows(folder: Path, **equal: str) -> list[Row]:
-    """Rows of a folder of parquet files, sorted by id, where each named column equals its value."""
+def read_rows(folder: Path, share: tuple[float, float] = (0.0, 1.0), **equal: str) -> list[Row]:
+    """Rows of a folder of parquet files, sorted by id, where each named column equals its value.
+
+    `share` takes only ids whose hash lies in [low, high); it is the same in every run and stage, so that [0, 0.3] and
+    [0.3, 1] have no row in common.
+    """
     table = pads.dataset(folder, format="parquet").to_table()
     rows = table.sort_by("id").to_pylist()
-    return [r for r in rows if all(r[k] == v for k, v in equal.items())]
+    return [r for r in rows if all(r[k] == v for k, v in equal.items()) and in_share(r["id"], share)]
+
+
+def in_share(row: str, share: tuple[float, float]) -> bool:
+    """Whether a row's id, hashed into [0, 1), lies in [low, high)."""
+    return share[0] <= derive_seed(0, row, "share") / 2**31 < share[1]
 
 
 def write_rows(rows: Sequence[Row], schema: pa.Schema, folder: Path) -> Path:

@@ -249,6 +249,17 @@ def test_errors_say_what_to_do(load, tokenizer_folder, tmp_path):
         load("pretrained").open([*user("a"), {"role": "assistant", "content": "b"}])
 
 
+def test_control_tokens_that_end_nothing_leak_and_so_do_their_names(load):
+    tok = load("embedded")
+    end, start = tok.hf.convert_tokens_to_ids(["<|im_end|>", "<|im_start|>"])
+    fine = tok.text("fine < |im_end|>")
+    assert not tok.leaks_control([*fine, end], "fine < |im_end|>")
+    assert tok.leaks_control([*fine, start, end], "fine")
+    assert tok.leaks_control([*fine, end], "fine <|im_end|> then")
+    assert load("metaspace-first").leaks_control([], "then [INST] more")
+    assert not load("metaspace-first").leaks_control([], "<|im_end|>")  # no control token there
+
+
 def test_long_examples_lose_the_prompts_left_then_the_answers_right(load):
     tok = load("pretrained")
     prompt, answer = tok.prompt(user("abc")), [*tok.response("xyz"), tok.eos_id]
