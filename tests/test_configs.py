@@ -225,6 +225,7 @@ def test_seventy_billion_on_eight_nodes() -> None:
     from cai_ray.rl.groups import placed
 
     config = load_config("70b_multinode")
+    ray.shutdown()  # the one with logical GPUs above
     cluster = Cluster()
     for _ in range(8):
         cluster.add_node(num_cpus=16, num_gpus=8, object_store_memory=80_000_000, include_dashboard=False)
