@@ -97,9 +97,8 @@ def check_messages(messages: object) -> list[Message]:
     turns = out[1:] if out[0]["role"] == "system" else out
     expected = ["user" if i % 2 == 0 else "assistant" for i in range(len(turns))]
     if [t["role"] for t in turns] != expected or not turns or turns[-1]["role"] != "user":
-        raise DataError(
-            f"messages: roles are {[m['role'] for m in out]}, expected user and assistant in turn, ending with user"
-        )
+        roles = ", ".join(m["role"] if m["role"] in ("system", "user", "assistant") else "?" for m in out)
+        raise DataError(f"messages: roles are {roles:.200}, expected user and assistant in turn, ending with user")
     return out
 
 
