@@ -102,6 +102,22 @@ def check_messages(messages: object) -> list[Message]:
     return out
 
 
+def answers(row: Mapping[str, Any], rounds: str | tuple[int, ...]) -> list[tuple[str, str]]:
+    """What SFT learns from a `Revision` row, as (id, text): its chosen revisions, or a helpful row's sampled answer.
+
+    Args:
+        row: the row.
+        rounds: `all`, `last`, or numbers counted from 1. The first response to a harmful prompt is never among them.
+    """
+    if row["kind"] == "helpful":
+        texts = {row["id"]: row["initial_response"]}
+    else:
+        numbered = {k: r["revision"] for k, r in enumerate(row["rounds"] or [], 1)}
+        chosen = {"all": list(numbered), "last": list(numbered)[-1:]}.get(rounds, rounds)  # type: ignore[arg-type]
+        texts = {f"{row['id']}-{k}": numbered[k] for k in chosen if k in numbered}  # type: ignore[index]
+    return [(name, text) for name, text in texts.items() if text and text.strip()]
+
+
 def to_table(rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
     """Rows as an Arrow table of exactly `schema` (empty lists would otherwise infer as null)."""
     return pa.Table.from_pylist([{name: row.get(name) for name in schema.names} for row in rows], schema=schema)
