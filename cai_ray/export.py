@@ -247,7 +247,7 @@ def _card(export: Export, counts: Counter[tuple[str, str]], run: RunDir, config:
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n# {export.name}\n\n{export.about}",
         _table(["split", "kind", "rows"], made),
-        *([f"{none:,} rows of `{export.stage}` became none of these: {export.nothing}."] if none else []),
+        *([f"Rows of `{export.stage}` that became none: {none:,}, because {export.nothing}."] if none else []),
         "## Where it comes from\n\nMade by cai-ray (Constitutional AI, Bai et al. 2022, arXiv 2212.08073).",
     ]
     manifests = {name: manifest for name in export.makers if (manifest := run.stage(name).manifest())}
