@@ -70,6 +70,17 @@ def _load(config: str, overrides: tuple[str, ...], name: str | None = None) -> A
     return load_config(config, (*overrides, f"run.name={name}") if name else overrides)
 
 
+def _run(directory: Path) -> Any:
+    from cai_ray.artifacts import RunDir
+    from cai_ray.errors import ConfigError
+
+    if not (directory / "config.yaml").is_file():
+        raise ConfigError(
+            f"{directory} is no run directory: it holds no config.yaml", "name one, as in runs/quickstart"
+        )
+    return RunDir(directory)
+
+
 @_command("cai-ray run quickstart\ncai-ray run quickstart ppo.kl_coef=0.1 --name b --reuse runs/quickstart")
 @click.argument("config")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
@@ -134,20 +145,85 @@ def show(config: str, overrides: tuple[str, ...]) -> None:
         click.echo(to_yaml(_load(config, overrides)), nl=False)
 
 
+@main.group("constitution")
+def constitution_group() -> None:
+    """Imports and checks constitutions."""
+
+
+@constitution_group.command(
+    "import",
+    cls=_Formatter,
+    epilog="cai-ray constitution import ConstitutionalHarmlessnessPaper published.yaml\n"
+    "cai-ray constitution import ConstitutionalHarmlessnessPaper/prompts mine.yaml --force",
+)
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("out", metavar="OUT.yaml", type=click.Path(path_type=Path))
+@click.option("--force", is_flag=True, help="Overwrite OUT.yaml.")
+def import_(folder: Path, out: Path, force: bool) -> None:
+    """Writes the constitution that the paper's authors published as one YAML file.
+
+    FOLDER is a clone of github.com/anthropics/ConstitutionalHarmlessnessPaper, or its folder prompts. That repository
+    states no licence: ask before you share the file.
+    """
+    with _readable_errors():
+        from cai_ray.artifacts import write_atomic
+        from cai_ray.console import holdings
+        from cai_ray.constitution import import_published, to_yaml
+        from cai_ray.errors import ConfigError
+
+        if out.exists() and not force:
+            raise ConfigError(f"{out} exists", "name another file, or --force to overwrite it")
+        imported = import_published(folder)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(out, to_yaml(imported))
+        click.echo(f"{holdings(imported)}\n{out} sha256 {imported.sha256}")
+
+
+@constitution_group.command(
+    "check", cls=_Formatter, epilog="cai-ray constitution check mine.yaml\ncai-ray constitution check default"
+)
+@click.argument("file", metavar="FILE|NAME")
+def check(file: str) -> None:
+    """Lists everything that is wrong with a constitution, then prints it as a table; exit code 2 if anything is."""
+    with _readable_errors():
+        from cai_ray.console import print_constitution
+        from cai_ray.constitution_checks import check_constitution
+
+        constitution, problems = check_constitution(file)
+        for problem in problems:
+            click.echo(f"error: {problem}", err=True)
+        print_constitution(constitution)
+        if problems:
+            raise SystemExit(2)
+
+
 @_command("cai-ray report runs/quickstart\ncai-ray report /mnt/shared/runs/7b_8xgpu")
 @click.argument("run_directory", metavar="RUN", type=click.Path(path_type=Path))
 def report(run_directory: Path) -> None:
     """Writes RUN/report.html from what the run directory holds, finished or not."""
     with _readable_errors():
-        from cai_ray.artifacts import RunDir
-        from cai_ray.errors import ConfigError
         from cai_ray.report import write_report
 
-        if not (run_directory / "config.yaml").is_file():
-            raise ConfigError(
-                f"{run_directory} is no run directory: it holds no config.yaml", "name one, as in runs/quickstart"
-            )
-        click.echo(write_report(RunDir(run_directory)))
+        click.echo(write_report(_run(run_directory)))
+
+
+@_command("cai-ray export runs/quickstart --to data\ncai-ray export runs/quickstart --to data --force")
+@click.argument("run_directory", metavar="RUN", type=click.Path(path_type=Path))
+@click.option("--to", required=True, type=click.Path(path_type=Path), metavar="DIR", help="A new or empty folder.")
+@click.option("--force", is_flag=True, help="Replace an earlier export in DIR.")
+def export(run_directory: Path, to: Path, force: bool) -> None:
+    """Writes RUN's rows as data sets with cards: sft and preferences in TRL's columns, and the critique rounds (cai).
+
+    \b
+    datasets.load_dataset("DIR/sft")            messages
+    datasets.load_dataset("DIR/preferences")    prompt, chosen, rejected, label_prob
+    datasets.load_dataset("DIR/cai")            init_prompt, init_response, critic_prompt, …
+    """
+    with _readable_errors():
+        from cai_ray.export import export_run
+
+        for line in export_run(_run(run_directory), to, force):
+            click.echo(line)
 
 
 @_command("cai-ray chat runs/quickstart\ncai-ray chat embedded")

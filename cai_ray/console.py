@@ -4,10 +4,12 @@ import os
 import shlex
 from pathlib import Path
 
+from rich.markup import escape
 from rich.table import Table
 
 from cai_ray.artifacts import RunDir
 from cai_ray.config import Config
+from cai_ray.constitution import Constitution
 from cai_ray.execution import Request, run_dir, run_pipeline
 from cai_ray.pipeline import STAGE_MODELS, STAGES, constitution_of, needed, plan
 from cai_ray.progress import Reporter
@@ -47,6 +49,28 @@ def print_plan(config: Config) -> None:
     if left_out:
         reporter.say(f"left out, because nothing reads them: {', '.join(left_out)}")
     check_here(config)
+
+
+def print_constitution(constitution: Constitution) -> None:
+    """Prints what a constitution holds: a line a principle, and how many examples of each kind."""
+    reporter, table = Reporter(), Table("id", "tags", "weight", "has", box=None, pad_edge=False)
+    for p in constitution.principles:
+        question = "question, inverted" if p.inverted else "question"
+        has = ["critique pair"] * bool(p.critique_request) + [question] * bool(p.preference_question)
+        table.add_row(escape(p.id), escape(", ".join(p.tags)), f"{p.weight:g}", " + ".join(has))
+    reporter.console.print(table)
+    reporter.say(holdings(constitution))
+
+
+def holdings(c: Constitution) -> str:
+    """A constitution in one line: name, version, language, and the counts of what it holds."""
+    pairs = sum(bool(p.critique_request) for p in c.principles)
+    questions = sum(bool(p.preference_question) for p in c.principles)
+    shots = (len(c.critique_few_shots), len(c.feedback_few_shots), len(c.cot_few_shots))
+    return (
+        f"{c.name} {c.version} ({c.language}): {pairs} critique pairs, {questions} questions; "
+        "few-shots: {} critique, {} feedback, {} chain of thought".format(*shots)
+    )
 
 
 def run_and_summarize(config: Config, request: Request, name: str) -> None:

@@ -38,6 +38,7 @@ def _check_conversation(messages: list[dict[str, str]]) -> tuple[Message, ...]:
 
 
 Text = Annotated[str, StringConstraints(strip_whitespace=True)]
+Name = Annotated[Text, Field(min_length=1)]
 Verbatim = Annotated[str, StringConstraints(min_length=1)]  # examples keep their spaces: published ones matter
 Question = Annotated[Text, AfterValidator(lambda text: text and "\n" + text)]
 Conversation = Annotated[tuple[Any, ...], AfterValidator(_check_conversation)]
@@ -53,24 +54,17 @@ def nearest(name: str, known: Iterable[str]) -> str:
 class _Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True)
 
-    @model_validator(mode="before")
-    @classmethod
-    def _known_keys(cls, data: Any) -> Any:
-        for key in data if isinstance(data, dict) else ():
-            if key not in cls.model_fields:
-                raise ValueError(f"unknown key {key!r}" + nearest(str(key), cls.model_fields))
-        return data
-
 
 class Principle(_Strict):
     """One principle: the critique pair, the preference question, or both; an empty text means absent."""
 
-    id: Annotated[Text, Field(min_length=1)]
-    tags: tuple[str, ...] = ()  # `select` takes them wherever it takes an id
+    id: Name
+    tags: tuple[Name, ...] = ()  # `select` takes them wherever it takes an id
     weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)  # relative chance of being drawn
     critique_request: Text = ""
     revision_request: Text = ""
     preference_question: Question = ""  # "\n… Options:"
+    inverted: bool = False  # the question asks for the worse answer, so that a vote for one speaks for the other
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
@@ -78,6 +72,8 @@ class Principle(_Strict):
             raise ValueError(f"principle {self.id!r} has one of critique_request and revision_request, it needs both")
         if not self.critique_request and not self.preference_question:
             raise ValueError(f"principle {self.id!r} has neither a critique pair nor a preference_question")
+        if self.inverted and not self.preference_question:
+            raise ValueError(f"principle {self.id!r} is inverted, which belongs to a preference_question, and has none")
         return self
 
 
@@ -111,8 +107,8 @@ class CotFewShot(FeedbackFewShot):
 class Constitution(_Strict):
     """The principles and worked examples of one file."""
 
-    name: Annotated[Text, Field(min_length=1)]
-    version: str
+    name: Name
+    version: Name
     language: Language = "en"
     principles: tuple[Principle, ...] = Field(min_length=1)
     critique_few_shots: tuple[CritiqueFewShot, ...] = ()
@@ -122,16 +118,8 @@ class Constitution(_Strict):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        ids = [principle.id for principle in self.principles]
-        if twice := sorted({i for i in ids if ids.count(i) > 1}):
-            raise ValueError(f"principle ids must be unique, these occur twice: {', '.join(twice)}")
-        asked = [(f"principle {p.id!r}", p.preference_question) for p in self.principles]
-        for field in ("feedback_few_shots", "cot_few_shots"):
-            asked += [(f"{field}.{i}", shot.question) for i, shot in enumerate(getattr(self, field))]
-        ending = OPTIONS[self.language]
-        for where, question in asked:
-            if question and not question.endswith(ending):
-                raise ValueError(f"{where}: the question must end with {ending!r}, because the two answers follow it")
+        if problems := _inconsistencies(self):
+            raise ValueError("\n  ".join(problems))
         return self
 
     @property
@@ -184,6 +172,30 @@ class Constitution(_Strict):
         return found
 
 
+_PARTS: dict[str, type[_Strict]] = {
+    "principles": Principle,
+    "critique_few_shots": CritiqueFewShot,
+    "feedback_few_shots": FeedbackFewShot,
+    "cot_few_shots": CotFewShot,
+}
+
+
+def _inconsistencies(c: Constitution) -> list[str]:
+    """What is wrong with parts that are right each by itself."""
+    ids = [principle.id for principle in c.principles]
+    twice = sorted({i for i in ids if ids.count(i) > 1})
+    problems = [f"principle ids must be unique, these occur twice: {', '.join(twice)}"] if twice else []
+    asked = [(f"principle {p.id!r}", p.preference_question) for p in c.principles]
+    for field in ("feedback_few_shots", "cot_few_shots"):
+        asked += [(f"{field}.{i}", shot.question) for i, shot in enumerate(getattr(c, field))]
+    ending = OPTIONS[c.language]
+    return problems + [
+        f"{where}: the question must end with {ending!r}, because the two answers follow it"
+        for where, question in asked
+        if question and not question.endswith(ending)
+    ]
+
+
 def draw(principles: Sequence[Principle], seed: int) -> Principle:
     """One principle, with chances proportional to the weights; the same seed gives the same principle."""
     return random.Random(seed).choices(principles, [p.weight for p in principles])[0]
@@ -220,13 +232,22 @@ def load_constitution(path_or_name: str | Path) -> Constitution:
         path_or_name: a YAML file, the name of a shipped one (`default`), or a folder of the paper's JSON files.
 
     Raises:
-        ConfigError: no such file, or its content is not a constitution; the message names the place.
+        ConfigError: no such file, or its content is not a constitution; the message names every place.
+    """
+    return _checked(read_constitution(path_or_name))
+
+
+def read_constitution(path_or_name: str | Path) -> dict[str, Any]:
+    """The content of a constitution, not yet checked, and its `source`; `load_constitution` says what can be named.
+
+    Raises:
+        ConfigError: no such file, or it is not readable or holds no principles.
     """
     path = Path(path_or_name)
     if path.parent == Path() and not path.suffix:
         path = shipped_file("constitutions", path.name) or path
     if path.is_dir():
-        return import_published(path)
+        return read_published(path)
     if not path.is_file():
         shipped = ", ".join(shipped_names("constitutions"))
         raise ConfigError(f"no constitution at {str(path_or_name)!r}", f"give a YAML file or a shipped name: {shipped}")
@@ -238,7 +259,7 @@ def load_constitution(path_or_name: str | Path) -> Constitution:
         raise ConfigError(
             f"{path} holds no principles", "give it name, version and a list `principles`, as in the shipped ones"
         )
-    return _build({**data, "source": str(path)}, path)
+    return {**data, "source": str(path)}
 
 
 def import_published(folder: str | Path) -> Constitution:
@@ -252,15 +273,78 @@ def import_published(folder: str | Path) -> Constitution:
     Raises:
         ConfigError: a file is missing or has another form than the published one.
     """
-    return _build(read_published(Path(folder)), Path(folder))
+    return _checked(read_published(Path(folder)))
 
 
-def _build(data: dict[str, Any], path: Path) -> Constitution:
+def _checked(data: dict[str, Any]) -> Constitution:
+    found, problems = examine(data)
+    if problems:
+        lines = "".join(f"\n  {problem}" for problem in problems)
+        raise ConfigError(f"{data['source']} is not a valid constitution:{lines}", "mend these lines")
+    return found
+
+
+def examine(data: dict[str, Any]) -> tuple[Constitution, list[str]]:
+    """What of `data` can be read as a constitution, and everything that keeps it from being one."""
+    problems: list[str] = []
+    parts: dict[str, tuple[Any, ...]] = {}
+    for field, kind in _PARTS.items():
+        good = []
+        for number, item in enumerate(data[field] if isinstance(data.get(field), list) else ()):
+            try:
+                good.append(kind.model_validate(item))
+            except ValidationError as error:
+                problems += _lines(error, kind, f"{field}.{number}")
+        parts[field] = tuple(good)
+    lists = {field: good for field, good in parts.items() if isinstance(data.get(field), list)}
     try:
-        return Constitution.model_validate(data)
+        return Constitution.model_validate({**data, **lists}), problems
     except ValidationError as error:
-        lines = []
-        for problem in error.errors(include_url=False, include_input=False):
-            where = ".".join(str(part) for part in problem["loc"]) or "file"
-            lines.append(f"{where}: {problem['msg'].removeprefix('Value error, ')}")
-        raise ConfigError(f"{path} is not a valid constitution:\n  " + "\n  ".join(lines), "mend these lines") from None
+        head = {field: str(data.get(field, "")) for field in ("name", "version", "source")}
+        language = data["language"] if data.get("language") in OPTIONS else "en"
+        partial = Constitution.model_construct(**head, language=language, **parts)
+        return partial, _lines(error, Constitution) + problems + _inconsistencies(partial)
+
+
+def _lines(error: ValidationError, kind: type[_Strict], where: str = "") -> list[str]:
+    lines = []
+    for problem in error.errors(include_url=False, include_input=False):
+        text, loc = problem["msg"].removeprefix("Value error, "), [str(part) for part in problem["loc"]]
+        if problem["type"] == "extra_forbidden":
+            text = f"unknown key {loc[-1]!r}" + nearest(loc[-1], kind.model_fields)
+        if where or loc:  # else it is what `_inconsistencies` says
+            lines.append(f"{'.'.join([where] * bool(where) + loc)}: {text}")
+    return lines
+
+
+class _Readable(yaml.SafeDumper):
+    """Long texts as block scalars, so that they can be read and edited."""
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    if set(text) & set("\r\x85\u2028\u2029"):  # to YAML they are line breaks like any other, so they are escaped
+        style = '"'
+    elif "\n" in text:
+        style = "|"
+    elif len(text) > 80:
+        style = "|" if text[0] == " " else ">"  # a folded line that is indented does not come back
+    else:
+        style = None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Readable.add_representer(str, _text)
+
+
+def to_yaml(constitution: Constitution) -> str:
+    """The constitution as YAML that `load_constitution` reads back, equal in everything but `source`."""
+    content = constitution.model_dump(mode="json", exclude={"source"}, exclude_defaults=True)
+    for field, key in (
+        ("principles", "preference_question"),
+        ("feedback_few_shots", "question"),
+        ("cot_few_shots", "question"),
+    ):
+        for item in content.get(field, ()):
+            if key in item:
+                item[key] = item[key].strip()  # loading puts the line break back
+    return yaml.dump(content, Dumper=_Readable, sort_keys=False, allow_unicode=True, width=110)

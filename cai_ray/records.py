@@ -97,10 +97,25 @@ def check_messages(messages: object) -> list[Message]:
     turns = out[1:] if out[0]["role"] == "system" else out
     expected = ["user" if i % 2 == 0 else "assistant" for i in range(len(turns))]
     if [t["role"] for t in turns] != expected or not turns or turns[-1]["role"] != "user":
-        raise DataError(
-            f"messages: roles are {[m['role'] for m in out]}, expected user and assistant in turn, ending with user"
-        )
+        roles = ", ".join(m["role"] if m["role"] in ("system", "user", "assistant") else "?" for m in out)
+        raise DataError(f"messages: roles are {roles:.200}, expected user and assistant in turn, ending with user")
     return out
+
+
+def answers(row: Mapping[str, Any], rounds: str | tuple[int, ...]) -> list[tuple[str, str]]:
+    """What SFT learns from a `Revision` row, as (id, text): its chosen revisions, or a helpful row's sampled answer.
+
+    Args:
+        row: the row.
+        rounds: `all`, `last`, or numbers counted from 1. The first response to a harmful prompt is never among them.
+    """
+    if row["kind"] == "helpful":
+        texts = {row["id"]: row["initial_response"]}
+    else:
+        numbered = {k: r["revision"] for k, r in enumerate(row["rounds"] or [], 1)}
+        chosen = {"all": list(numbered), "last": list(numbered)[-1:]}.get(rounds, rounds)  # type: ignore[arg-type]
+        texts = {f"{row['id']}-{k}": numbered[k] for k in chosen if k in numbered}  # type: ignore[index]
+    return [(name, text) for name, text in texts.items() if text and text.strip()]
 
 
 def to_table(rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:

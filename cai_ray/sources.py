@@ -1,5 +1,6 @@
-"""Prompts and comparisons from files, folders and the Hugging Face hub, read by the `datasets` library's own builders.
+"""Prompts and comparisons from files, folders and the Hugging Face hub.
 
+Files are parsed here, row by row: a bad row costs itself alone, and nothing guesses at what type a value might be.
 What is accepted (one form a row; `Source.column` names another column for the prompt):
   messages             a conversation; ending with the user it is one prompt, ending with the assistant it is a
                        transcript, and each of its human turns is a prompt
@@ -7,47 +8,46 @@ What is accepted (one form a row; `Source.column` names another column for the p
   chosen, rejected     HH transcripts ("\\n\\nHuman: … \\n\\nAssistant: …"), replies to `prompt`/`messages`, or messages
 """
 
+import bz2
+import csv
+import gzip
 import json
+import lzma
 import re
-from collections.abc import Iterator, Mapping
-from itertools import islice
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from cai_ray.config import Source
 from cai_ray.errors import DataError
 from cai_ray.records import Message, Row, check_messages, row_id, split_of
 from cai_ray.shipped import asset_path
 
-_TOLERANT = {"encoding_errors": "backslashreplace"}
 _TURN = re.compile(r"\n\n(Human|Assistant): ?")
-# Lines are parsed here, so that a bad one costs one row.
-_BUILDERS = {".jsonl": "text", ".ndjson": "text", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+_ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+_PACKED: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+_BROKEN = (OSError, EOFError, ValueError, OverflowError, csv.Error, zlib.error, lzma.LZMAError, pa.ArrowException)
+_DEEPEST = 16  # containers inside each other; no row needs more than four
 
 
 def read_rows(source: Source) -> Iterator[Row | DataError]:
     """The raw rows of a source in order; a line that is not readable comes as the error that says so.
 
     Raises:
-        DataError: the source does not exist or no builder of `datasets` reads it.
+        DataError: the source does not exist, or its file as a whole cannot be read.
     """
     if source.path.startswith("hf:"):
         name, _, split = source.path.removeprefix("hf:").partition(":")
         name, _, folder = name.partition("//")  # hf:Anthropic/hh-rlhf//harmless-base:train
-        yield from _stream(name, name, split=split or "train", data_dir=folder or None)
+        yield from _stream(name, split or "train", folder or None)
         return
     for path in _files(source.path):
-        suffix = path.with_suffix("").suffix if path.suffix in (".gz", ".zst", ".bz2", ".xz") else path.suffix
-        if suffix not in _BUILDERS:
-            raise DataError(f"{path.name}: no reader for its ending {suffix!r}", f"use one of {', '.join(_BUILDERS)}")
-        # Bytes that are no UTF-8 become what JSON refuses.
-        more: Any = {".tsv": {"sep": "\t"}, ".jsonl": _TOLERANT, ".ndjson": _TOLERANT}.get(suffix, {})
-        rows = _stream(path.name, _BUILDERS[suffix], data_files=str(path), split="train", **more)
-        if _BUILDERS[suffix] == "text":
-            lines = ((n, row["text"]) for n, row in enumerate(rows, 1))
-            yield from (_parse_line(path.name, n, text) for n, text in lines if text.strip())
-        else:
-            yield from rows
+        yield from _file_rows(path)
 
 
 def check_source(source: Source) -> None:
@@ -61,9 +61,9 @@ def _files(path: str) -> list[Path]:
         return [asset_path(path.removeprefix("starter:") + ".jsonl")]
     here = Path(path).expanduser()
     if here.is_dir():
-        files = sorted(p for p in here.rglob("*") if p.is_file() and {*p.suffixes} & _BUILDERS.keys())
+        files = sorted(p for p in here.rglob("*") if p.is_file() and {*p.suffixes} & {*_ENDINGS})
         if not files:
-            raise DataError(f"the folder {path} holds no data file", f"expected {', '.join(_BUILDERS)}")
+            raise DataError(f"the folder {path} holds no data file", f"expected {', '.join(_ENDINGS)}")
         return files
     if not here.is_file():
         raise DataError(
@@ -73,27 +73,87 @@ def _files(path: str) -> list[Path]:
     return [here]
 
 
-def _stream(name: str, builder: str, **options: Any) -> Iterator[Row]:
-    """The rows of one file or hub data set; what cannot be read is an error with its name, not a traceback."""
+def _stream(name: str, split: str, folder: str | None) -> Iterator[Row]:
+    """The rows of a hub data set."""
     import datasets.exceptions
-    import pyarrow as pa
 
     datasets.disable_progress_bars()
     try:
-        yield from datasets.load_dataset(builder, streaming=True, **options)
-    except (OSError, ValueError, pa.ArrowException, datasets.exceptions.DatasetsError) as e:
-        raise DataError(
-            f"{name} could not be read: {type(e).__name__}: {str(e)[:200]}",
-            "mend or remove the file; on the hub check name and split (hf:NAME//FOLDER:SPLIT), network and HF_TOKEN",
-        ) from e
+        yield from datasets.load_dataset(name, split=split, data_dir=folder, streaming=True)
+    except (*_BROKEN, datasets.exceptions.DatasetsError) as e:
+        fix = "check name and split (hf:NAME//FOLDER:SPLIT), network and HF_TOKEN"
+        raise _unreadable(name, e, fix) from e
 
 
-def _parse_line(name: str, number: int, text: str) -> Row | DataError:
+def _file_rows(path: Path) -> Iterator[Row | DataError]:
+    opened = _PACKED.get(path.suffix, open)
+    suffix = path.with_suffix("").suffix if path.suffix in _PACKED else path.suffix
+    if suffix not in _ENDINGS:
+        raise DataError(f"{path.name}: no reader for its ending {suffix!r}", f"use one of {', '.join(_ENDINGS)}")
     try:
-        row = json.loads(text)
-    except (json.JSONDecodeError, RecursionError):
+        if suffix == ".parquet":
+            for batch in pq.ParquetFile(path).iter_batches():
+                yield from batch.to_pylist()
+        elif suffix in (".csv", ".tsv"):  # what is no UTF-8 becomes what `check_messages` refuses
+            with opened(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
+                yield from _csv_rows(path.name, lines, "," if suffix == ".csv" else "\t")
+        else:
+            with opened(path, "rb") as lines:
+                yield from _json_rows(path.name, lines, suffix == ".json")
+    except _BROKEN as e:
+        raise _unreadable(path.name, e, "mend or remove the file") from e
+
+
+def _unreadable(name: str, error: Exception, fix: str) -> DataError:
+    return DataError(f"{name} could not be read: {type(error).__name__}: {error!s:.200}", fix)
+
+
+def _json_rows(name: str, lines: Iterable[bytes], whole: bool) -> Iterator[Row | DataError]:
+    """An object a line; or, where `whole` allows it and the first line is none, one list of objects."""
+    numbered = ((number, line) for number, line in enumerate(lines, 1) if line.strip())
+    first = next(numbered, None) if whole else None
+    if first and isinstance(_parse(name, *first), DataError):
+        text = first[1] + b"".join(line for _, line in numbered)
+        try:
+            values = json.loads(text)
+        except (ValueError, RecursionError):
+            fix = "give a list of objects, or one object a line"
+            raise DataError(f"{name} is not JSON in UTF-8", fix) from None
+        values = values if isinstance(values, list) else [values]
+        yield from (_check(f"{name}:{number}", value) for number, value in enumerate(values, 1))
+        return
+    yield from (_parse(name, *line) for line in chain([first] if first else [], numbered))
+
+
+def _parse(name: str, number: int, line: bytes) -> Row | DataError:
+    try:
+        return _check(f"{name}:{number}", json.loads(line))
+    except (ValueError, RecursionError):  # ValueError: also a number of more digits than Python reads
         return DataError(f"{name}:{number}: not a JSON object in UTF-8")
-    return row if isinstance(row, dict) else DataError(f"{name}:{number}: not a JSON object")
+
+
+def _check(place: str, value: Any) -> Row | DataError:
+    if not isinstance(value, dict):
+        return DataError(f"{place}: not a JSON object")
+    return value if _shallow(value) else DataError(f"{place}: more than {_DEEPEST} levels of lists and objects")
+
+
+def _shallow(value: Any, left: int = _DEEPEST) -> bool:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return left >= 0 and all(_shallow(v, left - 1) for v in inner)
+
+
+def _csv_rows(name: str, lines: Iterable[str], separator: str) -> Iterator[Row | DataError]:
+    """A dict of texts a record; an empty cell is None."""
+    csv.field_size_limit(1 << 30)  # the default, 128 KiB, is less than a long conversation
+    reader = csv.reader(lines, delimiter=separator, strict=True)
+    records = filter(None, reader)
+    header = next(records, [])
+    for cells in records:
+        if len(cells) == len(header):
+            yield {column: cell or None for column, cell in zip(header, cells, strict=True)}
+        else:
+            yield DataError(f"{name}:{reader.line_num}: {len(cells)} cells, the header has {len(header)}")
 
 
 def parse_transcript(text: str) -> list[Message]:
@@ -128,7 +188,7 @@ def to_prompts(row: Row, kind: str, source: Source) -> list[Row]:
     column = source.column or next((c for c in ("messages", "prompt", "chosen") if row.get(c) is not None), None)
     if column is None or row.get(column) is None:
         raise DataError(
-            f"no column {source.column or 'messages, prompt or chosen'} among {sorted(row)}", "name it in `column`"
+            f"no column {source.column or 'messages, prompt or chosen'} among {_columns(row)}", "name it in `column`"
         )
     messages = _conversation(row[column], transcript=column == "chosen")
     humans = [i for i, m in enumerate(messages, 1) if m["role"] == "user"]
@@ -153,8 +213,8 @@ def to_comparison(row: Row, source: Source) -> Row:
         DataError: columns are missing, the replies are equal or empty, or the two conversations differ.
     """
     if row.get("chosen") is None or row.get("rejected") is None:
-        raise DataError(f"expected the columns chosen and rejected, got {sorted(row)}")
-    head = row.get("messages", row.get("prompt"))
+        raise DataError(f"expected the columns chosen and rejected, got {_columns(row)}")
+    head = row.get("prompt") if row.get("messages") is None else row["messages"]
     if head is None:
         chosen, rejected = _conversation(row["chosen"], True), _conversation(row["rejected"], True)
         if chosen[:-1] != rejected[:-1] or chosen[-1]["role"] != "assistant" or rejected[-1]["role"] != "assistant":
@@ -168,19 +228,30 @@ def to_comparison(row: Row, source: Source) -> Row:
         check_messages([{"role": "user", "content": text}])  # the same rules for text: not empty, UTF-8, no null byte
     if a.strip() == b.strip():
         raise DataError("the two replies are equal")
-    prob = row.get("label_prob", 1.0)
-    if not isinstance(prob, int | float) or not 0 <= prob <= 1:
-        raise DataError(f"label_prob is {prob!r}, expected a number in [0, 1]")
     return {
         **_prompt(messages, "helpful", source.path),
         "id": row_id([messages, a, b]),
         "response_a": a,
         "response_b": b,
-        "label_prob": float(prob),
+        "label_prob": _probability(row.get("label_prob")),
         "votes": [],
         "seed": 0,
         "flags": [],
     }
+
+
+def _columns(row: Row) -> str:
+    return f"{sorted(row)!s:.200}"
+
+
+def _probability(value: Any) -> float:
+    try:
+        prob = 1.0 if value is None else float(value)  # CSV has texts
+    except (TypeError, ValueError, OverflowError):
+        prob = -1.0
+    if not 0 <= prob <= 1:
+        raise DataError("label_prob is no number in [0, 1]")
+    return prob
 
 
 def _reply(value: Any) -> str:

@@ -19,7 +19,8 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_help_has_two_examples_everywhere() -> None:
-    for words in (["run"], ["plan"], ["config", "show"], ["report"], ["chat"], ["critique"], ["doctor"]):
+    names = ("run", "plan", "config show", "constitution import", "constitution check", "export")
+    for words in (name.split() for name in (*names, "report", "chat", "critique", "doctor")):
         text = call(*words, "--help").output
         assert text.split("Examples:")[1].count("cai-ray ") >= 2, words
     assert "neighbour's wifi" in call("critique", "--help").output
@@ -72,6 +73,50 @@ def test_an_empty_constitution_is_refused() -> None:
     assert "principle" in result.output
 
 
+def test_the_published_constitution_is_imported_and_checked(test_data: Path) -> None:
+    from cai_ray.constitution import import_published, load_constitution
+
+    result = call("constitution", "import", str(test_data / "cai_paper"), "new/published.yaml")
+    assert result.exit_code == 0, result.output
+    sha = import_published(test_data / "cai_paper").sha256
+    assert load_constitution("new/published.yaml").sha256 == sha
+    assert "16 critique pairs, 16 questions; few-shots: 5 critique, 5 feedback, 6 chain of thought" in result.output
+    assert sha in result.output
+    written = Path("new/published.yaml").read_bytes()
+    refused = call("constitution", "import", str(test_data / "cai_paper"), "new/published.yaml")
+    assert (refused.exit_code, Path("new/published.yaml").read_bytes()) == (2, written)
+    assert "--force" in refused.output
+    Path("new/published.yaml").write_text("old", "utf-8")
+    assert call("constitution", "import", str(test_data / "cai_paper"), "new/published.yaml", "--force").exit_code == 0
+    assert Path("new/published.yaml").read_bytes() == written
+    checked = call("constitution", "check", "new/published.yaml")
+    assert checked.exit_code == 0, checked.output
+    assert "harmful15" in checked.output
+    assert "error" not in checked.output
+
+
+def test_checking_a_constitution_names_everything_and_shows_it() -> None:
+    clean = call("constitution", "check", "default")
+    assert clean.exit_code == 0, clean.output
+    assert "self-harm" in clean.output
+    assert "critique pair + question" in clean.output
+    Path("mine.yaml").write_text(
+        "name: mine\nversion: 1\nprinciples:\n"
+        "  - {id: a, tags: ['[red]x'], weight: 2.5, preference_question: 'Which is worse? Options:', inverted: true}\n"
+        "  - {id: a, preference_question: 'Which is more toxic? Options:'}\n"
+        "  - {id: b, preference_question: 'Which is better?'}\n",
+        "utf-8",
+    )
+    result = call("constitution", "check", "mine.yaml")
+    assert result.exit_code == 2
+    assert result.output.count("error: ") == 3
+    assert "[red]x" in result.output
+    assert "question, inverted" in result.output
+    assert "mine 1 (en): 0 critique pairs, 3 questions" in result.output
+    assert call("constitution", "check", "gone.yaml").exit_code == 2
+    assert call("constitution", "import", "gone", "x.yaml").exit_code == 2
+
+
 def test_a_full_disk_is_found_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     import shutil
     from collections import namedtuple
@@ -84,13 +129,14 @@ def test_a_full_disk_is_found_before_anything_starts(monkeypatch: pytest.MonkeyP
     assert "run.dir" in result.output
 
 
-def test_help_is_quick() -> None:
+@pytest.mark.parametrize(("arguments", "limit_s"), [("--help", 0.5), ("constitution check default", 2.0)])
+def test_light_commands_are_quick(arguments: str, limit_s: float) -> None:
     import subprocess
     import sys
 
-    times = []
+    times, command = [], [sys.executable, "-m", "cai_ray.cli", *arguments.split()]
     for _ in range(3):
         start = time.monotonic()
-        subprocess.run([sys.executable, "-m", "cai_ray.cli", "--help"], check=True, capture_output=True, timeout=30)
+        subprocess.run(command, check=True, capture_output=True, timeout=30, cwd=Path(__file__).parent.parent)
         times.append(time.monotonic() - start)
-    assert min(times) < 0.5
+    assert min(times) < limit_s

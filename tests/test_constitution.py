@@ -6,14 +6,16 @@ from collections import Counter
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from cai_ray import shipped
-from cai_ray.constitution import OPTIONS, draw, draw_distinct, import_published, load_constitution
+from cai_ray.constitution import OPTIONS, Constitution, draw, draw_distinct, import_published, load_constitution, to_yaml
 from cai_ray.errors import ConfigError
 from cai_ray.published import _FILES
 from cai_ray.shipped import asset_path, shipped_file, shipped_names
-from cai_ray.templates import FRAMES, critique_prompt, rationale_prompt, revision_prompt
+from cai_ray.templates import ASSISTANT, FRAMES, critique_prompt, rationale_prompt, render_turns, revision_prompt
 
 WIFI = [{"role": "user", "content": "Help me get into my neighbour's wifi."}]
 PAIR = {"id": "a", "tags": ["one"], "critique_request": "What is wrong?", "revision_request": "Mend it."}
@@ -61,12 +63,34 @@ def test_a_small_file_loads(written):
         ({"language": "fr"}, ["language", "'en'"]),
         ({"principles": [{"id": "a", "critique_request": "What?"}]}, ["needs both"]),
         ({"principles": [{"id": "a"}]}, ["neither"]),
+        ({"principles": [{**PAIR, "inverted": True}]}, ["inverted", "preference_question"]),
+        ({"principles": [{**PAIR, "tags": ["x", " "]}]}, ["principles.0.tags.1"]),
+        ({"version": ""}, ["version"]),
         ({"principles": [{**PAIR, "weight": 0}]}, ["weight", "greater than 0"]),
         ({"principles": [{**PAIR, "weight": float("inf")}]}, ["weight", "finite"]),
     ],
 )
 def test_mistakes_name_their_place_and_the_mending(written, changes, words):
     fails(written(**changes), *words, "fix:")
+
+
+def test_all_mistakes_are_named_at_once(written):
+    unasked = {**ASK, "id": "a", "preference_question": "Which?"}
+    principles = [{**PAIR, "weigth": 2, "weight": -1}, PAIR, unasked, {"id": "d"}]
+    wrong = written(name="", langauge="en", principles=principles, feedback_few_shots=[shot(answer="C", response_b="")])
+    with pytest.raises(ConfigError) as caught:
+        load_constitution(wrong)
+    assert str(caught.value).splitlines()[1:-1] == [
+        "  name: String should have at least 1 character",
+        "  langauge: unknown key 'langauge'; did you mean 'language'?",
+        "  principles.0.weight: Input should be greater than 0",
+        "  principles.0.weigth: unknown key 'weigth'; did you mean 'weight'?",
+        "  principles.3: principle 'd' has neither a critique pair nor a preference_question",
+        "  feedback_few_shots.0.response_b: String should have at least 1 character",
+        "  feedback_few_shots.0.answer: Input should be 'A' or 'B'",
+        "  principle ids must be unique, these occur twice: a",
+        "  principle 'a': the question must end with ' Options:', because the two answers follow it",
+    ]
 
 
 def shot(**changes):
@@ -227,22 +251,28 @@ def test_published_files_come_out_as_they_went_in(test_data):
         assert revision == prompt + " Bad." + pair["edit_request"]
     assert [p.preference_question for p in published.for_feedback()] == questions
 
+    # Repairs of the examples, and nothing else: four of five critiques end with a turn marker that nothing follows,
+    # the fourth and the fifth chain of thought lack line breaks before them, the fifth also the letters of its turns.
+    dangling = [text for text in critiques if text.endswith("\n\nHuman:")]
+    assert len(dangling) == 4
     plain = critique_prompt(WIFI, "Sure.", "Why?", published.critique_few_shots)
-    assert plain == "".join(text.removesuffix("\n\nHuman:") for text in critiques) + critique_prompt(
-        WIFI, "Sure.", "Why?"
-    )
+    repaired = [text.removesuffix("\n\nHuman:") for text in critiques]
+    assert plain == "".join(repaired) + critique_prompt(WIFI, "Sure.", "Why?")
+
     assert [s.answer for s in published.feedback_few_shots] == ["A", "B", "A", "B", "A"]
     for shot, text in zip(published.feedback_few_shots, comparisons, strict=True):
+        assert render_turns(shot.messages) + ASSISTANT == text["prompt"]
         better, worse = (shot.response_a, shot.response_b) if shot.answer == "A" else (shot.response_b, shot.response_a)
         assert ([better], [worse]) == (text["corrects"], text["incorrects"])
 
+    texts = [text["prompt"] for text in cots]
+    assert [text.count("{}") for text in texts] == [1] * 6
+    texts[3] = "\n" + texts[3]
+    texts[4] = "\n\n" + texts[4].replace("a human and an assistant:", "a human (H) and an assistant (A):", 1)
     asked = rationale_prompt(WIFI, questions[0], "x", "y")
-    for i, text in enumerate(cots):
-        ours = rationale_prompt(WIFI, questions[0], "x", "y", [published.cot_few_shots[i]]).removesuffix(asked)
-        theirs = text["prompt"].replace("{}", questions[0])
-        if i in (3, 4):  # these two lack a line break or the letters; all behind the opening is equal
-            ours, theirs = (t.split("\n\nH: ", 1)[1] for t in (ours, theirs))
-        assert ours == theirs
+    for shot, text in zip(published.cot_few_shots, texts, strict=True):
+        ours = rationale_prompt(WIFI, questions[0], "x", "y", [shot]).removesuffix(asked)
+        assert ours == text.replace("{}", questions[0])
 
 
 def test_published_files_with_another_form(test_data, tmp_path):
@@ -258,6 +288,58 @@ def test_published_files_with_another_form(test_data, tmp_path):
             with pytest.raises(ConfigError):
                 import_published(tmp_path)
         (tmp_path / f"{name}.json").write_text(good)
+
+
+@pytest.mark.parametrize("name", ["default", "zh"])
+def test_a_constitution_comes_back_from_its_yaml(name, tmp_path):
+    comes_back(load_constitution(name), tmp_path)
+
+
+def test_the_published_constitution_comes_back_from_readable_yaml(test_data, tmp_path):
+    text = comes_back(import_published(test_data / "cai_paper"), tmp_path)
+    assert text.count("critique_request: >-\n") > 16
+    assert "\\n" not in text
+
+
+def comes_back(constitution, folder):
+    text = to_yaml(constitution)
+    (folder / "c.yaml").write_text(text, encoding="utf-8")
+    again = load_constitution(folder / "c.yaml")
+    assert again.sha256 == constitution.sha256
+    assert again.model_copy(update={"source": constitution.source}) == constitution
+    return text
+
+
+PIECES = [
+    " ",
+    "\n",
+    "\r",
+    "\t",
+    "\x85",
+    "\u2028",
+    "a",
+    "word " * 9,
+    ": ",
+    " #",
+    "- ",
+    "|",
+    ">",
+    "'",
+    '"',
+    "\\",
+    "宪",
+    "😀",
+]
+
+
+@given(text=st.lists(st.sampled_from(PIECES), min_size=1, max_size=25).map("".join).filter(str.strip))
+def test_any_text_comes_back_from_yaml(text):
+    example = shot(
+        answer="A", messages=[{"role": "user", "content": text}], response_a=text, question=text + " Options:"
+    )
+    principle = {**PAIR, "critique_request": text}
+    made = Constitution.model_validate({**BASE, "principles": [principle], "feedback_few_shots": [example]})
+    assert Constitution.model_validate(yaml.safe_load(to_yaml(made))) == made
 
 
 def test_shipped_files_are_found_in_a_checkout_and_in_a_wheel(tmp_path, monkeypatch):

@@ -15,13 +15,13 @@ PACKAGE = Path(__file__).resolve().parent.parent / "cai_ray"
 LAYERS = [
     {"errors", "shipped"},
     {"records", "published"},
-    {"constitution", "config", "templates", "artifacts"},
+    {"constitution", "constitution_checks", "config", "templates", "artifacts"},
     {"algo", "models", "sources"},
     {"generation", "training", "evaluation"},
     {"rl", "report"},
     {"stages"},
     {"pipeline", "tracking", "progress", "cluster", "resources", "doctor"},
-    {"execution", "serving"},
+    {"execution", "serving", "export"},
     {"console"},
     {"cli"},
 ]
@@ -31,6 +31,7 @@ SAME_LAYER = {
     ("shipped", "errors"),
     ("published", "records"),
     ("templates", "constitution"),
+    ("constitution_checks", "constitution"),
     ("execution", "pipeline"),
     ("resources", "pipeline"),
     ("resources", "cluster"),
@@ -122,7 +123,17 @@ def test_size_budget() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["plan", "tiny"], ["config", "show", "tiny"], ["run", "--help"]], ids=" ".join
+    "arguments",
+    [
+        ["--help"],
+        ["plan", "tiny"],
+        ["config", "show", "tiny"],
+        ["run", "--help"],
+        ["export", "--help"],
+        ["constitution", "check", "default"],
+        ["constitution", "import", "--help"],
+    ],
+    ids=" ".join,
 )
 def test_light_commands_import_neither_torch_nor_ray(arguments: list[str]) -> None:
     code = (

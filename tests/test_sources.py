@@ -100,6 +100,64 @@ def test_a_bad_line_costs_one_row(tmp_path: Path) -> None:
     assert "UTF-8" in str(rows[2])
 
 
+def test_texts_are_not_taken_for_numbers_dates_or_nothing(tmp_path: Path) -> None:
+    texts = ["123", "NA", "null", "2024-01-01", 'a "quoted",\nline', "x" * 200_000]
+    rows = [{"prompt": text} for text in texts]
+    (tmp_path / "a.csv").write_text(
+        "prompt\n" + "".join('"' + t.replace('"', '""') + '"\n' for t in texts), "utf-8-sig"
+    )
+    (tmp_path / "a.json").write_text(json.dumps(rows), "utf-8-sig")
+    (tmp_path / "b.json").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8-sig")  # a row a line
+    for name in ("a.csv", "a.json", "b.json"):
+        assert list(read_rows(Source(path=str(tmp_path / name)))) == rows, name
+
+
+def test_a_csv_record_of_another_length_costs_one_row(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes(b"prompt,label_prob\nfine,0.25\n\nshort\nlong,1,2\n\xff,1\nfine too,\n")
+    rows = list(read_rows(Source(path=str(path))))
+    assert [row.message if isinstance(row, DataError) else row["prompt"] for row in rows] == [
+        "fine",
+        "a.csv:4: 1 cells, the header has 2",
+        "a.csv:5: 3 cells, the header has 2",
+        "\udcff",
+        "fine too",
+    ]
+    with pytest.raises(DataError, match="not valid UTF-8"):
+        to_prompts({"prompt": "\udcff"}, "harmful", Source(path="f"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.jsonl.gz", gzip.compress(b'{"prompt": "x"}\n' * 300)[:-9], "end-of-stream"),
+        ("a.jsonl.gz", b"\x1f\x8b\x08\x00" + b"\x00" * 30, "could not be read"),
+        ("a.csv", b'prompt\n"no end\n', "unexpected end of data"),
+        ("a.json", b'[{"prompt": "x"}', "not JSON"),
+        ("a.json", b"[" * 100_000, "not JSON"),
+        ("a.parquet", b"PAR1", "could not be read"),
+    ],
+    ids=["cut", "zeros", "quote", "list", "deep", "parquet"],
+)
+def test_a_broken_file_is_refused_with_its_name(tmp_path: Path, name: str, content: bytes, words: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=words) as caught:
+        list(read_rows(Source(path=str(tmp_path / name))))
+    assert str(caught.value).startswith(name)
+
+
+def test_values_that_python_cannot_hold_are_refused(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"when": pa.array([2**63 - 1]).view(pa.timestamp("us"))}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="OverflowError"):
+        list(read_rows(Source(path=str(tmp_path / "a.parquet"))))
+    (tmp_path / "a.jsonl").write_bytes(
+        b'{"prompt": 1' + b"0" * 5000 + b"}\n" + b'{"prompt": ' + b"[" * 20 + b"]" * 20 + b"}"
+    )
+    huge, deep = read_rows(Source(path=str(tmp_path / "a.jsonl")))
+    assert "a.jsonl:1: not a JSON object" in str(huge)
+    assert "a.jsonl:2: more than 16 levels" in str(deep)
+
+
 def test_missing_file_and_unknown_ending(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="not a file or folder"):
         list(read_rows(Source(path=str(tmp_path / "none.jsonl"))))
@@ -121,6 +179,8 @@ def test_comparisons_in_every_form() -> None:
             "chosen": [{"role": "assistant", "content": "good"}],
             "rejected": [{"role": "assistant", "content": "bad"}],
         },
+        # Columns that other rows of the same table fill:
+        {"messages": None, "prompt": "hi", "chosen": "good", "rejected": "bad", "label_prob": None},
     ]
     rows = [to_comparison(f, Source(path="f")) for f in forms]
     assert len({r["id"] for r in rows}) == 1
@@ -135,7 +195,10 @@ def test_comparisons_in_every_form() -> None:
         {"prompt": "hi", "chosen": "same", "rejected": "same "},
         {"prompt": "hi", "chosen": "", "rejected": "x"},
         {"prompt": "hi", "chosen": "x"},
-        {"prompt": "hi", "chosen": "x", "rejected": "y", "label_prob": 1.5},
+        *(
+            {"prompt": "hi", "chosen": "x", "rejected": "y", "label_prob": p}
+            for p in (1.5, "much", float("nan"), 10**400)
+        ),
         {"chosen": "\n\nHuman: a\n\nAssistant: x", "rejected": "\n\nHuman: b\n\nAssistant: y"},
     ],
 )

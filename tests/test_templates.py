@@ -230,6 +230,13 @@ def test_examples_come_first_plain():
     assert prompt == thought * 2 + rationale_prompt(WIFI, QUESTION, "x", "y")
 
 
+def test_braces_are_text():
+    braces = "\nWhich {} is {better} {0}? Options:"
+    shot = COT_SHOT.model_copy(update={"question": braces, "rationale": "{}"})
+    prompt = rationale_prompt([user("{x}")], braces, "{}", "{y}", [shot])
+    assert (prompt.count(braces), prompt.count("{}"), prompt.count("{y}")) == (2, 4, 1)
+
+
 def test_examples_come_first_chat():
     shot = [
         *BREAD,

@@ -17,7 +17,7 @@ from cai_ray.config import SftConfig
 from cai_ray.models.checkpoints import load_causal_lm
 from cai_ray.models.scalar import hidden_states, lm_head_weight
 from cai_ray.models.tokenization import Tokenizer, sft_example
-from cai_ray.records import Row
+from cai_ray.records import Row, answers
 
 COLUMNS = ("id", "messages", "kind", "split", "initial_response", "rounds")
 Batch = Mapping[str, Tensor]
@@ -84,20 +84,10 @@ def examples(row: Row, tokenizer: Tokenizer, config: SftConfig) -> list[Example]
         DataError: the chat template refuses the conversation.
     """
     out = []
-    for name, text in _answers(row, config.rounds):
+    for name, text in answers(row, config.rounds):
         ids, mask, truncated = sft_example(tokenizer, row["messages"], text, config.max_tokens)
         out.append(Example(name, np.array(ids, np.int32), np.array(mask, bool), truncated))
     return out
-
-
-def _answers(row: Row, rounds: str | tuple[int, ...]) -> list[tuple[str, str]]:
-    if row["kind"] == "helpful":
-        texts = {row["id"]: row["initial_response"]}
-    else:
-        numbered = {k: r["revision"] for k, r in enumerate(row["rounds"] or [], 1)}
-        chosen = {"all": list(numbered), "last": list(numbered)[-1:]}.get(rounds, rounds)  # type: ignore[arg-type]
-        texts = {f"{row['id']}-{k}": numbered[k] for k in chosen if k in numbered}  # type: ignore[index]
-    return [(name, text) for name, text in texts.items() if text and text.strip()]
 
 
 def collate(batch: Sequence[Example], pad_id: int, device: torch.device) -> Batch:

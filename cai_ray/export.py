@@ -1,0 +1,274 @@
+"""A run's rows as folders that `datasets.load_dataset` reads: TRL's columns, and those of published CAI data sets.
+
+Rows go from file to file in batches, so that a run of any size passes through little memory.
+"""
+
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.dataset as pads
+import pyarrow.parquet as pq
+import yaml
+
+from cai_ray.artifacts import Manifest, RunDir, StageDir
+from cai_ray.config import Config, Principles, load_config
+from cai_ray.constitution import Constitution, Principle
+from cai_ray.errors import ConfigError, DataError
+from cai_ray.pipeline import constitution_of
+from cai_ray.records import PROMPT, Row, answers, to_table
+from cai_ray.report.collect import cautions, collect
+from cai_ray.templates import render_turns
+
+_TEXT = pa.string()
+_MESSAGES = PROMPT.field("messages").type
+_HEAD = [("id", _TEXT), ("kind", _TEXT), ("source", _TEXT)]
+_PAIR = [("prompt", _MESSAGES), ("chosen", _MESSAGES), ("rejected", _MESSAGES), ("label_prob", pa.float64())]
+_STEPS = ("init_prompt", "init_response", "critic_prompt", "critic_response", "revision_prompt", "revision_response")
+SFT = pa.schema([("messages", _MESSAGES), *_HEAD])
+PREFERENCES = pa.schema([*_PAIR, *_HEAD, ("principle_ids", pa.list_(_TEXT))])
+CAI = pa.schema([*((name, _TEXT) for name in _STEPS), *_HEAD, ("round", pa.int32()), ("principle_id", _TEXT)])
+_BATCH = 1024  # rows that are held at once
+
+LIMITS = (
+    "Models wrote the responses, critiques and revisions. No human labelled anything here: a preference is a model's "
+    "judgement under a written principle. The starter prompts (`starter:…` in `source`) were written for cai-ray; they "
+    "are neither human labels nor a benchmark.",
+    "Harmful requests and harmful answers are part of the data; they are meant for safety training and research.",
+)
+
+
+@dataclass(frozen=True)
+class Export:
+    """One folder of the export."""
+
+    name: str
+    stage: str  # whose rows it is made from
+    makers: tuple[str, ...]  # stages whose models and principles had a part in it
+    schema: pa.Schema
+    rows: Callable[[Row], Iterable[Row]]  # what one row of the stage becomes
+    about: str
+    nothing: str  # which rows of the stage become none
+
+
+def sft_rows(row: Row, rounds: str | tuple[int, ...]) -> Iterator[Row]:
+    """The conversations that SFT learns from a `Revision` row, each ending with its answer."""
+    for name, text in answers(row, rounds):
+        yield {**row, "id": name, "messages": [*row["messages"], {"role": "assistant", "content": text}]}
+
+
+def preference_rows(row: Row) -> Iterator[Row]:
+    """The one pair of a `LabeledPair` row, turned so that label_prob, P(chosen better), is at least a half."""
+    prob, chosen, rejected = row["label_prob"], row["response_a"], row["response_b"]
+    if prob is None:
+        return
+    if prob < 0.5:
+        prob, chosen, rejected = 1 - prob, rejected, chosen
+    pair = {"chosen": chosen, "rejected": rejected}
+    yield {
+        **row,
+        "prompt": row["messages"],
+        **{name: [{"role": "assistant", "content": text}] for name, text in pair.items()},
+        "label_prob": prob,
+        "principle_ids": list(dict.fromkeys(vote["principle_id"] for vote in row["votes"] or ())),
+    }
+
+
+def cai_rows(row: Row, principles: Mapping[str, Principle]) -> Iterator[Row]:
+    """One row for each round of a `Revision` row; `init_response` is the response that the round begins with."""
+    messages, response = row["messages"], row["initial_response"]
+    prompt = messages[0]["content"] if len(messages) == 1 else render_turns(messages)
+    for number, done in enumerate(row["rounds"] or (), 1):
+        principle = principles[done["principle_id"]]
+        asked = (principle.critique_request, done["critique"], principle.revision_request, done["revision"])
+        texts = dict(zip(_STEPS, (prompt, response, *asked), strict=True))
+        numbers = {"id": f"{row['id']}-{number}", "round": number, "principle_id": principle.id}
+        yield {**row, **texts, **numbers}
+        response = done["revision"]
+
+
+def export_run(run: RunDir, to: Path, force: bool = False) -> list[str]:
+    """Writes `sft`, `preferences` and `cai` under `to`, as far as the run has finished what they are made from.
+
+    Args:
+        run: the run's directory.
+        to: a new or empty folder; nothing outside it is touched.
+        force: replace these folders in one that is not empty.
+
+    Returns:
+        A line for each of them: its rows, or why it was left out.
+
+    Raises:
+        ConfigError: `to` cannot be used, or the run has finished nothing that could be exported.
+        DataError: rows of the run cannot be read, or the disk does not take them.
+    """
+    config = load_config(str(run.path / "config.yaml"))
+    exports, left_out = _exports(run, config)
+    if not exports:
+        raise ConfigError(f"{run.path} has nothing to export yet: {'; '.join(left_out.values())}", "continue the run")
+    _check_target(to, [export.name for export in exports] + list(left_out), force)
+    limits = [*LIMITS, *cautions(collect(run))]
+    lines = []
+    try:
+        to.mkdir(parents=True, exist_ok=True)
+        for export in exports:
+            partial = to / f".{export.name}.partial"
+            _remove(partial)
+            (partial / "data").mkdir(parents=True)
+            counts = _write(_files(run.stage(export.stage)), export, partial / "data")
+            card = _card(export, counts, run, config, limits)
+            (partial / "README.md").write_text(card, "utf-8")
+            _remove(to / export.name)
+            partial.rename(to / export.name)
+            lines.append(f"{export.name}: {_splits(counts)} from {export.stage}")
+        for name, reason in left_out.items():
+            _remove(to / name)
+            lines.append(f"{name}: left out, {reason}")
+    except (OSError, pa.ArrowException) as e:
+        raise DataError(f"the export to {to} stopped: {e}", "mend that and export again with --force") from e
+    return lines
+
+
+def _exports(run: RunDir, config: Config) -> tuple[list[Export], dict[str, str]]:
+    """What can be exported; and of the rest the reasons, by name."""
+    critic = _constitution(run, "revise", config.constitution.critique)
+    principles = {p.id: p for p in critic.principles} if critic else {}
+    every = [
+        Export(
+            *("sft", "revise", ("revise",), SFT, lambda row: sft_rows(row, config.sft.rounds)),
+            "Conversations for supervised fine-tuning; the last turn is the one to learn. Red-team prompts end with "
+            f"revisions (rounds: {config.sft.rounds}), helpful ones with the helpful model's own answers.",
+            "they hold no such answer",
+        ),
+        Export(
+            *("preferences", "label", ("sft", "sample_pairs", "label"), PREFERENCES, preference_rows),
+            "Pairs of responses to the same prompt. `label_prob` is the feedback model's P(chosen better); at exactly "
+            "0.5 the first response stands as chosen. `principle_ids` are the principles that were asked about.",
+            "they have no label",
+        ),
+        Export(
+            *("cai", "revise", ("revise",), CAI, lambda row: cai_rows(row, principles)),
+            "One row a round of critique and revision: `init_response` is the response that the round begins with, "
+            "`critic_prompt` and `revision_prompt` are the principle's two requests. A conversation of several turns "
+            "stands in `init_prompt` as a transcript. `critic_response` is empty where a run revises without critique.",
+            "helpful prompts have no rounds",
+        ),
+    ]
+    left_out = {}
+    for export in every:
+        manifest = run.stage(export.stage).manifest()
+        if manifest is None:
+            left_out[export.name] = f"the stage {export.stage} is not finished"
+        elif not sum(entry["rows"] for entry in _parts(manifest)):
+            left_out[export.name] = f"the stage {export.stage} has no rows"
+        elif export.name == "cai" and not critic:
+            file, sha = config.constitution.critique.file, manifest.constitution_sha256
+            left_out["cai"] = f"the constitution {file} is not the one of the run any more (sha256 {sha})"
+    return [export for export in every if export.name not in left_out], left_out
+
+
+def _constitution(run: RunDir, stage: str, principles: Principles) -> Constitution | None:
+    """The constitution that a finished stage drew from; None if its file has changed since or is gone."""
+    manifest = run.stage(stage).manifest()
+    try:
+        found = constitution_of(principles)
+    except ConfigError:
+        return None
+    return found if manifest and found.sha256 == manifest.constitution_sha256 else None
+
+
+def _check_target(to: Path, names: list[str], force: bool) -> None:
+    if (to / "config.yaml").is_file():
+        raise ConfigError(f"{to} is a run directory", "name a folder of its own for the export")
+    if to.exists() and not to.is_dir():
+        raise ConfigError(f"{to} is a file", "name a new folder")
+    if to.is_dir() and any(to.iterdir()) and not force:
+        raise ConfigError(f"{to} is not empty", "name a new folder, or --force to replace an earlier export in it")
+    for old in (to / name for name in names):
+        if old.exists() and not (old / "README.md").is_file():
+            raise ConfigError(f"{old} is not an earlier export", "move it away, or name a new folder")
+
+
+def _remove(path: Path) -> None:
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)
+
+
+def _parts(manifest: Manifest) -> list[dict[str, Any]]:
+    return [entry for entry in manifest.outputs if entry["path"].startswith("data/") and "rows" in entry]
+
+
+def _files(stage: StageDir) -> list[str]:
+    manifest = stage.manifest()
+    return [str(stage.path / entry["path"]) for entry in _parts(manifest)] if manifest else []
+
+
+def _write(files: list[str], export: Export, folder: Path) -> Counter[tuple[str, str]]:
+    """Writes a file a split; returns rows by split and kind, those that became none under the split ''."""
+    counts: Counter[tuple[str, str]] = Counter()
+    writers: dict[str, pq.ParquetWriter] = {}
+    with ExitStack() as stack:
+        for batch in pads.dataset(files, format="parquet").to_batches(batch_size=_BATCH, batch_readahead=2):
+            made: dict[str, list[Row]] = {}
+            for row in batch.to_pylist():
+                rows = list(export.rows(row))
+                counts[row["split"] if rows else "", row["kind"]] += len(rows) or 1
+                made.setdefault(row["split"], []).extend(rows)
+            for split, rows in made.items():
+                if split not in writers and rows:
+                    writer = pq.ParquetWriter(folder / f"{split}.parquet", export.schema)
+                    writers[split] = stack.enter_context(writer)
+                if rows:
+                    writers[split].write_table(to_table(rows, export.schema))
+    return counts
+
+
+def _splits(counts: Counter[tuple[str, str]]) -> str:
+    by_split: Counter[str] = Counter()
+    for (split, _), n in counts.items():
+        by_split[split] += n
+    return ", ".join(f"{by_split[split]:,} {split}" for split in ("train", "test") if by_split[split])
+
+
+def _card(export: Export, counts: Counter[tuple[str, str]], run: RunDir, config: Config, limits: list[str]) -> str:
+    """The folder's README.md: what `load_dataset` needs, and where the rows come from."""
+    splits = sorted({split for split, _ in counts} - {""}, reverse=True)
+    files = [{"split": split, "path": f"data/{split}.parquet"} for split in splits]
+    head = {"configs": [{"config_name": "default", "data_files": files}], "tags": ["constitutional-ai", "synthetic"]}
+    made = [[split, kind, f"{n:,}"] for (split, kind), n in sorted(counts.items(), reverse=True) if split]
+    none = sum(n for (split, _), n in counts.items() if not split)
+    parts = [
+        f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n# {export.name}\n\n{export.about}",
+        _table(["split", "kind", "rows"], made),
+        *([f"Rows of `{export.stage}` that became none: {none:,}, because {export.nothing}."] if none else []),
+        "## Where it comes from\n\nMade by cai-ray (Constitutional AI, Bai et al. 2022, arXiv 2212.08073).",
+    ]
+    manifests = {name: manifest for name in export.makers if (manifest := run.stage(name).manifest())}
+    parts.append(_table(["stage", "models", "constitution", "seed", "cai-ray"], _provenance(manifests, run, config)))
+    if label := manifests.get("label"):
+        numbers = [[key, f"{value:.4g}"] for key, value in label.metrics.items() if isinstance(value, int | float)]
+        parts += ["## What the labels are like", _table(["of the stage label", "value"], numbers)]
+    return "\n\n".join([*parts, "## Limits", "\n".join(f"- {limit}" for limit in limits)]) + "\n"
+
+
+def _provenance(manifests: Mapping[str, Manifest], run: RunDir, config: Config) -> Iterator[list[str]]:
+    chosen = {"revise": config.constitution.critique, "label": config.constitution.feedback}
+    for name, manifest in manifests.items():
+        found = _constitution(run, name, chosen[name]) if name in chosen else None
+        constitution = f"{found.name}, version {found.version}, " if found else ""
+        if manifest.constitution_sha256:
+            constitution += f"sha256 {manifest.constitution_sha256}"
+        models = ", ".join(f"{role}: {identity}" for role, identity in manifest.models.items())
+        yield [name, models, constitution, str(manifest.seed), manifest.packages.get("cai-ray", "")]
+
+
+def _table(head: list[str], rows: Iterable[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
