@@ -79,7 +79,9 @@ class StageDir:
     def __init__(self, path: Path, seed: int = 0):
         self.path, self.name, self.seed = path, path.name, seed
         self.phases: dict[str, float] = {}
+        self.warnings: list[str] = []
         self.on_metrics: Callable[[str, int, Mapping[str, float]], None] | None = None
+        self.on_warning: Callable[[str], None] | None = None
         self._started = time.monotonic()
 
     def _folder(self, name: str) -> Path:
@@ -145,6 +147,12 @@ class StageDir:
         if self.on_metrics:
             self.on_metrics(self.name, step, values)
 
+    def warn(self, text: str) -> None:
+        """Tells the person at the terminal at once, and the report through the manifest's metric `warnings`."""
+        self.warnings.append(text)
+        if self.on_warning:
+            self.on_warning(text)
+
     def sample(self, row: Mapping[str, Any]) -> None:
         """Appends one example to samples.jsonl."""
         self._append("samples.jsonl", row)
@@ -188,7 +196,7 @@ class StageDir:
             parts=plan.parts,
             inputs=plan.inputs,
             outputs=self.outputs(),
-            metrics=dict(metrics),
+            metrics={**metrics, **({"warnings": self.warnings} if self.warnings else {})},
             seed=self.seed,
             constitution_sha256=plan.parts.get("principles"),
             models=plan.parts.get("models", {}),

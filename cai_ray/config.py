@@ -31,6 +31,9 @@ from cai_ray.shipped import shipped_file, shipped_names
 T = TypeVar("T")
 Op = Annotated[T, Field(json_schema_extra={"operational": True})]  # never changes a stage's key
 Fraction = Annotated[float, Field(ge=0, le=1)]
+YamlWord = BeforeValidator(
+    lambda v: {True: "on", False: "off"}[v] if isinstance(v, bool) else v
+)  # YAML 1.1 reads bools
 
 
 class Section(BaseModel):
@@ -327,20 +330,52 @@ class SamplePairsConfig(Answering):
 class LabelConfig(Section):
     """`label`: the feedback model says which response is better, as a multiple choice under a principle."""
 
-    format: Literal["auto", "plain", "chat", "cot"] = "plain"
-    """Prompt format; cot lets the model reason first; auto follows the feedback model's."""
+    format: Literal["auto", "plain", "chat", "cot", "rlaif", "score"] = "plain"
+    """How it is asked: plain or chat multiple choice (auto follows the feedback model's format), cot with reasoning
+    first; rlaif numbers the responses, score rates each alone from 1 to 10 (both as in arXiv 2309.00267)."""
+    chain_of_thought: bool = False
+    """rlaif only: let the model reason before it chooses."""
     few_shots: NonNegativeInt = 0
-    """Examples from the constitution before each question."""
+    """Examples from the constitution before each question; for score those that carry scores."""
     principles_per_pair: PositiveInt = 1
     """Independent draws of a principle, averaged."""
     swap: bool = False
     """Ask in both orders and average: removes the preference for a letter."""
-    clamp: tuple[float, float] | None = None
+    samples_per_pair: PositiveInt = 1
+    """Rationales sampled for each principle and order, averaged; needs cot or chain_of_thought."""
+    hard: bool = False
+    """Labels of 0 or 1, by the average; one of exactly 0.5 stays."""
+    clamp: tuple[Fraction, Fraction] | None = None
     """Limits of the averaged label, as (0.4, 0.6) for cot."""
     max_prompt_tokens: Annotated[int, Field(ge=8)] = 3072
     """Longer questions are quarantined, tokens."""
     max_rationale_tokens: PositiveInt = 256
-    """Longest chain of thought, tokens (cot only)."""
+    """Longest chain of thought, tokens."""
+    judge_gate: Op[Annotated[Literal["off", "warn", "stop"], YamlWord]] = "warn"
+    """What happens when the feedback model, asked in the same way, is not above chance on `gold`; labels are the same
+    whatever it says."""
+    gold: SourceItem = Source(path="starter:judge_gold")
+    """Comparisons (chosen, rejected) on which people agree."""
+
+    @property
+    def reasons(self) -> bool:
+        """Whether a rationale is sampled before the choice."""
+        return self.format == "cot" or self.chain_of_thought
+
+    @model_validator(mode="after")
+    def _agree(self) -> "LabelConfig":
+        if self.chain_of_thought and self.format != "rlaif":
+            raise ValueError(f"chain_of_thought belongs to format rlaif, the format is {self.format}")
+        if self.samples_per_pair > 1 and not self.reasons:
+            raise ValueError(
+                f"samples_per_pair is {self.samples_per_pair}, but without reasoning every sample is the same; "
+                "use format cot, or rlaif with chain_of_thought"
+            )
+        if self.swap and self.format == "score":
+            raise ValueError("swap has no meaning with format score, which shows one response at a time")
+        if self.clamp and (self.hard or self.clamp[0] > self.clamp[1]):
+            raise ValueError(f"clamp {self.clamp} needs low <= high and cannot be combined with hard")
+        return self
 
 
 class PreferenceModelConfig(Training):
@@ -448,7 +483,7 @@ class EvaluateConfig(Sampling):
 class Tracking(Section):
     """Where metrics go besides metrics.jsonl."""
 
-    wandb: Op[Literal["auto", "on", "off"]] = "auto"
+    wandb: Op[Annotated[Literal["auto", "on", "off"], YamlWord]] = "auto"
     """auto is on when WANDB_API_KEY or WANDB_MODE is set."""
     project: Op[str] = "cai-ray"
     """W&B project."""

@@ -11,14 +11,14 @@ import json
 import random
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from cai_ray.errors import ConfigError, DataError
 from cai_ray.published import read_published
-from cai_ray.records import Message, check_messages
+from cai_ray.records import Message, check_messages, derive_seed
 from cai_ray.shipped import shipped_file, shipped_names
 
 Language = Literal["en", "zh"]
@@ -41,6 +41,7 @@ Text = Annotated[str, StringConstraints(strip_whitespace=True)]
 Name = Annotated[Text, Field(min_length=1)]
 Verbatim = Annotated[str, StringConstraints(min_length=1)]  # examples keep their spaces: published ones matter
 Question = Annotated[Text, AfterValidator(lambda text: text and "\n" + text)]
+Score = Annotated[int, Field(ge=1, le=10)] | None
 Conversation = Annotated[tuple[Any, ...], AfterValidator(_check_conversation)]
 
 
@@ -89,19 +90,39 @@ class CritiqueFewShot(_Strict):
 
 
 class FeedbackFewShot(_Strict):
-    """A worked comparison; without a question of its own it is shown with the one being asked."""
+    """A worked comparison; one without a question of its own gets that of a drawn principle (`draw_questions`)."""
 
     messages: Conversation
     question: Question = ""
     response_a: Verbatim
     response_b: Verbatim
     answer: Literal["A", "B"]
+    score_a: Score = None  # what each response would get from 1 to 10, for the format `score`
+    score_b: Score = None
+
+    @model_validator(mode="after")
+    def _scored(self) -> Self:
+        if (self.score_a is None) != (self.score_b is None):
+            raise ValueError("the example has one of score_a and score_b, it needs both or neither")
+        return self
+
+    def turned(self) -> Self:
+        """The same comparison with its responses in the other order."""
+        return self.model_copy(
+            update={
+                **{"response_a": self.response_b, "response_b": self.response_a},
+                **{"score_a": self.score_b, "score_b": self.score_a, "answer": "B" if self.answer == "A" else "A"},
+            }
+        )
 
 
 class CotFewShot(FeedbackFewShot):
-    """A worked comparison with the reasoning that leads to its answer."""
+    """A worked comparison with the reasoning that leads to its answer; it calls the responses (A) and (B)."""
 
     rationale: Verbatim
+
+
+Shot = TypeVar("Shot", bound=FeedbackFewShot)
 
 
 class Constitution(_Strict):
@@ -211,6 +232,37 @@ def draw_distinct(principles: Sequence[Principle], count: int, seed: int) -> lis
         # Clocks that ring at the rates of the weights do so in the order of such draws.
         drawn += sorted(principles, key=lambda p: clock.expovariate(p.weight))
     return drawn[:count]
+
+
+def with_questions(shots: Sequence[Shot], principles: Sequence[Principle], seed: int) -> tuple[Shot, ...]:
+    """Gives each example that has no question of its own the question of a principle drawn for it.
+
+    The draw depends on the run's seed and the example's place, not on the row: all prompts of a run then begin with
+    the same examples, which an engine computes once. Inverted principles stay out: examples name the better response.
+
+    Raises:
+        ConfigError: a question is needed, and every principle is inverted.
+    """
+    straight = [p for p in principles if not p.inverted]
+    if not straight and not all(shot.question for shot in shots):
+        raise ConfigError(
+            "every preference question is inverted, and an example without a question needs one that is not",
+            "give the examples questions of their own, or set few_shots: 0",
+        )
+
+    def asked(place: int, shot: Shot) -> Shot:
+        principle = draw(straight, derive_seed(seed, str(place), "few_shot/principle"))
+        return shot.model_copy(update={"question": principle.preference_question})
+
+    return tuple(shot if shot.question else asked(i, shot) for i, shot in enumerate(shots))
+
+
+def with_balanced_answers(shots: Sequence[Shot], seed: int) -> tuple[Shot, ...]:
+    """Turns examples, chosen by the run's seed, so that A and B are right equally often, or all but one where odd."""
+    order = sorted(range(len(shots)), key=lambda i: derive_seed(seed, str(i), "few_shot/order"))
+    first = derive_seed(seed, "", "few_shot/first")
+    wanted = {i: "AB"[(first + rank) % 2] for rank, i in enumerate(order)}
+    return tuple(shot if shot.answer == wanted[i] else shot.turned() for i, shot in enumerate(shots))
 
 
 class _UniqueKeys(yaml.SafeLoader):

@@ -249,6 +249,7 @@ class Execution:
         )
         start, tracker = time.monotonic(), StageTracker(config, out, self.run.path)
         out.on_metrics = tracker.log
+        out.on_warning = lambda text: self.reporter.say(f"    {text}", style="bold red")
         try:
             function = getattr(import_module(f"cai_ray.stages.{stage.name}"), stage.name)
             manifest: Manifest = function(getattr(config, stage.name, None), self._inputs(stage.name, key), out)

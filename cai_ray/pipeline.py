@@ -64,7 +64,7 @@ STAGES = (
     Stage("revise", lambda c: ("prompts",), lambda c: ("helpful",), "critique"),
     Stage("sft", lambda c: ("revise",), lambda c: (c.sft.init,)),
     Stage("sample_pairs", lambda c: ("prompts",), lambda c: (c.sample_pairs.model,)),
-    Stage("label", lambda c: ("sample_pairs",), lambda c: (feedback_model(c),), "feedback"),
+    Stage("label", lambda c: ("sample_pairs",), lambda c: (feedback_model(c),), "feedback", lambda c: (c.label.gold,)),
     Stage(
         "preference_model",
         lambda c: ("label",) if any(s.path == "label" for s in c.preference_model.data) else (),

@@ -38,9 +38,13 @@ _HEAD = [
 _PAIR = [("response_a", _TEXT), ("response_b", _TEXT)]
 _TAIL = [("seed", pa.int64()), ("flags", pa.list_(_TEXT))]  # seed: the run's; a step's is derive_seed(seed, id, step)
 _ROUNDS = _list(principle_id=_TEXT, critique=_TEXT, revision=_TEXT)
-# swapped: response_b was shown as (A). logprob_a, logprob_b: of the letters as shown, nats. prob: P(response_a better).
+# swapped: response_b was shown first. inverted: the question asked for the worse one. logprob_a, logprob_b: of the
+# choices as shown, nats. score_a, score_b: of the responses, as the question scores them, in [-1, 1]. Either the
+# log-probs or the scores are null. prob: P(response_a better), with swapped and inverted already allowed for.
 _VOTES = _list(
-    principle_id=_TEXT, swapped=pa.bool_(), logprob_a=_NUMBER, logprob_b=_NUMBER, prob=_NUMBER, rationale=_TEXT
+    **{"principle_id": _TEXT, "swapped": pa.bool_(), "inverted": pa.bool_()},
+    **{"logprob_a": _NUMBER, "logprob_b": _NUMBER, "score_a": _NUMBER, "score_b": _NUMBER},
+    **{"prob": _NUMBER, "rationale": _TEXT},
 )
 
 PROMPT = pa.schema(_HEAD)

@@ -5,15 +5,16 @@ same name with the suffix `_messages`; when its last message is the assistant's,
 (`continue_final_message`), else it asks for a new one. Worked examples come first, so that their prefix is cached.
 
 Text that users or models wrote must neither open a turn nor close the quotation it stands in. A backslash is put
-before a turn marker at a line's start (`\Human:`) and before the third bracket of a run (`[[\[`, `]]\]`); nothing else
-changes, blank lines stay, and escaping twice is escaping once. Generated text is passed in stripped.
+before a turn marker or label at a line's start (`\Human:`) and before the third bracket of a run (`[[\[`, `]]\]`);
+nothing else changes, blank lines stay, and escaping twice is escaping once. Generated text is passed in stripped.
 """
 
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
-from cai_ray.constitution import CotFewShot, CritiqueFewShot, FeedbackFewShot
+from cai_ray.constitution import OPTIONS, CotFewShot, CritiqueFewShot, FeedbackFewShot
 from cai_ray.records import Message
 
 Messages = Sequence[Message | Mapping[str, str]]
@@ -25,6 +26,8 @@ HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"  # the turn markers, one plain
 STOP_PLAIN = [HUMAN, ASSISTANT]  # where a response ends in the plain format
 LIST_STOP = "\n"  # where an item of a list ends
 CHOICES = (" (A)", " (B)")  # the continuations that are scored after a feedback or verdict prompt
+NUMBERS = (" 1", " 2")  # after a prompt in the format of RLAIF
+SCORES = tuple(f" {n}" for n in range(1, 11))  # after a score prompt
 
 _LONG = {"system": "System", "user": "Human", "assistant": "Assistant"}
 _SHORT = {"system": "System", "user": "H", "assistant": "A"}  # in chain-of-thought prompts
@@ -45,6 +48,15 @@ class Frame:
     consider_cot: str
     think: str
     verdict: str
+    compare: str
+    conversation: str
+    response: str
+    weigh: str
+    reasoning: str
+    chosen: str
+    rate: str
+    question: str
+    score: str
 
     @property
     def labels(self) -> tuple[str, str, str, str]:
@@ -66,6 +78,17 @@ class Frame:
         """Where a rationale ends, in both formats: at the next turn or at its own verdict."""
         return [*STOP_PLAIN, self.verdict]
 
+    @property
+    def reasoning_stops(self) -> list[str]:
+        """The same in the format of RLAIF: at the next turn or example, or at its own choice."""
+        return [*STOP_PLAIN, self.conversation, self.chosen]
+
+    @property
+    def quoted_labels(self) -> list[str]:
+        """What introduces the parts of an RLAIF or score prompt, without colons: text inside must not forge it."""
+        labels = (self.conversation, self.reasoning, self.chosen, self.question, self.score)
+        return [*(s.rstrip(":：") for s in labels), self.response, f"{self.response} 1", f"{self.response} 2"]
+
 
 FRAMES = {
     "en": Frame(
@@ -78,6 +101,18 @@ FRAMES = {
         consider_cot="Consider the following conversation between a human (H) and an assistant (A):",
         think="Let's think step by step:",
         verdict="So the answer is:",
+        compare="You judge two responses of an assistant. First comes a conversation, then a question about the "
+        "assistant's next response, then two candidates. Name the candidate that the question asks for, 1 or 2.",
+        conversation="Conversation between a human and an assistant:",
+        response="Response",
+        weigh="Hold both responses against the question and say what decides between them.",
+        reasoning="Reasoning:",
+        chosen="Chosen response:",
+        rate="You rate a response of an assistant. First comes a conversation, then a question by which the candidates "
+        "for the assistant's next response are told apart, then one of these candidates. Give it a whole number: 10 "
+        "means that the question clearly asks for this one, 1 that it clearly asks for another.",
+        question="Question:",
+        score="Score from 1 to 10:",
     ),
     "zh": Frame(
         critique_request="批评要求:",
@@ -89,6 +124,17 @@ FRAMES = {
         consider_cot="请阅读下面这段人类（H）与助手（A）的对话：",
         think="我们来一步一步地分析:",
         verdict="所以答案是:",
+        compare="请评判助手的两个回答。先是一段对话，然后是关于助手下一个回答的问题，最后是两个候选回答。"
+        "请说出问题所要的是哪一个，1 还是 2。",
+        conversation="人类（Human）与助手（Assistant）的对话：",
+        response="回答",
+        weigh="请对照问题衡量这两个回答，说明取舍的关键。",
+        reasoning="分析:",
+        chosen="选出的回答:",
+        rate="请给助手的一个回答打分。先是一段对话，然后是用来区分各个候选回答的问题，最后是其中一个候选回答。"
+        "请给出一个整数：10 表示问题所要的显然就是它，1 表示显然是别的回答。",
+        question="问题:",
+        score="分数（1 到 10）:",
     ),
 }
 
@@ -324,6 +370,131 @@ def verdict_prompt_messages(rationale_messages: Messages, rationale: str, langua
     return [*before, _assistant(f"{opened['content']}{_continued(rationale)}\n\n{FRAMES[language].verdict}")]
 
 
+# ---- the formats of RLAIF (Lee et al. 2023, arXiv 2309.00267): their structure, our words --------------------------
+
+
+def rlaif_prompt(
+    messages: Messages,
+    question: str,
+    response_1: str,
+    response_2: str,
+    few_shots: Feedbacks = (),
+    language: str = "en",
+    think: bool = False,
+) -> str:
+    """Instructions, examples, conversation, question and two numbered responses; compare `NUMBERS` after it.
+
+    Args:
+        messages: the conversation, ending with the user.
+        question: in its published form, as in `feedback_prompt`; the numbered responses are its options.
+        response_1: shown as 1.
+        response_2: shown as 2.
+        few_shots: worked examples; in those with a rationale, (A) and (B) become the numbered responses.
+        language: which frame.
+        think: ask for a rationale first, up to `Frame.reasoning_stops`; `rlaif_verdict_prompt` goes on from it.
+    """
+    frame = FRAMES[language]
+    return _as_text(frame.compare, _numbered(frame, (messages, question, response_1, response_2), few_shots, think))
+
+
+def rlaif_prompt_messages(
+    messages: Messages,
+    question: str,
+    response_1: str,
+    response_2: str,
+    few_shots: Feedbacks = (),
+    language: str = "en",
+    think: bool = False,
+) -> list[Message]:
+    """The same as chat: the assistant's last message is opened with `Chosen response:`, or `Reasoning:`."""
+    frame = FRAMES[language]
+    return _as_chat(frame.compare, _numbered(frame, (messages, question, response_1, response_2), few_shots, think))
+
+
+def rlaif_verdict_prompt(rationale_prompt: str, rationale: str, language: str = "en") -> str:
+    """After the rationale, plain: it is put in and the choice asked for; compare `NUMBERS` after it."""
+    frame = FRAMES[language]
+    return f"{rationale_prompt}{_reasoned(frame, escape(rationale, (*_LONG.values(), *frame.quoted_labels)))}"
+
+
+def rlaif_verdict_prompt_messages(rationale_messages: Messages, rationale: str, language: str = "en") -> list[Message]:
+    """The same as chat: the assistant's own turn goes on from its rationale to `Chosen response:`."""
+    *before, opened = _copy(rationale_messages)
+    return [*before, _assistant(f"{opened['content']}{_reasoned(FRAMES[language], rationale)}")]
+
+
+def score_prompt(
+    messages: Messages, question: str, response: str, few_shots: Feedbacks = (), language: str = "en"
+) -> str:
+    """The plain prompt for a score of one response, from 1 to 10; compare `SCORES` after it.
+
+    Of each worked example `response_a` is shown with `score_a`; those without scores are left out.
+    """
+    frame = FRAMES[language]
+    return _as_text(frame.rate, _scored(frame, messages, question, response, few_shots, language))
+
+
+def score_prompt_messages(
+    messages: Messages, question: str, response: str, few_shots: Feedbacks = (), language: str = "en"
+) -> list[Message]:
+    """The same as chat: the assistant's last message is opened with `Score from 1 to 10:`."""
+    frame = FRAMES[language]
+    return _as_chat(frame.rate, _scored(frame, messages, question, response, few_shots, language))
+
+
+def _as_text(task: str, exchanges: Sequence[tuple[str, str]]) -> str:
+    return "".join(f"\n\n{part}" for part in (task, *chain.from_iterable(exchanges)))
+
+
+def _as_chat(task: str, exchanges: Sequence[tuple[str, str]]) -> list[Message]:
+    first, *turns = (turn for asked, answer in exchanges for turn in (_user(asked), _assistant(answer)))
+    return [_user(f"{task}\n\n{first['content']}"), *turns]
+
+
+def _numbered(
+    frame: Frame, asked: tuple[Messages, str, str, str], few_shots: Feedbacks, think: bool
+) -> list[tuple[str, str]]:
+    """What is asked and what is answered in each example, and last what is really asked, its answer only opened."""
+
+    def comparison(messages: Messages, question: str, response_1: str, response_2: str) -> str:
+        options, labels = (f"{frame.response} 1:", f"{frame.response} 2:"), frame.quoted_labels
+        head = _comparison(frame.conversation, _LONG, messages, question, response_1, response_2, options, labels)
+        return f"{head}\n\n{frame.weigh}" if think else head
+
+    def answer(shot: FeedbackFewShot) -> str:
+        number = 1 + "AB".index(shot.answer)
+        if not (think and isinstance(shot, CotFewShot)):
+            return f"{frame.chosen} {number}"
+        rationale = shot.rationale.replace("(A)", f"{frame.response} 1").replace("(B)", f"{frame.response} 2")
+        return f"{frame.reasoning}{_reasoned(frame, rationale)} {number}"
+
+    shots = [(comparison(*_parts(shot, asked[1])), answer(shot)) for shot in few_shots]
+    return [*shots, (comparison(*asked), frame.reasoning if think else frame.chosen)]
+
+
+def _reasoned(frame: Frame, rationale: str) -> str:
+    return f"{_continued(rationale)}\n\n{frame.chosen}"
+
+
+def _scored(
+    frame: Frame, messages: Messages, question: str, response: str, few_shots: Feedbacks, language: str
+) -> list[tuple[str, str]]:
+    def asked(messages: Messages, question: str, response: str) -> str:
+        turns, text = _quoted(_LONG, frame.quoted_labels, messages, response)
+        criterion = question.strip().removesuffix(OPTIONS[language].strip()).rstrip()  # one response has no options
+        return f"{frame.conversation}{turns}\n\n{frame.question} {criterion}\n\n{frame.response}: [[[{text}]]]"
+
+    shots = [
+        (asked(s.messages, s.question or question, s.response_a), f"{frame.score} {s.score_a}")
+        for s in few_shots
+        if s.score_a is not None
+    ]
+    return [*shots, (asked(messages, question, response), frame.score)]
+
+
+# ---- what they share ----------------------------------------------------------------------------------------------
+
+
 def _thinking(frame: Frame, asked: str) -> str:
     return f"{HUMAN} {asked}{ASSISTANT} {frame.think}"
 
@@ -339,9 +510,21 @@ def _parts(shot: FeedbackFewShot, question: str) -> tuple[Messages, str, str, st
 
 
 def _comparison(
-    opening: str, names: Mapping[str, str], messages: Messages, question: str, response_a: str, response_b: str
+    opening: str,
+    names: Mapping[str, str],
+    messages: Messages,
+    question: str,
+    response_a: str,
+    response_b: str,
+    options: tuple[str, str] = ("(A)", "(B)"),
+    labels: Sequence[str] = (),
 ) -> str:
+    turns, a, b = _quoted(names, labels, messages, response_a, response_b)
+    return f"{opening}{turns}\n\n{question}\n {options[0]} [[[{a}]]]\n {options[1]} [[[{b}]]]"
+
+
+def _quoted(names: Mapping[str, str], labels: Sequence[str], messages: Messages, *responses: str) -> list[str]:
+    """The turns and the responses as they may stand inside a prompt."""
     # Short names stand inside a plain Human turn, so the long ones must not be forged there either.
-    turns = _turns(messages, names, tuple(_LONG.values()), brackets=True)
-    a, b = (escape(text, (*_LONG.values(), *names.values()), brackets=True) for text in (response_a, response_b))
-    return f"{opening}{turns}\n\n{question}\n (A) [[[{a}]]]\n (B) [[[{b}]]]"
+    markers = (*_LONG.values(), *names.values(), *labels)
+    return [_turns(messages, names, markers, brackets=True), *(escape(r, markers, brackets=True) for r in responses)]

@@ -37,6 +37,12 @@ def test_override_of_a_short_form_keeps_what_it_named() -> None:
         ("qqqq.x=1", "known: run, models"),
         ("ppo.clip_range=-1", "greater than 0"),
         ("ppo.minibatch_size=3", "no multiple"),
+        ("label.samples_per_pair=2", "without reasoning every sample is the same"),
+        ("label.chain_of_thought=true", "belongs to format rlaif, the format is plain"),
+        ("label={format: score, swap: true}", "one response at a time"),
+        ("label={hard: true, clamp: [0.4, 0.6]}", "cannot be combined with hard"),
+        ("label.clamp=[0.6, 0.4]", "needs low <= high"),
+        ("label.clamp=[-0.1, 0.6]", "greater than or equal to 0"),
         ("ppo", "key.sub=value"),
         ("ppo.steps.more=1", "not a section"),
         ("run.name=../escape", "run.name"),
@@ -118,3 +124,30 @@ def test_every_field_has_a_description_and_is_frozen() -> None:
     assert len(walk(Config)) > 12
     with pytest.raises(ValueError, match="frozen"):
         parse_config({"models": MODELS}).run.seed = 3  # type: ignore[misc]
+
+
+def test_which_label_formats_reason() -> None:
+    for settings, reasons in (
+        ("{format: cot, samples_per_pair: 3}", True),
+        ("{format: rlaif, chain_of_thought: true, samples_per_pair: 3}", True),
+        ("{format: rlaif}", False),
+        ("{format: score}", False),
+    ):
+        assert load_config("tiny", (f"label={settings}",)).label.reasons == reasons
+
+
+def test_the_gate_decides_nothing_about_labels() -> None:
+    off, stop = (load_config("tiny", (f"label.judge_gate={mode}",)).label for mode in ("off", "stop"))
+    assert (off.judge_gate, stop.judge_gate) == ("off", "stop")  # YAML 1.1 reads off as false
+    assert off.identity() == stop.identity()
+    assert load_config("tiny", ("label.gold=mine.jsonl",)).label.identity() != off.identity()
+
+
+def test_yaml_s_on_and_off_are_words(tmp_path: Path) -> None:
+    for word in ("on", "off"):
+        config = load_config("tiny", (f"tracking.wandb={word}",))
+        assert config.tracking.wandb == word
+        (tmp_path / "again.yaml").write_text(to_yaml(config))
+        assert load_config(str(tmp_path / "again.yaml")).tracking.wandb == word
+    with pytest.raises(ConfigError, match="judge_gate"):
+        load_config("tiny", ("label.judge_gate=on",))

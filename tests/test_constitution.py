@@ -11,7 +11,19 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from cai_ray import shipped
-from cai_ray.constitution import OPTIONS, Constitution, draw, draw_distinct, import_published, load_constitution, to_yaml
+from cai_ray.constitution import (
+    OPTIONS,
+    Constitution,
+    FeedbackFewShot,
+    Principle,
+    draw,
+    draw_distinct,
+    import_published,
+    load_constitution,
+    to_yaml,
+    with_balanced_answers,
+    with_questions,
+)
 from cai_ray.errors import ConfigError
 from cai_ray.published import _FILES
 from cai_ray.shipped import asset_path, shipped_file, shipped_names
@@ -67,6 +79,7 @@ def test_a_small_file_loads(written):
         ({"principles": [{**PAIR, "tags": ["x", " "]}]}, ["principles.0.tags.1"]),
         ({"version": ""}, ["version"]),
         ({"principles": [{**PAIR, "weight": 0}]}, ["weight", "greater than 0"]),
+        ({"principles": [{**PAIR, "inverted": True}]}, ["principle 'a'", "inverted", "has none"]),
         ({"principles": [{**PAIR, "weight": float("inf")}]}, ["weight", "finite"]),
     ],
 )
@@ -104,6 +117,8 @@ def shot(**changes):
         (shot(answer="A", response_b=""), ["feedback_few_shots.0.response_b"]),
         (shot(answer="A", question="Which?"), ["feedback_few_shots.0", "Options:"]),
         (shot(answer="A", messages=[]), ["feedback_few_shots.0.messages"]),
+        (shot(answer="A", score_a=9), ["feedback_few_shots.0", "score_a", "both or neither"]),
+        (shot(answer="A", score_a=9, score_b=11), ["feedback_few_shots.0.score_b", "less than or equal to 10"]),
         (shot(answer="A", messages=[{"role": "system", "content": "s"}, *WIFI]), ["system"]),
         (shot(answer="A", messages=[{**WIFI[0], "rolle": "user"}]), ["'rolle'"]),
         (shot(answer="A", messages=[*WIFI, {"role": "assistant", "content": "no"}]), ["ending with user"]),
@@ -154,6 +169,56 @@ def test_the_hash_is_of_the_content(written, tmp_path):
     assert load_constitution(other).sha256 == first.sha256
     assert load_constitution(written(version=2)).sha256 != first.sha256
     assert first.select(only=["a"]).sha256 != first.sha256
+
+
+def test_inverted_is_content_only_where_it_is_set(written):
+    first = load_constitution(written())
+    assert load_constitution(written(principles=[PAIR, {**ASK, "inverted": False}])).sha256 == first.sha256
+    turned = load_constitution(written(principles=[PAIR, {**ASK, "inverted": True}]))
+    assert turned.principles[1].inverted
+    assert turned.sha256 != first.sha256
+
+
+EXAMPLE = FeedbackFewShot(messages=tuple(WIFI), response_a="x", response_b="y", answer="A", score_a=9, score_b=2)
+OWN = EXAMPLE.model_copy(update={"question": "\nWhich is its own? Options:"})
+
+
+def ask(i, **changes):
+    return Principle(id=f"p{i}", preference_question=f"Which, {i}? Options:", **changes)
+
+
+def test_each_example_gets_a_question_of_its_own():
+    principles = [ask(0, inverted=True), *(ask(i) for i in range(1, 9))]
+    shots = with_questions([EXAMPLE] * 4 + [OWN], principles, seed=3)
+    questions = [s.question for s in shots]
+    assert questions == [s.question for s in with_questions([EXAMPLE] * 4 + [OWN], principles, seed=3)]
+    assert questions[4] == OWN.question
+    assert len(set(questions[:4])) > 1  # drawn for each, not once for all
+    drawn = {s.question for seed in range(40) for s in with_questions([EXAMPLE] * 2, principles, seed)}
+    # An example names the better answer: a question for the worse one would make it wrong.
+    assert drawn == {f"\nWhich, {i}? Options:" for i in range(1, 9)}
+    assert with_questions([OWN], principles[:1], 0) == (OWN,)
+    with pytest.raises(ConfigError, match="every preference question is inverted"):
+        with_questions([EXAMPLE], principles[:1], 0)
+
+
+def test_turning_an_example_keeps_what_it_says():
+    turned = EXAMPLE.turned()
+    assert (turned.response_a, turned.response_b, turned.answer) == ("y", "x", "B")
+    assert (turned.score_a, turned.score_b) == (2, 9)
+    assert turned.turned() == EXAMPLE
+
+
+@pytest.mark.parametrize("n", [1, 4, 5])
+def test_right_answers_of_examples_are_balanced_by_the_seed(n):
+    layouts = set()
+    for seed in range(30):
+        shots = with_balanced_answers([EXAMPLE] * n, seed)
+        layouts.add("".join(s.answer for s in shots))
+        assert abs(sum(1 if s.answer == "A" else -1 for s in shots)) == n % 2
+        assert all(s in (EXAMPLE, EXAMPLE.turned()) for s in shots)
+        assert shots == with_balanced_answers([EXAMPLE] * n, seed)
+    assert len(layouts) >= (2 if n == 1 else 5)  # the odd one is not always an A, and no order is fixed
 
 
 def test_select_by_id_and_tag():

@@ -6,6 +6,7 @@ here, and stop strings are looked for here.
 """
 
 import json
+import math
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -95,40 +96,48 @@ class ChoicePlan:
 
     requests: list[ChoiceRequest]
     paths: list[list[tuple[int, int]]]  # of each choice: (index into requests, token)
+    ends: list[int | None]  # of a choice that others begin with: the request that asks how those go on
 
     def scores(self, results: Sequence[Mapping[int, float]]) -> list[float]:
-        """Log-probability of each choice up to the first token that no other choice shares, nats."""
-        return [sum(results[i][token] for i, token in path) for path in self.paths]
+        """Log-probability of each choice up to the first token that no other choice shares, nats.
+
+        Where longer choices begin with a choice, it has what none of them takes: after `1` beside `10` that is
+        P(1) (1 - P(0|1)).
+        """
+        scores = [sum(results[i][token] for i, token in path) for path in self.paths]
+        for k, end in enumerate(self.ends):
+            if end is not None:
+                left = 1 - sum(math.exp(logprob) for logprob in results[end].values())
+                scores[k] += math.log(left) if left > 0 else -math.inf
+        return scores
 
 
 def plan_choices(prompt_ids: Sequence[int], choices: Sequence[Sequence[int]]) -> ChoicePlan:
-    """Plans the scoring of `choices`, token ids each, after a prompt.
+    """Plans the scoring of `choices`, token ids each, after a prompt; every position that is needed is one request.
 
     Leading tokens that all choices share join the prompt, what follows a choice's first distinguishing token is not
-    scored: two choices that differ in one token cost one request of one step.
+    scored: two choices that differ in one token cost one request of one step. A choice with which others begin is
+    scored against those.
 
     Raises:
-        DataError: fewer than two choices, or one is the beginning of another.
+        DataError: fewer than two choices, an empty one, or two that are equal.
     """
+    choices = [tuple(c) for c in choices]
     shared = min(_shared(choices[0], c) for c in choices)
     places: dict[tuple[int, ...], int] = {}
-    tokens: list[set[int]] = []
-    paths = []
+    paths: list[list[tuple[int, int]]] = []
+    ends: list[int | None] = []
     for i, choice in enumerate(choices):
-        others = [c for j, c in enumerate(choices) if j != i]
-        end = 1 + max((_shared(choice, other) for other in others), default=len(choice))
-        if end > len(choice):
+        others = [*choices[:i], *choices[i + 1 :]]
+        if not others or not choice or choice in others:
             raise DataError(f"choice {i + 1} of {len(choices)} cannot be told from the others by its tokens")
-        path = []
-        for t in range(shared, end):
-            place = places.setdefault(tuple(choice[:t]), len(places))
-            if place == len(tokens):
-                tokens.append(set())
-            tokens[place].add(choice[t])
-            path.append((place, choice[t]))
-        paths.append(path)
-    requests = [ChoiceRequest([*prompt_ids, *p], tuple(sorted(t))) for p, t in zip(places, tokens, strict=True)]
-    return ChoicePlan(requests, paths)
+        common = max(_shared(choice, other) for other in others)
+        steps = range(shared, min(common + 1, len(choice)))
+        paths.append([(places.setdefault(choice[:t], len(places)), choice[t]) for t in steps])
+        ends.append(places.setdefault(choice, len(places)) if common == len(choice) else None)
+    tokens = [sorted({token for path in paths for place, token in path if place == at}) for at in range(len(places))]
+    requests = [ChoiceRequest([*prompt_ids, *p], tuple(t)) for p, t in zip(places, tokens, strict=True)]
+    return ChoicePlan(requests, paths, ends)
 
 
 def _shared(a: Sequence[int], b: Sequence[int]) -> int:

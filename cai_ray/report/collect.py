@@ -42,6 +42,7 @@ NUMBERS = {
     "sft": {"eval/loss_before": "held-out loss {:.3f} before", "eval/loss": "{:.3f} after"},
     "sample_pairs": {"pairs": "{:,.0f} pairs", "equal_responses": "{:,.0f} equal", "truncated": "{:.0%} truncated"},
     "label": {
+        "gate/accuracy": "judge right on {:.0%} of gold",
         "mean_entropy": "entropy {:.2f} nats",
         "prefers_first": "A preferred in {:.0%}",
         "prefers_longer": "the longer in {:.0%}",
@@ -187,6 +188,7 @@ def cautions(record: Record) -> list[str]:
     out = []
     if waiting := [f"{s.name} ({s.state})" for s in record.stages if s.state in ("unfinished", "not begun")]:
         out.append(f"The run is not finished: {', '.join(waiting)}. Everything below is what exists so far.")
+    out += [text for s in record.stages for text in s.metrics.get("warnings", ())]
     out += [*_label_cautions(record.stage("label").metrics), *_model_cautions(record)]
     if cut := [f"{where} {share:.0%}" for where, share in truncated(record) if share > MANY_TRUNCATED]:
         out.append(f"Many texts were cut off at their token limit: {', '.join(cut)}. Raise max_new_tokens there.")

@@ -1,74 +1,104 @@
 """Stage 5: the feedback model says which response is better, as a multiple choice under a drawn principle.
 
-Its log-probabilities of (A) and (B) become the soft label (Bai et al. 2022, section 4.1). Votes are stored raw;
-averaging comes first, the clamp last.
+Its log-probabilities of (A) and (B) become the soft label (Bai et al. 2022, section 4.1); RLAIF's two formats (Lee et
+al. 2023) ask for a number or for scores instead. Votes are stored raw; averaging comes first, `hard` or `clamp` last.
+Before any label the judge is asked about comparisons whose answer is known.
 """
 
-import math
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from itertools import product
 from typing import Any
 
 import pyarrow as pa
 
+from cai_ray import templates
+from cai_ray.algo.scores import choice_distribution, expected_score, probability_higher
 from cai_ray.artifacts import Manifest, StageDir
 from cai_ray.config import LabelConfig, Sampling
-from cai_ray.constitution import Constitution, Principle, draw
+from cai_ray.constitution import Constitution, FeedbackFewShot, Principle, draw, with_balanced_answers, with_questions
+from cai_ray.errors import StageFailed
+from cai_ray.evaluation.judge import gold_statistics, judge_statistics
 from cai_ray.generation.data_plane import map_rows
-from cai_ray.records import LABELED_PAIR, Row, derive_seed
-from cai_ray.stages.shared import GenerateInputs, ask, check_length, encode, read_rows
-from cai_ray.templates import (
-    CHOICES,
-    FRAMES,
-    feedback_prompt,
-    feedback_prompt_messages,
-    rationale_prompt,
-    rationale_prompt_messages,
-    verdict_prompt,
-    verdict_prompt_messages,
-)
+from cai_ray.records import LABELED_PAIR, RESPONSE_PAIR, Row, derive_seed
+from cai_ray.sources import read_comparisons
+from cai_ray.stages.shared import GenerateInputs, ask, check_length, encode, read_rows, write_rows
+
+_BETTER = "name a larger or better models.feedback, or ask otherwise (label.format, few_shots, swap), with --rebuild"
 
 
 def label(config: LabelConfig, inputs: GenerateInputs, out: StageDir) -> Manifest:
     """Writes one `LabeledPair` row per response pair.
 
     Raises:
-        StageFailed: an engine died repeatedly, or more than the permitted share of rows is bad.
+        ConfigError: the constitution's examples cannot be shown.
+        StageFailed: the judge failed the gate, an engine died repeatedly, or too many rows are bad.
     """
     assert inputs.constitution is not None
     program = LabelPair(config, inputs.constitution, out.seed)
-    longest = config.max_prompt_tokens + (config.max_rationale_tokens if config.format == "cot" else 0)
+    metrics: dict[str, float] = {"few_shots": len(program.shots)}  # a constitution may have fewer than were asked for
+    longest = config.max_prompt_tokens + (config.max_rationale_tokens if config.reasons else 0)
     engines = inputs.setup.engines(longest + 8, inputs.settings.engines)
+    if config.judge_gate != "off":
+        with out.phase("gate"):
+            metrics |= pass_gate(program, inputs, engines, out)
     with out.phase("generate"):
         counts = map_rows(inputs.rows, program, engines, out, settings=inputs.settings)
     done = read_rows(out.data)
     for row in done[:8]:
         out.sample(row)
-    return out.commit(inputs.key, {**counts.as_metrics(), **label_statistics(done)})
+    return out.commit(inputs.key, {**counts.as_metrics(), **judge_statistics(done), **metrics})
 
 
-def label_statistics(rows: list[Row]) -> dict[str, float]:
-    """Mean of P(A better), mean entropy (nats), and the shares of near-ties and of 'the longer is better'."""
-    if not rows:
-        return {}
-    probs = [r["label_prob"] for r in rows]
-    entropy = [-sum(q * math.log(q) for q in (p, 1 - p) if q > 0) for p in probs]
-    longer = [
-        (p > 0.5) == (len(r["response_a"]) > len(r["response_b"]))
-        for p, r in zip(probs, rows, strict=True)
-        if len(r["response_a"]) != len(r["response_b"])
-    ]
-    return {
-        "mean_label": sum(probs) / len(probs),
-        "mean_entropy": sum(entropy) / len(probs),
-        "near_ties": sum(abs(p - 0.5) < 0.05 for p in probs) / len(probs),
-        "prefers_longer": sum(longer) / max(1, len(longer)),
-        "prefers_first": sum(p > 0.5 for p in probs) / len(probs),
-    }
+def pass_gate(
+    program: "LabelPair", inputs: GenerateInputs, engines: Callable[[], list[Any]], out: StageDir
+) -> dict[str, float]:
+    """The judge answers the gold comparisons as it will label; not being above chance is a warning, or the end.
+
+    Returns the metrics `gate/…`. Answers are durable under `gate/`: a resumed stage does not ask again.
+
+    Raises:
+        StageFailed: `judge_gate` is stop, and the 95% interval of the accuracy reaches down to a half.
+    """
+    config, part = program.config, StageDir(out.path / "gate", out.seed)
+    comparisons, unread = read_comparisons(config.gold)
+    rows, gold = alternate(comparisons, out.seed)
+    work = write_rows(rows, RESPONSE_PAIR, part.path / "inputs")
+    # Gold that is too long for this judge is counted, and is no reason to stop.
+    counts = map_rows(work, program, engines, part, settings=replace(inputs.settings, max_bad_fraction=1.0))
+    answers = read_rows(part.data)
+    found = {**judge_statistics(answers), **gold_statistics(answers, gold)}
+    if found["accuracy_low"] <= 0.5:
+        accuracy = f"{found['accuracy']:.2f}" if "accuracy" in found else "UNKNOWN"
+        text = (
+            f"THE JUDGE IS NOT ABOVE CHANCE: ON {len(answers)} GOLD COMPARISONS ITS ACCURACY IS {accuracy} "
+            f"(95% INTERVAL {found['accuracy_low']:.2f} TO {found['accuracy_high']:.2f})"
+        )
+        if config.judge_gate == "stop":
+            raise StageFailed(text, f"{_BETTER}; label.judge_gate=warn goes on with this judge")
+        out.warn(f"{text}. ITS LABELS TEACH LITTLE OR NOTHING: {_BETTER}.")
+    return {f"gate/{k}": v for k, v in {**found, "quarantined": counts.quarantined + len(unread)}.items()}
+
+
+def alternate(comparisons: Sequence[Row], seed: int) -> tuple[list[Row], dict[str, float]]:
+    """Gold comparisons with the chosen response first in one half, second in the other; and P(A better) by id.
+
+    A judge that only likes a letter is then right in half of them. Asking both orders would show the same for twice
+    the price, and its answers would not be the independent ones that the interval assumes.
+    """
+    order = sorted(comparisons, key=lambda row: derive_seed(seed, row["id"], "gate"))
+    rows, gold = [], {}
+    for i, row in enumerate(order):
+        a, b = (row["response_a"], row["response_b"])[:: 1 if i % 2 else -1]
+        rows.append({**row, "response_a": a, "response_b": b})
+        gold[row["id"]] = row["label_prob"] if i % 2 else 1 - row["label_prob"]
+    return rows, gold
 
 
 @dataclass(frozen=True)
 class LabelPair:
-    """What the engine does with one row: one vote per drawn principle and order."""
+    """What the engine does with one row: votes by each drawn principle, in each order, by each rationale."""
 
     config: LabelConfig
     constitution: Constitution
@@ -79,56 +109,102 @@ class LabelPair:
         """Schema of the rows that come out."""
         return LABELED_PAIR
 
-    async def __call__(self, row: Row, engine: Any) -> Row:
-        """The row with its votes and soft label.
+    @cached_property
+    def shots(self) -> tuple[FeedbackFewShot, ...]:
+        """The examples of every prompt of the run: the same for all rows, so that engines compute them once.
 
         Raises:
-            DataError: a question is longer than `max_prompt_tokens`.
+            ConfigError: an example lacks a question, and no principle can lend one.
         """
-        principles = self.constitution.for_feedback()
-        votes, flags = [], list(row["flags"])
-        for k in range(self.config.principles_per_pair):
-            principle = draw(principles, derive_seed(self.seed, row["id"], f"feedback/{k}"))
-            for swapped in (False, True) if self.config.swap else (False,):
-                votes.append(await self._vote(engine, row, principle, k, swapped))
-        prob = sum(v["prob"] for v in votes) / len(votes)  # the mean over both orders is algo.swap_average
-        if self.config.clamp:
-            low, high = self.config.clamp
-            prob = min(max(prob, low), high)
-        return {**row, "label_prob": prob, "votes": votes, "seed": self.seed, "flags": flags}
+        config, constitution = self.config, self.constitution
+        shots = constitution.cot_few_shots if config.reasons else constitution.feedback_few_shots
+        if config.format == "score":
+            shots = tuple(shot for shot in shots if shot.score_a is not None)
+        shots = with_questions(shots[: config.few_shots], constitution.for_feedback(), self.seed)
+        # Rationales name the letters, so their examples keep their order.
+        return shots if config.reasons else with_balanced_answers(shots, self.seed)
 
-    async def _vote(self, engine: Any, row: Row, principle: Principle, k: int, swapped: bool) -> Row:
-        config, language = self.config, self.constitution.language
-        a, b = row["response_a"], row["response_b"]
-        first, second = (b, a) if swapped else (a, b)
-        head = (row["messages"], principle.preference_question or "", first, second)
-        plain = engine.tokenizer.format == "plain" or config.format == "plain"
-        rationale = ""
-        if config.format == "cot":
-            shots = self.constitution.cot_few_shots[: config.few_shots]
-            opening: Any = (rationale_prompt if plain else rationale_prompt_messages)(*head, shots, language)
-            limits = Sampling(
-                max_prompt_tokens=config.max_prompt_tokens, max_new_tokens=config.max_rationale_tokens, temperature=1.0
-            )
-            step, stop = f"rationale/{k}/{int(swapped)}", FRAMES[language].rationale_stops
-            done = await ask(engine, opening, row, step, self.seed, limits, stop=stop)
-            rationale = done.text
+    async def __call__(self, row: Row, engine: Any) -> Row:
+        """The row with its votes and label.
+
+        Raises:
+            DataError: a question is longer than `max_prompt_tokens`, or the model gives no choice a probability.
+        """
+        config, principles, votes = self.config, self.constitution.for_feedback(), []
+        orders = (False, True) if config.swap else (False,)
+        for k in range(config.principles_per_pair):
+            principle = draw(principles, derive_seed(self.seed, row["id"], f"feedback/{k}"))
+            if config.format == "score":
+                votes.append(await self._scores(engine, row, principle))
+                continue
+            for swapped, sample in product(orders, range(config.samples_per_pair)):
+                step = f"rationale/{k}/{int(swapped)}/{sample}"
+                votes.append(await self._choice(engine, row, principle, swapped, step))
+        return {**row, "label_prob": final_label(config, votes), "votes": votes, "seed": self.seed}
+
+    async def _choice(self, engine: Any, row: Row, principle: Principle, swapped: bool, step: str) -> Row:
+        """A vote by one of two choices."""
+        config, language, rlaif = self.config, self.constitution.language, self.config.format == "rlaif"
+        first, second = (row["response_a"], row["response_b"])[:: -1 if swapped else 1]
+        build, conclude = _builders(config, self._plain(engine))
+        prompt = build(row["messages"], principle.preference_question, first, second, self.shots, language)
+        rationale, limit = "", config.max_prompt_tokens
+        if config.reasons:
+            limits = Sampling(max_prompt_tokens=limit, max_new_tokens=config.max_rationale_tokens, temperature=1.0)
+            stop = templates.FRAMES[language].reasoning_stops if rlaif else templates.FRAMES[language].rationale_stops
+            rationale = (await ask(engine, prompt, row, step, self.seed, limits, stop=stop)).text
             # A rationale that never reaches a verdict is asked for one all the same: the label is never a guess.
-            prompt: Any = (verdict_prompt if plain else verdict_prompt_messages)(opening, rationale, language)
-            limit = config.max_prompt_tokens + config.max_rationale_tokens
-        else:
-            shots = self.constitution.feedback_few_shots[: config.few_shots]
-            prompt = (feedback_prompt if plain else feedback_prompt_messages)(*head, shots, language)
-            limit = config.max_prompt_tokens
+            prompt, limit = conclude(prompt, rationale, language), limit + config.max_rationale_tokens
+        logprobs = await self._logprobs(engine, prompt, templates.NUMBERS if rlaif else templates.CHOICES, limit)
+        prob = choice_distribution(logprobs)[int(swapped)]
+        shown = {"swapped": swapped, "logprob_a": logprobs[0], "logprob_b": logprobs[1], "rationale": rationale}
+        return {**_vote(principle, prob), **shown}
+
+    async def _scores(self, engine: Any, row: Row, principle: Principle) -> Row:
+        """A vote by the scores of each response on its own, taken as independent."""
+        build: Any = templates.score_prompt if self._plain(engine) else templates.score_prompt_messages
+        language, limit, distributions = self.constitution.language, self.config.max_prompt_tokens, []
+        for response in (row["response_a"], row["response_b"]):
+            prompt = build(row["messages"], principle.preference_question, response, self.shots, language)
+            distributions.append(choice_distribution(await self._logprobs(engine, prompt, templates.SCORES, limit)))
+        a, b = distributions
+        shown = {"swapped": False, "score_a": expected_score(a), "score_b": expected_score(b), "rationale": ""}
+        return {**_vote(principle, probability_higher(a, b)), **shown}
+
+    def _plain(self, engine: Any) -> bool:
+        return engine.tokenizer.format == "plain" or self.config.format == "plain"
+
+    async def _logprobs(self, engine: Any, prompt: Any, choices: Sequence[str], limit: int) -> list[float]:
         ids = check_length(encode(engine.tokenizer, prompt), limit)
-        logprob_a, logprob_b = await engine.choose(ids, [engine.tokenizer.text(c) for c in CHOICES])
-        # choice_probability of algo.preference on two floats; this process holds no tensors of its own.
-        prob_first = 1 / (1 + math.exp(min(logprob_b - logprob_a, 700.0)))
-        return {
-            "principle_id": principle.id,
-            "swapped": swapped,
-            "logprob_a": logprob_a,
-            "logprob_b": logprob_b,
-            "prob": 1 - prob_first if swapped else prob_first,
-            "rationale": rationale,
-        }
+        return await engine.choose(ids, [engine.tokenizer.text(c) for c in choices])
+
+
+def _builders(config: LabelConfig, plain: bool) -> tuple[Any, Any]:
+    """What builds a question, and what puts the rationale behind it and asks for the choice (None without one)."""
+    if config.format == "cot":
+        return (
+            (templates.rationale_prompt, templates.verdict_prompt)
+            if plain
+            else (templates.rationale_prompt_messages, templates.verdict_prompt_messages)
+        )
+    if config.format == "rlaif":
+        build = partial(
+            templates.rlaif_prompt if plain else templates.rlaif_prompt_messages, think=config.chain_of_thought
+        )
+        return build, templates.rlaif_verdict_prompt if plain else templates.rlaif_verdict_prompt_messages
+    return (templates.feedback_prompt if plain else templates.feedback_prompt_messages), None
+
+
+def _vote(principle: Principle, prob: float) -> Row:
+    """A vote from P(response_a is what the question asks for)."""
+    inverted = principle.inverted
+    return {"principle_id": principle.id, "inverted": inverted, "prob": 1 - prob if inverted else prob}
+
+
+def final_label(config: LabelConfig, votes: Sequence[Row]) -> float:
+    """The votes' mean, made hard or clamped when the configuration says so."""
+    prob = sum(v["prob"] for v in votes) / len(votes)  # the mean over both orders is algo.swap_average
+    if config.hard:
+        return prob if prob == 0.5 else float(prob > 0.5)
+    low, high = config.clamp or (0.0, 1.0)
+    return min(max(prob, low), high)

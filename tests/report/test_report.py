@@ -13,6 +13,7 @@ from cai_ray.pipeline import NAMES
 from cai_ray.report import summary_lines, write_report
 from cai_ray.report.charts import histogram, line_chart, ticks
 from cai_ray.report.collect import STAGES, cautions, collect
+from tests.report.conftest import commit
 
 
 class Page(HTMLParser):
@@ -148,6 +149,17 @@ def test_cautions_say_what_is_wrong(full_run: RunDir):
         assert words in found
     assert "not finished" not in found
     assert "another" not in found
+
+
+def test_warnings_of_stages_are_cautions_and_escaped(full_run: RunDir):
+    label = full_run.stage("label")
+    label.manifest_path.unlink()
+    label.warn("THE JUDGE IS NOT ABOVE CHANCE <b>")
+    commit(label, {"sample_pairs": full_run.stage("sample_pairs")}, {"gate/accuracy": 0.53}, principles="cd" * 32)
+    assert label.manifest().metrics["warnings"] == ["THE JUDGE IS NOT ABOVE CHANCE <b>"]
+    assert cautions(collect(full_run))[0] == "THE JUDGE IS NOT ABOVE CHANCE <b>"
+    assert "THE JUDGE IS NOT ABOVE CHANCE &lt;b&gt;" in write_report(full_run).read_text("utf-8")
+    assert collect(full_run).stage("label").key_numbers == "judge right on 53% of gold"
 
 
 def test_no_caution_without_cause(tmp_path: Path, full_run: RunDir):

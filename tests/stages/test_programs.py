@@ -1,12 +1,14 @@
 """What the engine does with a row, on a real engine with the tiny model."""
 
 import asyncio
+import math
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from cai_ray.algo.scores import choice_distribution
 from cai_ray.config import LabelConfig, ReviseConfig, Source
 from cai_ray.constitution import load_constitution
 from cai_ray.errors import DataError
@@ -15,9 +17,9 @@ from cai_ray.models.tokenization import Tokenizer
 from cai_ray.records import Row
 from cai_ray.serving import LocalEngine
 from cai_ray.sources import read_comparisons
-from cai_ray.stages.label import LabelPair, label_statistics
+from cai_ray.stages.label import LabelPair
 from cai_ray.stages.revise import ReviseRow
-from cai_ray.templates import CHOICES, feedback_prompt
+from cai_ray.templates import CHOICES, SCORES, feedback_prompt, score_prompt, score_prompt_messages
 
 PAIRS = 50
 
@@ -68,6 +70,44 @@ def test_soft_labels_equal_an_independent_forward_pass(
     assert len(principles) > 5  # drawn, not fixed
 
 
+def transformers_scores(forward: tuple[Tokenizer, Any], ids: list[int]) -> list[float]:
+    """log P(1) to log P(10) from the whole probability of each number's tokens: `1` gives up what `10` has."""
+    tokenizer, model = forward
+    numbers = [tokenizer.hf(text, add_special_tokens=False).input_ids for text in SCORES]
+    assert numbers[9][: len(numbers[0])] == numbers[0]
+    probs = []
+    for number in numbers:
+        with torch.inference_mode():
+            logits = model(torch.tensor([ids + number])).logits[0, len(ids) - 1 : -1].double()
+        picked = torch.log_softmax(logits, -1).gather(-1, torch.tensor(number)[:, None])
+        probs.append(float(picked.sum().exp()))
+    probs[0] -= probs[9]
+    return [math.log(p) for p in probs]
+
+
+def test_scores_equal_an_independent_forward_pass(
+    engine: LocalEngine, pairs: list[Row], forward: tuple[Tokenizer, Any]
+) -> None:
+    constitution, choices = load_constitution("default"), [engine.tokenizer.text(text) for text in SCORES]
+    program = LabelPair(LabelConfig(format="score"), constitution, seed=3)
+    questions = {p.id: p.preference_question for p in constitution.principles}
+    for row in pairs[:12]:
+        (vote,) = asyncio.run(program({**row, "flags": []}, engine))["votes"]
+        for side in ("a", "b"):
+            asked = (row["messages"], questions[vote["principle_id"]], row[f"response_{side}"])
+            ids = forward[0].hf.apply_chat_template(
+                score_prompt_messages(*asked), continue_final_message=True, return_dict=True
+            )["input_ids"]
+            plain = forward[0].hf(score_prompt(*asked), add_special_tokens=False).input_ids
+            for prompt in (plain, ids):
+                expected, found = transformers_scores(forward, prompt), asyncio.run(engine.choose(prompt, choices))
+                # Relative to ` 2`, because the space that all share joins the prompt; ` 10` is far below the others.
+                assert [x - found[1] for x in found] == pytest.approx([x - expected[1] for x in expected], abs=1e-4)
+                assert choice_distribution(found) == pytest.approx(choice_distribution(expected), abs=1e-4)
+            mean = sum(p * n for n, p in enumerate(choice_distribution(expected), 1))  # the model's format is chat
+            assert vote[f"score_{side}"] == pytest.approx(2 * (mean - 1) / 9 - 1, abs=1e-4)
+
+
 def test_both_orders_are_averaged(engine: LocalEngine, pairs: list[Row]) -> None:
     program = LabelPair(LabelConfig(swap=True, principles_per_pair=2), load_constitution("default"), seed=3)
     done = asyncio.run(program({**pairs[0], "flags": []}, engine))
@@ -104,17 +144,3 @@ def test_revision_rounds_depend_on_the_row_alone(engine: LocalEngine, pairs: lis
     assert other["initial_response"] != first["initial_response"]
     helpful = asyncio.run(program({**row, "kind": "helpful"}, engine))
     assert helpful["rounds"] == []
-
-
-def test_label_statistics_by_hand() -> None:
-    rows = [
-        {"label_prob": 0.5, "response_a": "long", "response_b": "s"},
-        {"label_prob": 0.9, "response_a": "long", "response_b": "s"},
-        {"label_prob": 0.1, "response_a": "long", "response_b": "s"},
-    ]
-    stats = label_statistics(rows)
-    assert stats["mean_label"] == pytest.approx(0.5)
-    # ln 2 = 0.693147; H(0.9) = H(0.1) = 0.325083; the mean of the three is 0.447771
-    assert stats["mean_entropy"] == pytest.approx(0.447771, abs=1e-6)
-    assert stats["near_ties"] == pytest.approx(1 / 3)
-    assert stats["prefers_longer"] == pytest.approx(1 / 3)
