@@ -217,10 +217,13 @@ def _ascending(share: tuple[float, float]) -> tuple[float, float]:
 Share = Annotated[tuple[Fraction, Fraction], AfterValidator(_ascending)]
 
 
+TooLong = Literal["quarantine", "truncate"]
+
+
 class Answering(Sampling):
     """What `revise` and `sample_pairs` share."""
 
-    too_long: Literal["quarantine", "truncate"] = "quarantine"
+    too_long: TooLong = "quarantine"
     """What becomes of a row with a prompt above max_prompt_tokens; truncate drops its conversation's earliest pairs of
     turns, never a system turn, the last turn or an example, and quarantines it where that is not enough."""
     share: Share = (0.0, 1.0)
@@ -347,8 +350,13 @@ class LabelConfig(Section):
     """Labels of 0 or 1, by the average; one of exactly 0.5 stays."""
     clamp: tuple[Fraction, Fraction] | None = None
     """Limits of the averaged label, as (0.4, 0.6) for cot."""
+    ranking: bool = False
+    """Replaces a prompt's labels by those of the one Bradley-Terry ranking of its responses that fits them best, which
+    contradicts itself nowhere (`sample_pairs.responses_per_prompt` of 3 or more)."""
     max_prompt_tokens: Annotated[int, Field(ge=8)] = 3072
-    """Longer questions are quarantined, tokens."""
+    """Longest question, tokens."""
+    too_long: TooLong = "quarantine"
+    """What becomes of a pair with a longer question; truncate drops its conversation's earliest pairs of turns."""
     max_rationale_tokens: PositiveInt = 256
     """Longest chain of thought, tokens."""
     judge_gate: Op[Annotated[Literal["off", "warn", "stop"], YamlWord]] = "warn"

@@ -354,7 +354,7 @@ def examine(data: dict[str, Any]) -> tuple[Constitution, list[str]]:
     except ValidationError as error:
         head = {field: str(data.get(field, "")) for field in ("name", "version", "source")}
         language = data["language"] if data.get("language") in OPTIONS else "en"
-        partial = Constitution.model_construct(**head, language=language, **parts)
+        partial = Constitution.model_construct(None, **head, language=language, **parts)
         return partial, _lines(error, Constitution) + problems + _inconsistencies(partial)
 
 

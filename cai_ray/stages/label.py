@@ -5,6 +5,7 @@ al. 2023) ask for a number or for scores instead. Votes are stored raw; averagin
 Before any label the judge is asked about comparisons whose answer is known.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -14,16 +15,27 @@ from typing import Any
 import pyarrow as pa
 
 from cai_ray import templates
+from cai_ray.algo.rating import ELO_PER_NAT, fit_elo
 from cai_ray.algo.scores import choice_distribution, expected_score, probability_higher
 from cai_ray.artifacts import Manifest, StageDir
 from cai_ray.config import LabelConfig, Sampling
 from cai_ray.constitution import Constitution, FeedbackFewShot, Principle, draw, with_balanced_answers, with_questions
-from cai_ray.errors import StageFailed
-from cai_ray.evaluation.judge import gold_statistics, judge_statistics
+from cai_ray.errors import CaiError, StageFailed
+from cai_ray.evaluation.judge import gold_statistics, judge_statistics, opinion
 from cai_ray.generation.data_plane import map_rows
-from cai_ray.records import LABELED_PAIR, RESPONSE_PAIR, Row, derive_seed
+from cai_ray.records import LABELED_PAIR, RESPONSE_PAIR, Message, Row, derive_seed, row_id
 from cai_ray.sources import read_comparisons
-from cai_ray.stages.shared import GenerateInputs, ask, check_length, encode, read_rows, write_rows
+from cai_ray.stages.shared import (
+    GenerateInputs,
+    PromptOf,
+    PromptText,
+    ask,
+    check_length,
+    encode,
+    fit_turns,
+    read_rows,
+    write_rows,
+)
 
 _BETTER = "name a larger or better models.feedback, or ask otherwise (label.format, few_shots, swap), with --rebuild"
 
@@ -46,6 +58,11 @@ def label(config: LabelConfig, inputs: GenerateInputs, out: StageDir) -> Manifes
     with out.phase("generate"):
         counts = map_rows(inputs.rows, program, engines, out, settings=inputs.settings)
     done = read_rows(out.data)
+    if config.ranking:  # until the manifest is written, the same command gathers the votes again
+        for part in out.data.glob("part-*.parquet"):
+            part.unlink()
+        done = ranked(config, done)
+        write_rows(done, LABELED_PAIR, out.data)
     for row in done[:8]:
         out.sample(row)
     return out.commit(inputs.key, {**counts.as_metrics(), **judge_statistics(done), **metrics})
@@ -96,6 +113,30 @@ def alternate(comparisons: Sequence[Row], seed: int) -> tuple[list[Row], dict[st
     return rows, gold
 
 
+def ranked(config: LabelConfig, rows: Sequence[Row]) -> list[Row]:
+    """Labels by one Bradley-Terry ranking of each prompt's responses; votes stay as they are.
+
+    Responses that no chain of comparisons joins cannot be ranked: such a prompt's rows keep their labels and are
+    flagged `unranked`.
+    """
+    by_prompt: dict[str, list[Row]] = {}
+    for row in rows:
+        by_prompt.setdefault(row_id(row["messages"]), []).append(row)
+    out = []
+    for pairs in by_prompt.values():
+        compared = [(r["response_a"], r["response_b"], opinion(r)) for r in pairs if r["response_a"] != r["response_b"]]
+        players = list(dict.fromkeys(text for r in pairs for text in (r["response_a"], r["response_b"])))
+        try:
+            elo = {text: rating.elo for text, rating in fit_elo(players, compared, players[0], samples=1).items()}
+        except CaiError:
+            out += [{**r, "flags": [*r["flags"], "unranked"]} for r in pairs]
+            continue
+        for r in pairs:
+            better = 1 / (1 + math.exp((elo[r["response_b"]] - elo[r["response_a"]]) / ELO_PER_NAT))
+            out.append({**r, "label_prob": final_label(config, better)})
+    return sorted(out, key=lambda r: r["id"])
+
+
 @dataclass(frozen=True)
 class LabelPair:
     """What the engine does with one row: votes by each drawn principle, in each order, by each rationale."""
@@ -131,6 +172,7 @@ class LabelPair:
             DataError: a question is longer than `max_prompt_tokens`, or the model gives no choice a probability.
         """
         config, principles, votes = self.config, self.constitution.for_feedback(), []
+        row = {**row, "flags": list(row["flags"])}
         orders = (False, True) if config.swap else (False,)
         for k in range(config.principles_per_pair):
             principle = draw(principles, derive_seed(self.seed, row["id"], f"feedback/{k}"))
@@ -140,14 +182,19 @@ class LabelPair:
             for swapped, sample in product(orders, range(config.samples_per_pair)):
                 step = f"rationale/{k}/{int(swapped)}/{sample}"
                 votes.append(await self._choice(engine, row, principle, swapped, step))
-        return {**row, "label_prob": final_label(config, votes), "votes": votes, "seed": self.seed}
+        prob = sum(v["prob"] for v in votes) / len(votes)  # the mean over both orders is algo.swap_average
+        return {**row, "label_prob": final_label(config, prob), "votes": votes, "seed": self.seed}
 
     async def _choice(self, engine: Any, row: Row, principle: Principle, swapped: bool, step: str) -> Row:
         """A vote by one of two choices."""
         config, language, rlaif = self.config, self.constitution.language, self.config.format == "rlaif"
         first, second = (row["response_a"], row["response_b"])[:: -1 if swapped else 1]
         build, conclude = _builders(config, self._plain(engine))
-        prompt = build(row["messages"], principle.preference_question, first, second, self.shots, language)
+
+        def ask_about(messages: Sequence[Message]) -> PromptText:
+            return build(messages, principle.preference_question, first, second, self.shots, language)
+
+        prompt = self._fitted(engine, ask_about, row)
         rationale, limit = "", config.max_prompt_tokens
         if config.reasons:
             limits = Sampling(max_prompt_tokens=limit, max_new_tokens=config.max_rationale_tokens, temperature=1.0)
@@ -165,11 +212,22 @@ class LabelPair:
         build: Any = templates.score_prompt if self._plain(engine) else templates.score_prompt_messages
         language, limit, distributions = self.constitution.language, self.config.max_prompt_tokens, []
         for response in (row["response_a"], row["response_b"]):
-            prompt = build(row["messages"], principle.preference_question, response, self.shots, language)
+
+            def ask_about(messages: Sequence[Message], response: str = response) -> PromptText:
+                return build(messages, principle.preference_question, response, self.shots, language)
+
+            prompt = self._fitted(engine, ask_about, row)
             distributions.append(choice_distribution(await self._logprobs(engine, prompt, templates.SCORES, limit)))
         a, b = distributions
         shown = {"swapped": False, "score_a": expected_score(a), "score_b": expected_score(b), "rationale": ""}
         return {**_vote(principle, probability_higher(a, b)), **shown}
+
+    def _fitted(self, engine: Any, prompt: PromptOf, row: Row) -> PromptText:
+        """The question around as much of the conversation as fits; a shorter one flags the row."""
+        asked, shortened = fit_turns(engine.tokenizer, prompt, row["messages"], self.config)
+        if shortened and "shortened:question" not in row["flags"]:
+            row["flags"].append("shortened:question")
+        return asked
 
     def _plain(self, engine: Any) -> bool:
         return engine.tokenizer.format == "plain" or self.config.format == "plain"
@@ -201,9 +259,8 @@ def _vote(principle: Principle, prob: float) -> Row:
     return {"principle_id": principle.id, "inverted": inverted, "prob": 1 - prob if inverted else prob}
 
 
-def final_label(config: LabelConfig, votes: Sequence[Row]) -> float:
-    """The votes' mean, made hard or clamped when the configuration says so."""
-    prob = sum(v["prob"] for v in votes) / len(votes)  # the mean over both orders is algo.swap_average
+def final_label(config: LabelConfig, prob: float) -> float:
+    """P(A better), made hard or clamped when the configuration says so."""
     if config.hard:
         return prob if prob == 0.5 else float(prob > 0.5)
     low, high = config.clamp or (0.0, 1.0)

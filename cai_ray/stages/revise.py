@@ -67,7 +67,10 @@ def revise(config: ReviseConfig, inputs: GenerateInputs, out: StageDir) -> Manif
     done = read_rows(out.data)
     for row in [r for r in done if r["rounds"]][:8]:
         out.sample(row)
-    return out.commit(inputs.key, {**counts.as_metrics(), **revise_statistics(done, config.rounds)})
+    found = revise_statistics(done, config.rounds)
+    for text in found.pop("warnings"):
+        out.warn(text)
+    return out.commit(inputs.key, {**counts.as_metrics(), **found})
 
 
 def revise_statistics(rows: Sequence[Row], rounds: int) -> dict[str, Any]:

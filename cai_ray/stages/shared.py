@@ -13,7 +13,7 @@ import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 
 from cai_ray.artifacts import StageDir, StageKey
-from cai_ray.config import Answering, Cluster, PreferenceModelConfig, Sampling, SftConfig
+from cai_ray.config import Answering, Cluster, LabelConfig, PreferenceModelConfig, Sampling, SftConfig
 from cai_ray.constitution import Constitution
 from cai_ray.errors import DataError
 from cai_ray.generation.data_plane import MapSettings
@@ -97,7 +97,7 @@ def check_length(ids: list[int], limit: int) -> list[int]:
 
 
 def fit_turns(
-    tokenizer: Tokenizer, prompt: PromptOf, messages: Sequence[Message], limits: Answering
+    tokenizer: Tokenizer, prompt: PromptOf, messages: Sequence[Message], limits: Answering | LabelConfig
 ) -> tuple[PromptText, bool]:
     """A prompt around the most of a conversation that fits, and whether turns were dropped for it.
 

@@ -21,7 +21,7 @@ from cai_ray.generation.engine import Completion
 from cai_ray.records import LABELED_PAIR, RESPONSE_PAIR, Row, to_table
 from cai_ray.sources import read_comparisons
 from cai_ray.stages import label as stage
-from cai_ray.stages.label import LabelPair, alternate, final_label
+from cai_ray.stages.label import LabelPair, alternate, final_label, ranked
 from cai_ray.templates import CHOICES, NUMBERS, SCORES, feedback_prompt, rlaif_prompt, score_prompt
 
 ROW: Row = {
@@ -131,7 +131,50 @@ def test_an_inverted_question_counts_for_the_other_one(settings: dict[str, Any])
     ],
 )
 def test_average_first_then_hard_or_clamp(settings: dict[str, Any], probs: list[float], expected: float) -> None:
-    assert final_label(LabelConfig(**settings), [{"prob": p} for p in probs]) == pytest.approx(expected, abs=1e-15)
+    assert final_label(LabelConfig(**settings), sum(probs) / len(probs)) == pytest.approx(expected, abs=1e-15)
+
+
+def ranked_labels(config: LabelConfig, wins: dict[str, float]) -> dict[str, float]:
+    """Labels of the pairs `xy` of one prompt's answers after ranking, from P(x better)."""
+    rows = [
+        {**ROW, "id": pair, "response_a": pair[0], "response_b": pair[1], "votes": [{"prob": p}], "label_prob": p}
+        for pair, p in wins.items()
+    ]
+    return {r["id"]: r["label_prob"] for r in ranked(config, rows)}
+
+
+def test_a_ranking_has_no_cycles_and_keeps_what_is_consistent() -> None:
+    config = LabelConfig(ranking=True)
+    cycle = ranked_labels(config, {"xy": 0.8, "yz": 0.8, "zx": 0.8})  # x beats y beats z beats x: all are equal
+    assert cycle == pytest.approx(dict.fromkeys(("xy", "yz", "zx"), 0.5))
+    # odds 4 : 1 and 2 : 1 multiply to 8 : 1, which is what Bradley-Terry says of the ends
+    consistent = {"xy": 4 / 5, "yz": 2 / 3, "xz": 8 / 9}
+    assert ranked_labels(config, consistent) == pytest.approx(consistent, abs=1e-5)
+    assert ranked_labels(config, {"xy": 0.7}) == pytest.approx({"xy": 0.7}, abs=1e-5)
+    assert ranked_labels(LabelConfig(ranking=True, hard=True), {"xy": 0.7, "xx": 0.9}) == {"xy": 1.0, "xx": 0.5}
+
+
+def test_answers_that_nothing_joins_keep_their_labels_and_are_flagged() -> None:
+    rows = [
+        {**ROW, "id": pair, "response_a": pair[0], "response_b": pair[1], "votes": [{"prob": 0.9}], "label_prob": 0.9}
+        for pair in ("vw", "xy")
+    ]
+    done = ranked(LabelConfig(ranking=True), rows)
+    assert [(r["label_prob"], r["flags"][-1]) for r in done] == [(0.9, "unranked")] * 2
+
+
+def test_a_long_conversation_loses_its_earliest_turns_when_asked_to() -> None:
+    old, late = "old " * 200, {"role": "user", "content": "Hello?"}
+    messages = [{"role": "user", "content": old}, {"role": "assistant", "content": "Yes."}, late]
+    row, engine = {**ROW, "messages": messages}, Engine(alpha_wins(0.8))
+    with pytest.raises(DataError, match="more than 600"):
+        asyncio.run(LabelPair(LabelConfig(max_prompt_tokens=600), constitution(), 3)(row, engine))
+    config = LabelConfig(max_prompt_tokens=600, too_long="truncate", principles_per_pair=2)
+    done = asyncio.run(LabelPair(config, constitution(), 3)(row, engine))
+    assert engine.prompts == [feedback_prompt([late], QUESTION, "alpha", "beta")] * 2
+    assert done["flags"] == [*ROW["flags"], "shortened:question"]
+    assert done["messages"] == messages
+    assert row["flags"] == ROW["flags"]
 
 
 @pytest.mark.parametrize(
