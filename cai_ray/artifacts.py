@@ -149,6 +149,14 @@ class StageDir:
         """Appends one example to samples.jsonl."""
         self._append("samples.jsonl", row)
 
+    def forget_from(self, step: int) -> None:
+        """Drops metrics and samples of steps from `step` on, which are taken again, and a line that was cut off."""
+        for path in (self.path / "metrics.jsonl", self.path / "samples.jsonl"):
+            if path.is_file():
+                with path.open(encoding="utf-8") as lines:
+                    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < step]
+                write_atomic(path, "".join(kept))
+
     def _append(self, name: str, row: Mapping[str, Any]) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / name).open("a", encoding="utf-8") as f:

@@ -24,7 +24,7 @@ from cai_ray.errors import StageFailed
 from cai_ray.models.tokenization import Tokenizer
 from cai_ray.records import Row, derive_seed
 from cai_ray.rl.batches import Plan
-from cai_ray.rl.checkpoints import commit_checkpoint, forget_from, last_checkpoint
+from cai_ray.rl.checkpoints import commit_checkpoint, last_checkpoint
 from cai_ray.rl.groups import Call, EngineDied, Group, WorkerDied, engine_calls, wait
 from cai_ray.rl.roles import started
 from cai_ray.rl.rollouts import RollOut, keep_rollouts, make_experience, prompts_of_steps, requests
@@ -229,8 +229,7 @@ class _Controller:
             wait(loads, self.limit, f"loading {folder.name}")
             self.kl.load_state_dict(state["kl"])
             step = state["step"]
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            forget_from(self.out.path / name, step)
+        self.out.forget_from(step)
         self._sync(step, fresh=True)
         return step
 

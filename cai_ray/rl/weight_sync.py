@@ -6,6 +6,7 @@ gathering a sharded parameter is a collective; rank 0 speaks to the engines.
 
 import os
 from collections.abc import Iterator
+from itertools import groupby
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from cai_ray.errors import StageFailed
 from cai_ray.generation.shared_memory import cleanup, write_bucket
 from cai_ray.rl.groups import engine_calls, free_address, wait
-from cai_ray.training.deepspeed import ShardedModel
+from cai_ray.training.deepspeed import ShardedModel, layer_of
 
 BUCKET_BYTES = 256 << 20
 GAP_LIMITS = {"float32": 1e-3, "bfloat16": 0.05}  # nats, mean over tokens; two right implementations differ by far less
@@ -100,18 +101,13 @@ class Sender:
 def buckets(parameters: Iterator[tuple[str, Tensor]], limit: int = BUCKET_BYTES) -> Iterator[dict[str, Tensor]]:
     """Groups parameters into buckets of about `limit` bytes, cut between layers: vLLM loads whole layers."""
     bucket: dict[str, Tensor] = {}
-    layer = ""
-    for name, tensor in parameters:
-        if bucket and _layer(name) != layer and sum(t.nbytes for t in bucket.values()) >= limit:
+    for _, layer in groupby(parameters, lambda item: layer_of(item[0])):
+        bucket.update(layer)
+        if sum(t.nbytes for t in bucket.values()) >= limit:
             yield bucket
             bucket = {}
-        bucket[name], layer = tensor, _layer(name)
     if bucket:
         yield bucket
-
-
-def _layer(name: str) -> str:
-    return ".".join(name.split(".")[:3])
 
 
 def _nccl_trainer(model: ShardedModel, hf: nn.Module, engines: Engines) -> Any:

@@ -28,7 +28,7 @@ from cai_ray.models.tokenization import Tokenizer, preference_input
 from cai_ray.rl.batches import Micro, Plan, collate, ragged
 from cai_ray.rl.groups import free_address
 from cai_ray.rl.weight_sync import Engines, Sender
-from cai_ray.training.deepspeed import ShardedModel, init_distributed, torch_dtype
+from cai_ray.training.deepspeed import ShardedModel, init_distributed
 from cai_ray.training.sft import TokenLogprobs
 
 Answer = tuple[Any, dict[str, Any]]
@@ -98,7 +98,7 @@ class Reference:
     def __init__(self, role: str, rank: int, ranks: int, setup: Setup):
         self._device, self._temperature = setup.torch_device, setup.config.temperature
         # The actor's own dtype: the KL at the first step is then 0, not the distance between two precisions.
-        dtype = torch_dtype(setup.config.actor.sharding)
+        dtype = setup.config.actor.sharding.dtype
         self._model = TokenLogprobs(load_causal_lm(setup.policy, dtype)).to(self._device).eval()
 
     def info(self) -> Answer:
@@ -120,7 +120,7 @@ class Reward:
 
     def __init__(self, role: str, rank: int, ranks: int, setup: Setup):
         self._device, self._max_tokens = setup.torch_device, setup.max_tokens
-        self._model: Any = load_scalar_model(setup.reward_model, torch_dtype(setup.config.critic.sharding))
+        self._model: Any = load_scalar_model(setup.reward_model, setup.config.critic.sharding.dtype)
         self._model.to(self._device).eval()
         self._eos = _same_tokens(setup).eos_id
         self._mean, self._std = _moments(self._model.config, setup) if setup.config.normalize_scores else (0.0, 1.0)
@@ -252,7 +252,7 @@ class Actor(_Trained):
     _sender: Sender | None = None
 
     def _build(self) -> TokenLogprobs:
-        return TokenLogprobs(load_causal_lm(self._setup.policy, torch_dtype(self._learner.sharding)))
+        return TokenLogprobs(load_causal_lm(self._setup.policy, self._learner.sharding.dtype))
 
     def _predict(self, micro: Micro, temperature: float | None = None) -> tuple[Tensor, Tensor]:
         temperature = temperature or self._setup.config.temperature
@@ -311,7 +311,7 @@ class Critic(_Trained):
     def _build(self) -> ValueForward:
         setup = self._setup
         init = setup.reward_model if setup.config.critic_init == "reward" else setup.policy
-        return ValueForward(load_scalar_model(init, torch_dtype(self._learner.sharding), seed=setup.seed))
+        return ValueForward(load_scalar_model(init, self._learner.sharding.dtype, seed=setup.seed))
 
     def _predict(self, micro: Micro) -> tuple[Tensor]:
         return (self._model.module(micro.ids_BT, micro.attention_BT, micro.response_BT),)
