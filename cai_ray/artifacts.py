@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -221,7 +221,12 @@ class StageKey:
     @property
     def key(self) -> str:
         """sha256 of the parts and the inputs."""
-        return canonical_sha256({"parts": self.parts, "inputs": self.inputs, "schema_version": SCHEMA_VERSION})
+        return canonical_sha256({**self.begun, "schema_version": SCHEMA_VERSION})
+
+    @property
+    def begun(self) -> dict[str, Any]:
+        """What a stage notes when it begins, so that a change is found before it has a manifest."""
+        return {"parts": self.parts, "inputs": self.inputs}
 
 
 def differences(old: Any, new: Any, where: str = "") -> list[str]:
@@ -267,9 +272,7 @@ class RunDir:
         """Removes a stage's directory (or only the reference, when it was taken over)."""
         folder = self.path / name
         if folder.exists():
-            doomed = folder.with_name(
-                f".{name}.discarded"
-            )  # renamed first: a half-removed stage must not look finished
+            doomed = folder.with_name(f".{name}.discarded")  # renamed first: half a stage must not look finished
             shutil.rmtree(doomed, ignore_errors=True)
             folder.rename(doomed)
             shutil.rmtree(doomed)
@@ -279,10 +282,8 @@ def package_versions() -> dict[str, str]:
     """Versions of the packages that matter, as installed."""
     out = {"python": platform.python_version()}
     for name in _PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             out[name] = version(name)
-        except PackageNotFoundError:
-            continue
     return out
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from rich.table import Table
 
-from cai_ray.artifacts import RunDir
 from cai_ray.config import Config
 from cai_ray.execution import Request, run_dir, run_pipeline
 from cai_ray.pipeline import STAGE_MODELS, STAGES, constitution_of, needed, plan
@@ -65,17 +64,7 @@ def run_and_summarize(config: Config, request: Request, name: str) -> None:
         out = run.stage(stage)
         if out.manifest():
             reporter.say(f"{stage}: {out.model}")
-    for line in next_commands(run, name):
-        reporter.say(line)
-
-
-def next_commands(run: RunDir, name: str) -> list[str]:
-    """Commands that can be pasted, for what people do after a run."""
     here = shlex.quote(os.path.relpath(run.path, Path.cwd()))
-    return [
-        f"report: {run.path / 'report.html'}",
-        "next:",
-        f"  cai-ray chat {here}",
-        f"  cai-ray run {shlex.quote(name)} ppo.kl_coef=0.1 --name b --reuse {here}",
-        f"  cai-ray report {here}",
-    ]
+    reporter.say(f"report: {run.path / 'report.html'}\nnext:")
+    for words in (f"chat {here}", f"run {shlex.quote(name)} ppo.kl_coef=0.1 --name b --reuse {here}", f"report {here}"):
+        reporter.say(f"  cai-ray {words}")

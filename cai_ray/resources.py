@@ -11,14 +11,12 @@ import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from cai_ray.cluster import LOGICAL_CPUS
 from cai_ray.config import Config, Sharding, Source
 from cai_ray.errors import ResourceError
 from cai_ray.models.shapes import GIB, Shape, find_shape
-from cai_ray.pipeline import evaluated, feedback_model, model_spec, needed, preference_init, stage_of_path
-from cai_ray.shipped import asset_path
+from cai_ray.pipeline import evaluated, feedback_model, model_spec, needed, preference_init, source_path, stage_of_path
 
 CPU_RATE = 100e9  # float32 operations per second of a small machine, all roles together
 GPU_RATE = 300e12  # bfloat16, one H100-class GPU at about a third of its peak: training and scoring
@@ -82,8 +80,7 @@ def _sum(parts: Iterable[Part]) -> str:
 
 def _engine(config: Config, stage: str, name: str, device: str) -> Role:
     shape, own = model_shape(config, name), config.ppo if stage == "ppo" else config.cluster
-    spec = model_spec(config, name) if name in type(config.models).model_fields else config.models.helpful
-    width, tp = WIDTH[spec.dtype], config.cluster.tensor_parallel_size if device == "gpu" else 1
+    width, tp = WIDTH[model_spec(config, name).dtype], config.cluster.tensor_parallel_size if device == "gpu" else 1
     parts: list[Part] = [("weights", shape.gib(width), tp), ("libraries", LIBRARIES_GIB[device], 1)]
     if device == "cpu":
         parts.append(("KV cache", config.cluster.kv_cache_gib, 1))
@@ -172,8 +169,7 @@ def context_tokens(config: Config, stage: str) -> int:
 
 def source_rows(source: Source) -> float:
     """Lines of a source's jsonl files, or its limit; NaN where counting is not cheap. A transcript may hold more."""
-    name = source.path.removeprefix("starter:")
-    path = asset_path(f"{name}.jsonl") if name != source.path else Path(name).expanduser()
+    path = source_path(source)
     files = [f for f in sorted(path.rglob("*")) if f.is_file()] if path.is_dir() else [path]
     count = 0.0 if files and all(f.is_file() and ".jsonl" in f.suffixes for f in files) else math.nan
     for file in files if not math.isnan(count) else ():

@@ -6,13 +6,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from cai_ray import pipeline
 from cai_ray.artifacts import RunDir
-from cai_ray.config import ReviseConfig
+from cai_ray.config import ModelSpec, ReviseConfig
 from cai_ray.constitution import draw, load_constitution
 from cai_ray.errors import ConfigError
-from cai_ray.models import resolve_model
 from cai_ray.models.tokenization import Tokenizer
-from cai_ray.pipeline import stage_of_path
 from cai_ray.records import Row, check_messages, derive_seed, row_id
 from cai_ray.templates import STOP_PLAIN
 
@@ -62,8 +61,7 @@ def model_folder(name: str) -> Path:
             if out.manifest():
                 return out.model
         raise ConfigError(f"{name} has no finished model yet", "continue the run, or name another")
-    stage = stage_of_path(name)
-    return stage.model if stage else resolve_model(name)
+    return pipeline.model_folder(ModelSpec(path=name))
 
 
 def chat_loop(model: str, max_new_tokens: int, temperature: float, seed: int) -> None:
