@@ -86,8 +86,8 @@ def _train(job: Job) -> dict[str, float]:
     init_distributed(device, job.step_timeout_s)
 
     # 2. Rows to examples. Every rank tokenises all rows and holds them as int32: 5 GB for a billion tokens.
-    task: ModuleType = sft if job.kind == "sft" else preference
-    tokenizer = Tokenizer.load(job.model, job.format)
+    tasks: dict[str, ModuleType] = {"sft": sft, "preference_model": preference}
+    tokenizer, task = Tokenizer.load(job.model, job.format), tasks[job.kind]
     trained, held_out, counts = _examples(job, task, tokenizer, out if rank == 0 else None, pulse)
     ids = [e.id for e in trained]
     steps = total_steps(len(trained), config.epochs, config.batch_size)
