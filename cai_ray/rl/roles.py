@@ -8,14 +8,14 @@ from cai_ray.rl.workers import Actor, Critic, Reference, Reward, Setup
 
 
 @contextmanager
-def started(setup: Setup, timeout_s: float) -> Iterator[dict[str, Group]]:
+def started(setup: Setup) -> Iterator[dict[str, Group]]:
     """Actor, critic, reward and reference by name, models loaded; they end with the block.
 
     Raises:
         ResourceError: the cluster cannot hold them.
-        StageFailed: one did not start within `timeout_s` seconds.
+        StageFailed: one did not start within `cluster.start_timeout_s` seconds.
     """
-    config = setup.config
+    config, timeout_s = setup.config, setup.cluster.start_timeout_s
     actor, critic = config.actor.sharding, config.critic.sharding
     roles = {  # class, ranks, threads of a rank
         "actor": (Actor, actor.ranks, actor.cpus_per_rank),

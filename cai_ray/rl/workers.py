@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from cai_ray.algo.masking import partial_mean
 from cai_ray.algo.ppo import policy_loss, value_loss
-from cai_ray.config import Learner, PPOConfig
+from cai_ray.config import Cluster, Learner, PPOConfig
 from cai_ray.errors import DataError
 from cai_ray.models.checkpoints import load_causal_lm, load_scalar_model
 from cai_ray.models.scalar import scores_at_end, values_at
@@ -36,16 +36,16 @@ Answer = tuple[Any, dict[str, Any]]
 
 @dataclass(frozen=True)
 class Setup:
-    """What every worker is told when it starts."""
+    """What the controller and every worker are told when they start."""
 
     config: PPOConfig
-    policy: Path
-    reward_model: Path
-    format: str  # of the policy's prompts
+    policy: Path  # start and reference of the policy, Hugging Face folder
+    reward_model: Path  # the preference model's folder
+    format: str  # of the policy's prompts: auto | plain | chat
     device: str  # cpu | gpu
     seed: int
-    timeout_s: float  # longest wait for the other ranks
-    engine_gpus: int  # that share one rollout engine
+    cluster: Cluster  # time limits; GPUs that share one rollout engine
+    engine_dtype: str  # decides, with the actor's, how far log-probs of engine and actor may differ
 
     @property
     def torch_device(self) -> torch.device:
@@ -192,10 +192,9 @@ class _Trained:
         """Joins the group's process group and loads the model; `total_steps` optimizer steps are the whole run."""
         where = {"MASTER_ADDR": address, "MASTER_PORT": port, "RANK": self._rank, "WORLD_SIZE": self._ranks}
         os.environ.update({name: str(value) for name, value in where.items()}, LOCAL_RANK="0")
-        init_distributed(self._device, self._setup.timeout_s)
-        learner, module = self._learner, self._build()
-        self._hf: nn.Module = module.hf
-        self._model = ShardedModel(module, learner.optim, learner.sharding, total_steps, self._device)
+        init_distributed(self._device, self._setup.cluster.step_timeout_s)
+        learner = self._learner
+        self._model = ShardedModel(self._build(), learner.optim, learner.sharding, total_steps, self._device)
         return None, {}
 
     def save(self, folder: Path) -> Answer:
@@ -210,12 +209,10 @@ class _Trained:
 
     def _forward(self, name: str, batch: pa.Table, plan: Plan, keep: bool, predict: Callable[[Micro], Any]) -> pa.Table:
         """Table (row, name) of `predict`'s first result; `keep` holds on to the graph of the only micro-batch."""
-        self._kept = None
 
         def first(micro: Micro) -> Tensor:
             result = predict(micro)
-            if keep:
-                self._kept = result
+            self._kept = result if keep else None
             return result[0]
 
         with torch.set_grad_enabled(keep):
@@ -276,9 +273,9 @@ class Actor(_Trained):
     def sync(self, engines: list[Any], version: int, fresh: bool) -> Answer:
         """Sends the weights to the engines, which then hold version `version`; `fresh` connects to them anew."""
         if fresh or self._sender is None:
-            setup = self._setup
-            gpus = setup.engine_gpus if setup.device == "gpu" else 0
-            self._sender = Sender(self._model, self._hf, Engines(engines, gpus, setup.timeout_s))
+            cluster = self._setup.cluster
+            gpus = cluster.tensor_parallel_size if self._setup.device == "gpu" else 0
+            self._sender = Sender(self._model, Engines(engines, gpus, cluster.step_timeout_s))
         self._sender.send(version)
         return None, {}
 

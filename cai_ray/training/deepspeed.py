@@ -85,6 +85,7 @@ class ShardedModel:
 
     Attributes:
         module: what to call for a forward pass.
+        hf: the transformers model inside.
         rank: this process's rank.
         world_size: number of ranks.
         steps_done: optimizer steps taken so far, those before a `load` included.
@@ -98,7 +99,7 @@ class ShardedModel:
     ) -> None:
         import deepspeed
 
-        self._hf: Any = getattr(model, "hf", model)
+        self.hf: Any = getattr(model, "hf", model)
         self._optim, self._total_steps = optim, total_steps
         self.rank, self.world_size, self.steps_done = dist.get_rank(), dist.get_world_size(), 0
         bf16 = sharding.dtype == "bfloat16"
@@ -107,7 +108,7 @@ class ShardedModel:
         # Below stage 2 DeepSpeed would accumulate bfloat16 gradients in bfloat16 or refuse; 2 gives the same numbers.
         self._stage: int = 2 if bf16 and sharding.zero_stage < 2 else sharding.zero_stage
         if sharding.gradient_checkpointing:
-            self._hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            self.hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.to(device).train()
         config: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": 1,
@@ -209,7 +210,7 @@ class ShardedModel:
         """
         import deepspeed
 
-        for _, layer in itertools.groupby(self._hf.named_parameters(), lambda item: layer_of(item[0])):
+        for _, layer in itertools.groupby(self.hf.named_parameters(), lambda item: layer_of(item[0])):
             named = list(layer)
             with deepspeed.zero.GatheredParameters([p for _, p in named], enabled=self._stage == 3):
                 for name, parameter in named:
@@ -230,9 +231,9 @@ class ShardedModel:
             if self.rank == 0:
                 state[name] = tensor.to("cpu", copy=True)  # ZeRO's tensors are parts of larger buffers
         if self.rank == 0:
-            persistent = self._hf.state_dict().keys()
-            state |= {name: b.cpu() for name, b in self._hf.named_buffers() if name in persistent}
-            config = copy.deepcopy(self._hf.config)
+            persistent = self.hf.state_dict().keys()
+            state |= {name: b.cpu() for name, b in self.hf.named_buffers() if name in persistent}
+            config = copy.deepcopy(self.hf.config)
             config.update(config_updates or {})
             save_pretrained(state, config, tokenizer, out)
         dist.barrier()
