@@ -34,7 +34,7 @@ def started(setup: Setup) -> Iterator[dict[str, Group]]:
             ready: list[Call] = groups["reward"].submit("info") + groups["reference"].submit("info")
             for role in ("actor", "critic"):
                 (where, *_) = wait(groups[role].submit("address"), timeout_s, f"start of the {role}")
-                ready += groups[role].submit("join", where["address"], where["port"], updates)
+                ready += groups[role].submit("join", *where, updates)
             wait(ready, timeout_s, "start of PPO's workers")
             yield groups
         finally:
