@@ -1,16 +1,16 @@
 """Executes a run: Ray's start and end, the engines that stages share, and each stage's inputs."""
 
-import fcntl
 import json
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from cai_ray import pipeline
 from cai_ray.artifacts import Manifest, RunDir, StageDir, StageKey, write_atomic
@@ -52,7 +52,12 @@ def run_pipeline(config: Config, request: Request, reporter: Reporter) -> RunDir
             raise ConfigError(f"no stage {name!r}", f"stages are {', '.join(pipeline.NAMES)}")
     check_disk(run.path)
     run.path.mkdir(parents=True, exist_ok=True)
-    with _locked(run):
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(FileLock(run.path / ".lock", blocking=False))
+        except Timeout:
+            fix = "wait for it, stop it, or give this run another --name"
+            raise ConfigError(f"another process works on {run.path}", fix) from None
         _settle_changes(config, request, run)
         _take_over(config, request, run, reporter)
         chosen = [s for s in pipeline.needed(config) if request.only in (None, s.name)]
@@ -60,10 +65,9 @@ def run_pipeline(config: Config, request: Request, reporter: Reporter) -> RunDir
             chosen = chosen[[s.name for s in chosen].index(request.start) :]
         preflight(config, [s for s in chosen if run.stage(s.name).manifest() is None])
         write_atomic(run.path / "config.yaml", to_yaml(config))
-        with ExitStack() as stack:
-            execution = Execution(config, run, reporter, stack)
-            for number, stage in enumerate(chosen, 1):
-                execution.execute(stage, f"[{number}/{len(chosen)}]")
+        execution = Execution(config, run, reporter, stack)
+        for number, stage in enumerate(chosen, 1):
+            execution.execute(stage, f"[{number}/{len(chosen)}]")
     return run
 
 
@@ -100,18 +104,6 @@ def check_disk(path: Path) -> None:
             f"{here} has {free:.1f} GiB free, a run needs at least {MIN_FREE_GIB:.0f} GiB",
             "free some space, or put the run elsewhere with run.dir=FOLDER",
         )
-
-
-@contextmanager
-def _locked(run: RunDir) -> Iterator[None]:
-    with (run.path / ".lock").open("w") as f:
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(
-                f"another process works on {run.path}", "wait for it, stop it, or give this run another --name"
-            ) from None
-        yield
 
 
 def _settle_changes(config: Config, request: Request, run: RunDir) -> None:
