@@ -74,10 +74,18 @@ class Manifest:
 
 
 class StageDir:
-    """One stage's directory: what the stage may write, and its commit."""
+    """One stage's directory: what the stage may write, and its commit.
+
+    Attributes:
+        quarantine_path: the file of bad rows: id and reason, a JSON object a line.
+        manifest_path: written last; its presence is what makes the stage finished.
+        phases: wall seconds by name.
+        on_metrics: is told (stage, step, values) of each line of metrics.
+    """
 
     def __init__(self, path: Path, seed: int = 0):
         self.path, self.name, self.seed = path, path.name, seed
+        self.quarantine_path, self.manifest_path = path / "quarantine.jsonl", path / "manifest.json"
         self.phases: dict[str, float] = {}
         self.on_metrics: Callable[[str, int, Mapping[str, float]], None] | None = None
         self._started = time.monotonic()
@@ -106,16 +114,6 @@ class StageDir:
     def logs(self) -> Path:
         """Folder of the workers' logs."""
         return self._folder("logs")
-
-    @property
-    def quarantine_path(self) -> Path:
-        """The file of bad rows: id and reason, a JSON object a line."""
-        return self.path / "quarantine.jsonl"
-
-    @property
-    def manifest_path(self) -> Path:
-        """Written last; its presence is what makes the stage finished."""
-        return self.path / "manifest.json"
 
     def manifest(self) -> Manifest | None:
         """The committed manifest, or None while the stage is unfinished.

@@ -33,12 +33,10 @@ def print_plan(config: Config) -> None:
     for what in ("critique", "feedback"):
         chosen = constitution_of(getattr(config.constitution, what))
         reporter.say(f"{what}: constitution {chosen.name} with {len(chosen.principles)} principles")
-    needs = {n.stage: n for n in estimate(config)}
     table = Table("stage", "state", "rows", "processes", "memory", "minutes", box=None, pad_edge=False)
-    for step in plan(config, run):
-        need = needs.get(step.stage.name)
-        cells = [need.rows_text, need.processes, need.memory_text, need.minutes_text] if need else ["", "", "", ""]
-        table.add_row(step.stage.name, _ACTIONS[step.action], *cells)
+    for step, need in zip(plan(config, run), estimate(config), strict=True):
+        cells = (need.rows_text, need.processes, need.memory_text, need.minutes_text)
+        table.add_row(need.stage, _ACTIONS[step.action], *cells)
         for line in step.differs[:4]:
             table.add_row("", f"  {line}")
     reporter.console.print(table)

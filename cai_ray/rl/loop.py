@@ -256,8 +256,6 @@ class _Controller:
             with self.out.phase("checkpoint"):
                 folder = self.out.checkpoints / f"step-{step}"
                 shutil.rmtree(folder, ignore_errors=True)
-                for role in ("actor", "critic"):
-                    (folder / role).mkdir(parents=True)
                 saves = [c for role in ("actor", "critic") for c in self.groups[role].submit("save", folder / role)]
                 wait(saves, self.limit, f"checkpoint {folder.name}")
                 commit_checkpoint(folder, {"step": step, "kl": self.kl.state_dict()})

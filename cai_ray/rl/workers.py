@@ -66,8 +66,9 @@ class ValueForward(nn.Module):
         return values_at(self.hf, ids_BT, attention_mask_BT, before_BT)[before_BT]
 
 
-def _identity() -> dict[str, Any]:
-    return {"pid": os.getpid(), "node": os.uname().nodename}
+def _info(self: Any) -> Answer:
+    """Process and node: a method of every worker."""
+    return None, {"pid": os.getpid(), "node": os.uname().nodename}
 
 
 def _table(name: str, rows: Sequence[int], values: pa.Array) -> pa.Table:
@@ -96,9 +97,7 @@ class Reference:
         dtype = setup.config.actor.sharding.dtype
         self._model = TokenLogprobs(load_causal_lm(setup.policy, dtype)).to(self._device).eval()
 
-    def info(self) -> Answer:
-        """Process and node."""
-        return None, _identity()
+    info = _info
 
     @torch.inference_mode()
     def logprobs(self, batch: pa.Table, plan: Plan) -> Answer:
@@ -121,9 +120,7 @@ class Reward:
         self._eos = _same_tokens(setup).eos_id
         self._mean, self._std = _moments(self._model.config, setup) if config.normalize_scores else (0.0, 1.0)
 
-    def info(self) -> Answer:
-        """Process and node."""
-        return None, _identity()
+    info = _info
 
     @torch.inference_mode()
     def score(self, batch: pa.Table, plan: Plan) -> Answer:
@@ -179,9 +176,7 @@ class _Trained:
         self._kept: Any = None  # the last forward pass with its graph, for the update to go on from
         self._model: ShardedModel
 
-    def info(self) -> Answer:
-        """Process and node."""
-        return None, _identity()
+    info = _info
 
     def address(self) -> Answer:
         """Where the other ranks meet rank 0: its node's address and a free port."""
