@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -74,10 +74,18 @@ class Manifest:
 
 
 class StageDir:
-    """One stage's directory: what the stage may write, and its commit."""
+    """One stage's directory: what the stage may write, and its commit.
+
+    Attributes:
+        quarantine_path: the file of bad rows: id and reason, a JSON object a line.
+        manifest_path: written last; its presence is what makes the stage finished.
+        phases: wall seconds by name.
+        on_metrics: is told (stage, step, values) of each line of metrics.
+    """
 
     def __init__(self, path: Path, seed: int = 0):
         self.path, self.name, self.seed = path, path.name, seed
+        self.quarantine_path, self.manifest_path = path / "quarantine.jsonl", path / "manifest.json"
         self.phases: dict[str, float] = {}
         self.warnings: list[str] = []
         self.on_metrics: Callable[[str, int, Mapping[str, float]], None] | None = None
@@ -108,16 +116,6 @@ class StageDir:
     def logs(self) -> Path:
         """Folder of the workers' logs."""
         return self._folder("logs")
-
-    @property
-    def quarantine_path(self) -> Path:
-        """The file of bad rows: id and reason, a JSON object a line."""
-        return self.path / "quarantine.jsonl"
-
-    @property
-    def manifest_path(self) -> Path:
-        """Written last; its presence is what makes the stage finished."""
-        return self.path / "manifest.json"
 
     def manifest(self) -> Manifest | None:
         """The committed manifest, or None while the stage is unfinished.
@@ -156,6 +154,14 @@ class StageDir:
     def sample(self, row: Mapping[str, Any]) -> None:
         """Appends one example to samples.jsonl."""
         self._append("samples.jsonl", row)
+
+    def forget_from(self, step: int) -> None:
+        """Drops metrics and samples of steps from `step` on, which are taken again, and a line that was cut off."""
+        for path in (self.path / "metrics.jsonl", self.path / "samples.jsonl"):
+            if path.is_file():
+                with path.open(encoding="utf-8") as lines:
+                    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < step]
+                write_atomic(path, "".join(kept))
 
     def _append(self, name: str, row: Mapping[str, Any]) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
@@ -221,7 +227,12 @@ class StageKey:
     @property
     def key(self) -> str:
         """sha256 of the parts and the inputs."""
-        return canonical_sha256({"parts": self.parts, "inputs": self.inputs, "schema_version": SCHEMA_VERSION})
+        return canonical_sha256({**self.begun, "schema_version": SCHEMA_VERSION})
+
+    @property
+    def begun(self) -> dict[str, Any]:
+        """What a stage notes when it begins, so that a change is found before it has a manifest."""
+        return {"parts": self.parts, "inputs": self.inputs}
 
 
 def differences(old: Any, new: Any, where: str = "") -> list[str]:
@@ -267,9 +278,7 @@ class RunDir:
         """Removes a stage's directory (or only the reference, when it was taken over)."""
         folder = self.path / name
         if folder.exists():
-            doomed = folder.with_name(
-                f".{name}.discarded"
-            )  # renamed first: a half-removed stage must not look finished
+            doomed = folder.with_name(f".{name}.discarded")  # renamed first: half a stage must not look finished
             shutil.rmtree(doomed, ignore_errors=True)
             folder.rename(doomed)
             shutil.rmtree(doomed)
@@ -279,10 +288,8 @@ def package_versions() -> dict[str, str]:
     """Versions of the packages that matter, as installed."""
     out = {"python": platform.python_version()}
     for name in _PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             out[name] = version(name)
-        except PackageNotFoundError:
-            continue
     return out
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from rich.markup import escape
 from rich.table import Table
 
-from cai_ray.artifacts import RunDir
 from cai_ray.config import Config
 from cai_ray.constitution import Constitution
 from cai_ray.execution import Request, run_dir, run_pipeline
@@ -36,12 +35,10 @@ def print_plan(config: Config) -> None:
     for what in ("critique", "feedback"):
         chosen = constitution_of(getattr(config.constitution, what))
         reporter.say(f"{what}: constitution {chosen.name} with {len(chosen.principles)} principles")
-    needs = {n.stage: n for n in estimate(config)}
     table = Table("stage", "state", "rows", "processes", "memory", "minutes", box=None, pad_edge=False)
-    for step in plan(config, run):
-        need = needs.get(step.stage.name)
-        cells = [need.rows_text, need.processes, need.memory_text, need.minutes_text] if need else ["", "", "", ""]
-        table.add_row(step.stage.name, _ACTIONS[step.action], *cells)
+    for step, need in zip(plan(config, run), estimate(config), strict=True):
+        cells = (need.rows_text, need.processes, need.memory_text, need.minutes_text)
+        table.add_row(need.stage, _ACTIONS[step.action], *cells)
         for line in step.differs[:4]:
             table.add_row("", f"  {line}")
     reporter.console.print(table)
@@ -89,17 +86,7 @@ def run_and_summarize(config: Config, request: Request, name: str) -> None:
         out = run.stage(stage)
         if out.manifest():
             reporter.say(f"{stage}: {out.model}")
-    for line in next_commands(run, name):
-        reporter.say(line)
-
-
-def next_commands(run: RunDir, name: str) -> list[str]:
-    """Commands that can be pasted, for what people do after a run."""
     here = shlex.quote(os.path.relpath(run.path, Path.cwd()))
-    return [
-        f"report: {run.path / 'report.html'}",
-        "next:",
-        f"  cai-ray chat {here}",
-        f"  cai-ray run {shlex.quote(name)} ppo.kl_coef=0.1 --name b --reuse {here}",
-        f"  cai-ray report {here}",
-    ]
+    reporter.say(f"report: {run.path / 'report.html'}\nnext:")
+    for words in (f"chat {here}", f"run {shlex.quote(name)} ppo.kl_coef=0.1 --name b --reuse {here}", f"report {here}"):
+        reporter.say(f"  cai-ray {words}")

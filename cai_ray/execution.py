@@ -1,44 +1,27 @@
 """Executes a run: Ray's start and end, the engines that stages share, and each stage's inputs."""
 
-import fcntl
 import json
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
+from cai_ray import pipeline
 from cai_ray.artifacts import Manifest, RunDir, StageDir, StageKey, write_atomic
 from cai_ray.cluster import start_ray
-from cai_ray.config import Config, Principles, to_yaml
+from cai_ray.config import Config, to_yaml
 from cai_ray.errors import CaiError, ConfigError, ResourceError, StageFailed
-from cai_ray.pipeline import (
-    NAMES,
-    STAGE_MODELS,
-    Stage,
-    constitution_of,
-    downstream,
-    evaluated,
-    feedback_model,
-    model_spec,
-    needed,
-    plan,
-    preference_init,
-    refuse_change,
-    stage_key,
-    stage_of_path,
-    started_key,
-)
 from cai_ray.progress import Reporter, quiet_libraries
 from cai_ray.resources import check_here, context_tokens
 from cai_ray.tracking import StageTracker
 
 MIN_FREE_GIB = 2.0
-GENERATING = ("revise", "sample_pairs", "label", "ppo", "evaluate")
 
 
 @dataclass(frozen=True)
@@ -65,43 +48,46 @@ def run_pipeline(config: Config, request: Request, reporter: Reporter) -> RunDir
     """
     run = run_dir(config)
     for name in (request.only, request.start):
-        if name and name not in NAMES:
-            raise ConfigError(f"no stage {name!r}", f"stages are {', '.join(NAMES)}")
+        if name and name not in pipeline.NAMES:
+            raise ConfigError(f"no stage {name!r}", f"stages are {', '.join(pipeline.NAMES)}")
     check_disk(run.path)
     run.path.mkdir(parents=True, exist_ok=True)
-    with _locked(run):
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(FileLock(run.path / ".lock", blocking=False))
+        except Timeout:
+            fix = "wait for it, stop it, or give this run another --name"
+            raise ConfigError(f"another process works on {run.path}", fix) from None
         _settle_changes(config, request, run)
         _take_over(config, request, run, reporter)
-        chosen = [s for s in needed(config) if request.only in (None, s.name)]
+        chosen = [s for s in pipeline.needed(config) if request.only in (None, s.name)]
         if request.start:
             chosen = chosen[[s.name for s in chosen].index(request.start) :]
         preflight(config, [s for s in chosen if run.stage(s.name).manifest() is None])
         write_atomic(run.path / "config.yaml", to_yaml(config))
-        with Execution(config, run, reporter) as execution:
-            for number, stage in enumerate(chosen, 1):
-                execution.execute(stage, f"[{number}/{len(chosen)}]")
+        execution = Execution(config, run, reporter, stack)
+        for number, stage in enumerate(chosen, 1):
+            execution.execute(stage, f"[{number}/{len(chosen)}]")
     return run
 
 
-def preflight(config: Config, stages: list[Stage]) -> None:
+def preflight(config: Config, stages: list[pipeline.Stage]) -> None:
     """Finds out before anything starts what would stop these stages: models, principles, data, resources.
 
     Raises:
         ConfigError, DataError, ResourceError: what is missing, and how to mend it.
     """
-    from cai_ray.models import resolve_model
     from cai_ray.sources import check_source
 
     for stage in stages:
         if stage.principles:
-            principles = constitution_of(getattr(config.constitution, stage.principles))
+            principles = pipeline.constitution_of(getattr(config.constitution, stage.principles))
             _ = principles.for_critique() if stage.principles == "critique" else principles.for_feedback()
         for source in stage.files(config):
             check_source(source)
         for name in stage.models(config):
-            spec = None if name in STAGE_MODELS else model_spec(config, name)
-            if spec and stage_of_path(spec.path) is None:
-                resolve_model(spec.path, spec.revision)
+            if name not in pipeline.STAGE_MODELS:
+                pipeline.model_folder(pipeline.model_spec(config, name))
     check_here(config)
 
 
@@ -111,9 +97,7 @@ def check_disk(path: Path) -> None:
     Raises:
         ResourceError: less than 2 GiB are free where the run will write.
     """
-    here = path.absolute()
-    while not here.exists():
-        here = here.parent
+    here = next(folder for folder in (path, *path.parents) if folder.exists())
     free = shutil.disk_usage(here).free / 2**30
     if free < MIN_FREE_GIB:
         raise ResourceError(
@@ -122,29 +106,17 @@ def check_disk(path: Path) -> None:
         )
 
 
-@contextmanager
-def _locked(run: RunDir) -> Iterator[None]:
-    with (run.path / ".lock").open("w") as f:
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(
-                f"another process works on {run.path}", "wait for it, stop it, or give this run another --name"
-            ) from None
-        yield
-
-
 def _settle_changes(config: Config, request: Request, run: RunDir) -> None:
     """Discards what --rebuild says; refuses a change that would discard work unasked."""
     first = request.start or request.only
     if request.rebuild and first:
-        for name in downstream(config, first):
+        for name in pipeline.downstream(config, first):
             run.discard(name)
-    changed = [s for s in plan(config, run) if s.action == "changed"]
+    changed = [s for s in pipeline.plan(config, run) if s.action == "changed"]
     if changed and not request.rebuild:
-        raise refuse_change(changed[0], run)
+        raise pipeline.refuse_change(changed[0], run)
     for step in changed:
-        for name in downstream(config, step.stage.name):
+        for name in pipeline.downstream(config, step.stage.name):
             run.discard(name)
 
 
@@ -155,8 +127,8 @@ def _take_over(config: Config, request: Request, run: RunDir, reporter: Reporter
     other = RunDir(request.reuse.absolute())
     if not other.path.is_dir():
         raise ConfigError(f"--reuse {request.reuse}: no such run directory")
-    for stage in needed(config):
-        key, theirs = stage_key(config, stage, run), other.stage(stage.name)
+    for stage in pipeline.needed(config):
+        key, theirs = pipeline.stage_key(config, stage, run), other.stage(stage.name)
         if key is None or run.stage(stage.name).manifest() or stage.name == "report":
             continue
         manifest = theirs.manifest()
@@ -179,22 +151,10 @@ def _readable(error: BaseException, stage: str, out: StageDir) -> BaseException:
 
 
 class Execution:
-    """A run in progress: Ray, the engines, and each stage's inputs."""
+    """A run in progress: Ray and the engines, which end with `stack`, and each stage's inputs."""
 
-    def __init__(self, config: Config, run: RunDir, reporter: Reporter):
-        self.config, self.run, self.reporter = config, run, reporter
-        self._started_ray = False
-
-    def __enter__(self) -> "Execution":
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        if "pool" in self.__dict__:
-            self.pool.close()
-        if self._started_ray:
-            import ray
-
-            ray.shutdown()
+    def __init__(self, config: Config, run: RunDir, reporter: Reporter, stack: ExitStack):
+        self.config, self.run, self.reporter, self._stack = config, run, reporter, stack
 
     # ---- Ray and the engines ------------------------------------------------------------------------------------
 
@@ -203,16 +163,16 @@ class Execution:
         """`cpu` or `gpu`; starts or joins Ray."""
         import ray
 
-        wanted = self.config.cluster.device
         quiet_libraries()
         start_ray(self.config)
-        self._started_ray = True
-        has_gpus = ray.cluster_resources().get("GPU", 0) > 0
-        if wanted == "gpu" and not has_gpus:
+        self._stack.callback(ray.shutdown)
+        found = "gpu" if ray.cluster_resources().get("GPU", 0) > 0 else "cpu"
+        wanted = self.config.cluster.device
+        if wanted == "gpu" and found == "cpu":
             raise ResourceError(
                 "cluster.device is gpu, but Ray sees no GPU", "use cluster.device=cpu, or join a cluster that has GPUs"
             )
-        return wanted if wanted != "auto" else ("gpu" if has_gpus else "cpu")
+        return found if wanted == "auto" else wanted
 
     @cached_property
     def pool(self) -> Any:
@@ -221,9 +181,11 @@ class Execution:
 
         logs = self.run.path / "logs"
         logs.mkdir(exist_ok=True)
-        return EnginePool(self.config.cluster, self.device, logs)
+        pool = EnginePool(self.config.cluster, self.device, logs)
+        self._stack.callback(pool.close)
+        return pool
 
-    def execute(self, stage: Stage, number: str) -> Manifest:
+    def execute(self, stage: pipeline.Stage, number: str) -> Manifest:
         """Runs one stage unless it is done.
 
         Raises:
@@ -231,7 +193,7 @@ class Execution:
             StageFailed: it stopped.
         """
         config, out = self.config, self.run.stage(stage.name, self.config.run.seed)
-        key = stage_key(config, stage, self.run)
+        key = pipeline.stage_key(config, stage, self.run)
         if key is None:
             missing = [n for n in stage.reads(config) if self.run.stage(n).manifest() is None]
             raise ConfigError(
@@ -241,23 +203,22 @@ class Execution:
         if done:
             self.reporter.say(f"{number} {stage.name}: done before, skipped")
             return done
-        again = " (continues)" if started_key(out) else ""
+        again = " (continues)" if pipeline.started_key(out) else ""
         self.reporter.say(f"{number} {stage.name}{again}", style="bold")
         out.path.mkdir(parents=True, exist_ok=True)
-        write_atomic(
-            out.path / "key.json", json.dumps({"parts": key.parts, "inputs": key.inputs}, indent=1, default=str)
-        )
+        write_atomic(out.path / "key.json", json.dumps(key.begun, indent=1, default=str))
         start, tracker = time.monotonic(), StageTracker(config, out, self.run.path)
         out.on_metrics = tracker.log
         out.on_warning = lambda text: self.reporter.say(f"    {text}", style="bold red")
         try:
             function = getattr(import_module(f"cai_ray.stages.{stage.name}"), stage.name)
-            manifest: Manifest = function(getattr(config, stage.name, None), self._inputs(stage.name, key), out)
+            manifest: Manifest = function(getattr(config, stage.name, None), self._inputs(stage, key), out)
         except BaseException as e:
             tracker.finish(None)
             raise _readable(e, stage.name, out) from e
         tracker.finish(manifest)
-        shutil.rmtree(out.path / "checkpoints", ignore_errors=True)  # resume state of a finished stage: only weight
+        for spent in list(out.path.rglob("checkpoints")):  # resume state of a finished stage: only weight
+            shutil.rmtree(spent, ignore_errors=True)
         shown = [f"{k} {v:.4g}" for k, v in manifest.metrics.items() if isinstance(v, int | float)]
         self.reporter.say(f"    {stage.name} took {time.monotonic() - start:.0f} s: {', '.join(shown[:8])}")
         return manifest
@@ -277,89 +238,66 @@ class Execution:
 
     def _model(self, name: str) -> Path:
         """The folder of a model: a stage's output, or what a key of `models` names."""
-        if name in STAGE_MODELS:
+        if name in pipeline.STAGE_MODELS:
             return self.run.stage(name).model
-        from cai_ray.models import resolve_model
-
-        spec = model_spec(self.config, name)
-        stage = stage_of_path(spec.path)
-        return stage.model if stage else resolve_model(spec.path, spec.revision)
+        return pipeline.model_folder(pipeline.model_spec(self.config, name))
 
     def _setup(self, name: str, format: str | None = None) -> Any:
         from cai_ray.stages.shared import EngineSetup
 
-        spec = None if name in STAGE_MODELS else model_spec(self.config, name)
-        return EngineSetup(
-            pool=self.pool,
-            model=self._model(name),
-            format=format or (spec.format if spec else "auto"),
-            dtype=(spec or self.config.models.helpful).dtype,
-            run_tokens=max(context_tokens(self.config, s) for s in GENERATING),
-        )
+        spec = pipeline.model_spec(self.config, name)
+        longest = max(context_tokens(self.config, stage) for stage in pipeline.GENERATING)
+        return EngineSetup(self.pool, self._model(name), format or spec.format, spec.dtype, run_tokens=longest)
 
-    def _generate(self, key: StageKey, what: str, rows: str, setup: Any, principles: Principles | None = None) -> Any:
-        """What a generating stage reads."""
-        from cai_ray.stages.shared import GenerateInputs
-
-        constitution = constitution_of(principles) if principles else None
-        return GenerateInputs(key, self.run.stage(rows).data, setup, self._map_settings(what), constitution)
-
-    def _train(self, key: StageKey, what: str, rows: str | None, model: str) -> Any:
-        """What a training stage reads; engines leave the GPUs that it is about to take."""
-        from cai_ray.stages.shared import TrainInputs
-
-        if self.device == "gpu":
-            self.pool.release()
-        return TrainInputs(
-            key=key,
-            rows=(self.run.stage(rows).data,) if rows else (),
-            model=self._model(model),
-            format="auto" if model in STAGE_MODELS else model_spec(self.config, model).format,
-            max_bad_fraction=self.config.run.max_bad_fraction,
-            cluster=self.config.cluster,
-            device=self.device,
-            progress=lambda: self.reporter.bar(what, "epochs"),
-        )
-
-    def _inputs(self, stage: str, key: StageKey) -> Any:
+    def _inputs(self, stage: pipeline.Stage, key: StageKey) -> Any:
         """What a stage's function is given besides its section of the configuration."""
-        config = self.config
-        module = import_module(f"cai_ray.stages.{stage}")
-        match stage:
+        config, name = self.config, stage.name
+        module, models = import_module(f"cai_ray.stages.{name}"), stage.models(config)
+        if name == "report":
+            return module.ReportInputs(key, self.run)
+        from cai_ray.stages import shared
+
+        device = self.device  # Ray must run
+        rows = tuple(self.run.stage(n).data for n in stage.data(config))
+        match name:
             case "prompts":
-                _ = self.device  # Ray must run
-                writers = {g.model: self._setup(g.model) for g in config.prompts.generate}
-                return module.PromptsInputs(key, self._map_settings(stage), writers)
-            case "revise":
-                return self._generate(key, stage, "prompts", self._setup("helpful"), config.constitution.critique)
-            case "sft":
-                return self._train(key, stage, "revise", config.sft.init)
-            case "sample_pairs":
-                return self._generate(key, stage, "prompts", self._setup(config.sample_pairs.model))
-            case "label":
-                setup = self._setup(feedback_model(config), "chat" if config.label.format == "chat" else None)
-                return self._generate(key, stage, "sample_pairs", setup, config.constitution.feedback)
-            case "preference_model":
-                labels = any(s.path == "label" for s in config.preference_model.data)
-                return self._train(key, stage, "label" if labels else None, preference_init(config))
+                writers = {model: self._setup(model) for model in models}
+                return module.PromptsInputs(key, self._map_settings(name), writers)
+            case "revise" | "sample_pairs" | "label":
+                setup = self._setup(models[0], "chat" if name == "label" and config.label.format == "chat" else None)
+                chosen = getattr(config.constitution, stage.principles) if stage.principles else None
+                constitution = pipeline.constitution_of(chosen) if chosen else None
+                return shared.GenerateInputs(key, rows[0], setup, self._map_settings(name), constitution)
+            case "sft" | "preference_model":
+                if device == "gpu":  # engines leave the GPUs that training is about to take
+                    self.pool.release()
+                return shared.TrainInputs(
+                    key=key,
+                    rows=rows,
+                    model=self._model(models[0]),
+                    format=pipeline.model_spec(config, models[0]).format,
+                    max_bad_fraction=config.run.max_bad_fraction,
+                    cluster=config.cluster,
+                    device=device,
+                    progress=lambda: self.reporter.bar(name, "epochs"),
+                )
             case "ppo":
                 return module.PPOInputs(
                     key=key,
-                    prompts=self.run.stage("prompts").data,
+                    prompts=rows[0],
                     setup=self._setup(config.ppo.init),
                     reward=self._model(config.ppo.reward),
                     cluster=config.cluster,
-                    device=self.device,
-                    progress=lambda: self.reporter.bar(stage, "steps"),
+                    device=device,
+                    progress=lambda: self.reporter.bar(name, "steps"),
                 )
             case "evaluate":
                 return module.EvaluateInputs(
                     key=key,
-                    prompts=self.run.stage("prompts").data,
-                    models={name: self._setup(name) for name in evaluated(config)},
+                    prompts=rows[0],
+                    models={model: self._setup(model) for model in pipeline.evaluated(config)},
                     reward=self._model(config.ppo.reward),
-                    settings=self._map_settings(stage),
+                    settings=self._map_settings(name),
                     threads=config.preference_model.sharding.cpus_per_rank,
-                    gpu=self.device == "gpu",
+                    gpu=device == "gpu",
                 )
-        return module.ReportInputs(key, self.run)

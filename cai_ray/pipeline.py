@@ -15,6 +15,7 @@ from cai_ray.constitution import Constitution, load_constitution
 from cai_ray.errors import ConfigError
 from cai_ray.shipped import asset_path
 
+GENERATING = ("revise", "sample_pairs", "label", "ppo", "evaluate")  # stages that sample from engines
 STAGE_MODELS = ("sft", "preference_model", "ppo")  # stages that publish a model
 
 
@@ -50,10 +51,6 @@ def evaluated(c: Config) -> tuple[str, ...]:
     return tuple(dict.fromkeys(["helpful", c.ppo.init, "ppo"]))
 
 
-def _files(sources: tuple[Source, ...]) -> tuple[Source, ...]:
-    return tuple(s for s in sources if s.path != "label")
-
-
 STAGES = (
     Stage(
         "prompts",
@@ -69,7 +66,7 @@ STAGES = (
         "preference_model",
         lambda c: ("label",) if any(s.path == "label" for s in c.preference_model.data) else (),
         lambda c: (preference_init(c),),
-        files=lambda c: _files(c.preference_model.data),
+        files=lambda c: tuple(s for s in c.preference_model.data if s.path != "label"),
     ),
     Stage("ppo", lambda c: ("prompts",), lambda c: (c.ppo.init, c.ppo.reward)),
     Stage("evaluate", lambda c: ("prompts",), lambda c: (*evaluated(c), c.ppo.reward)),
@@ -80,18 +77,15 @@ NAMES = tuple(s.name for s in STAGES)
 
 def needed(config: Config) -> tuple[Stage, ...]:
     """The stages that this configuration needs, in order; one that nothing reads is left out."""
-    wanted, queue = {"report"}, ["report"]
-    by_name = {s.name: s for s in STAGES}
-    while queue:
-        for name in by_name[queue.pop()].reads(config):
-            if name not in wanted:
-                wanted.add(name)
-                queue.append(name)
+    wanted = {"report"}
+    for stage in reversed(STAGES):
+        if stage.name in wanted:
+            wanted |= set(stage.reads(config))
     return tuple(s for s in STAGES if s.name in wanted)
 
 
 def model_spec(config: Config, name: str) -> ModelSpec:
-    """What a model's name stands for: a key of `models`, else an id or path.
+    """What a model's name stands for: a key of `models`, else a stage, an id or a path.
 
     Raises:
         ConfigError: the key exists but is not set.
@@ -123,6 +117,14 @@ def stage_of_path(path: str) -> StageDir | None:
     return stage
 
 
+def model_folder(spec: ModelSpec) -> Path:
+    """The folder of a model: a finished stage's output, or what `models.resolve_model` finds."""
+    from cai_ray.models import resolve_model
+
+    stage = stage_of_path(spec.path)
+    return stage.model if stage else resolve_model(spec.path, spec.revision)
+
+
 def model_identity(spec: ModelSpec) -> str:
     """What enters a stage's key for a model: a hash of local files, a run's manifest, or the hub id and revision."""
     stage = stage_of_path(spec.path)
@@ -144,11 +146,15 @@ def constitution_of(principles: Principles) -> Constitution:
     )
 
 
+def source_path(source: Source) -> Path:
+    """Where a source lies if it is local: the shipped rows of `starter:NAME`, a file or a folder."""
+    starter = source.path.removeprefix("starter:")
+    return Path(source.path).expanduser() if starter == source.path else asset_path(f"{starter}.jsonl")
+
+
 def file_identity(source: Source) -> str:
     """What enters a stage's key for a data source: sizes and hashes of local files, else its name."""
-    path = Path(source.path).expanduser()
-    if source.path.startswith("starter:"):
-        path = asset_path(source.path.removeprefix("starter:") + ".jsonl")
+    path = source_path(source)
     if path.is_file():
         return file_sha256(path)
     if path.is_dir():
@@ -192,23 +198,18 @@ def plan(config: Config, run: RunDir) -> list[Step]:
     steps: list[Step] = []
     stale: set[str] = set()
     for stage in needed(config):
-        out = run.stage(stage.name)
-        key = stage_key(config, stage, run)
+        out, differs = run.stage(stage.name), ()
+        key, before = stage_key(config, stage, run), started_key(out)
         if key is None or stale & set(stage.reads(config)):
-            steps.append(Step(stage, "wait"))
-            stale.add(stage.name)
-            continue
-        before, now = started_key(out), {"parts": key.parts, "inputs": key.inputs}
-        if before is None:
-            steps.append(Step(stage, "run"))
-            stale.add(stage.name)
-        elif canonical_sha256(before) != canonical_sha256(now):
-            steps.append(Step(stage, "changed", tuple(differences(before, now))))
-            stale.add(stage.name)
-        elif out.manifest():
-            steps.append(Step(stage, "done"))
+            action = "wait"
+        elif before is None:
+            action = "run"
+        elif canonical_sha256(before) != canonical_sha256(key.begun):
+            action, differs = "changed", tuple(differences(before, key.begun))
         else:
-            steps.append(Step(stage, "continue"))
+            action = "done" if out.manifest() else "continue"
+        steps.append(Step(stage, action, differs))
+        if action != "done":
             stale.add(stage.name)
     return steps
 
@@ -216,9 +217,7 @@ def plan(config: Config, run: RunDir) -> list[Step]:
 def started_key(out: StageDir) -> dict[str, Any] | None:
     """Parts and inputs of the key with which a stage was begun; None when it never was."""
     path = out.path / "key.json"
-    if not path.is_file():
-        return None
-    return json.loads(path.read_text("utf-8"))
+    return json.loads(path.read_text("utf-8")) if path.is_file() else None
 
 
 def downstream(config: Config, first: str) -> list[str]:

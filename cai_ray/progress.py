@@ -2,15 +2,16 @@
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 PLAIN_INTERVAL_S = 15.0
+# Is told units done, units in all (None: not known yet) and a few words such as tokens per second.
+Bar = Callable[[float, float | None, str], None]
 
 
 class Reporter:
@@ -28,60 +29,36 @@ class Reporter:
                 f.write(f"{time.strftime('%H:%M:%S')} {text}\n")
 
     @contextmanager
-    def bar(self, what: str, unit: str) -> Iterator["Bar"]:
-        """Progress of one stage; call the yielded object with (done, total, extra text)."""
+    def bar(self, what: str, unit: str) -> Iterator[Bar]:
+        """Progress of one stage: yields what is told of it."""
         if not self.console.is_terminal:
-            yield Bar(self, what, unit, None)
+            yield self._lines(what, unit)
             return
-        columns = [
-            TextColumn("  {task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn(unit),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[extra]}"),
-        ]
+        ends = [TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[extra]}")]
+        columns = [TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit), *ends]
         with Progress(*columns, console=self.console, transient=True) as progress:
-            yield Bar(self, what, unit, progress)
+            task = progress.add_task(what, total=None, extra="")
+            yield lambda done, total, extra: progress.update(task, completed=done, total=total, extra=extra)
 
+    def _lines(self, what: str, unit: str) -> Bar:
+        """Says a line now and then, with the time that is left."""
+        start = last = time.monotonic()
 
-class Bar:
-    """The progress of one stage."""
+        def show(done: float, total: float | None, extra: str) -> None:
+            nonlocal last
+            now = time.monotonic()
+            if now - last < PLAIN_INTERVAL_S:
+                return
+            last = now
+            of = f"/{total:g}" if total else ""
+            left = f", about {(now - start) * (total - done) / done:.0f} s left" if total and done else ""
+            self.say(f"  {what}: {done:g}{of} {unit}{left}{', ' + extra if extra else ''}")
 
-    def __init__(self, reporter: Reporter, what: str, unit: str, progress: Progress | None):
-        self._reporter, self._what, self._unit, self._progress = reporter, what, unit, progress
-        self._task: Any = progress.add_task(what, total=None, extra="") if progress else None
-        self._start = self._last = time.monotonic()
-
-    def __call__(self, done: float, total: float | None, extra: str = "") -> None:
-        """Shows `done` of `total` units (None: not known yet) and a few words such as tokens per second."""
-        if self._progress:
-            self._progress.update(self._task, completed=done, total=total, extra=extra)
-            return
-        now = time.monotonic()
-        if now - self._last < PLAIN_INTERVAL_S:
-            return
-        self._last = now
-        eta = ""
-        if total and done:
-            left = (now - self._start) * (total - done) / done
-            eta = f", about {left:.0f} s left"
-        of = f"/{total:g}" if total else ""
-        self._reporter.say(f"  {self._what}: {done:g}{of} {self._unit}{eta}{', ' + extra if extra else ''}")
+        return show
 
 
 def quiet_libraries() -> None:
     """Sends the driver's own library chatter away from the terminal; warnings of Python's logging stay."""
-    for name in (
-        "ray",
-        "ray.data",
-        "ray.train",
-        "datasets",
-        "transformers",
-        "deepspeed",
-        "vllm",
-        "urllib3",
-        "DeepSpeed",
-    ):
+    names = "ray ray.data ray.train datasets transformers deepspeed DeepSpeed vllm urllib3"
+    for name in names.split():
         logging.getLogger(name).setLevel(logging.ERROR)

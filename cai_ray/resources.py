@@ -11,14 +11,13 @@ import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
+from cai_ray import pipeline
 from cai_ray.cluster import LOGICAL_CPUS
 from cai_ray.config import Config, Sharding, Source
 from cai_ray.errors import ResourceError
 from cai_ray.models.shapes import GIB, Shape, find_shape
-from cai_ray.pipeline import evaluated, feedback_model, model_spec, needed, preference_init, stage_of_path
-from cai_ray.shipped import asset_path
+from cai_ray.pipeline import GENERATING, Stage, model_spec, needed
 
 CPU_RATE = 100e9  # float32 operations per second of a small machine, all roles together
 GPU_RATE = 300e12  # bfloat16, one H100-class GPU at about a third of its peak: training and scoring
@@ -38,11 +37,11 @@ Part = tuple[str, float, int]  # purpose, GiB in all, number of processes or GPU
 
 def model_shape(config: Config, name: str) -> Shape:
     """The shape behind a model's name: a stage, a key of `models` or a path."""
-    starts = {"sft": config.sft.init, "preference_model": preference_init(config), "ppo": config.ppo.init}
+    starts = {"sft": config.sft.init, "preference_model": pipeline.preference_init(config), "ppo": config.ppo.init}
     for _ in starts:  # a stage's model has the shape of what it starts from
         name = starts.get(name, name)
     spec = model_spec(config, name)
-    stage = stage_of_path(spec.path)
+    stage = pipeline.stage_of_path(spec.path)
     return find_shape(str(stage.model) if stage else spec.path, spec.revision)
 
 
@@ -80,17 +79,17 @@ def _sum(parts: Iterable[Part]) -> str:
     return " + ".join(f"{purpose} {total:.2f}" + (f"/{n}" if n > 1 else "") for purpose, total, n in parts)
 
 
-def _engine(config: Config, stage: str, name: str, device: str) -> Role:
-    shape, own = model_shape(config, name), config.ppo if stage == "ppo" else config.cluster
-    spec = model_spec(config, name) if name in type(config.models).model_fields else config.models.helpful
-    width, tp = WIDTH[spec.dtype], config.cluster.tensor_parallel_size if device == "gpu" else 1
+def _engine(config: Config, stage: Stage, device: str) -> Role:
+    name, own = "ppo" if stage.name == "evaluate" else stage.models(config)[0], config.cluster
+    shape, width = model_shape(config, name), WIDTH[model_spec(config, name).dtype]
+    tp, count = own.tensor_parallel_size if device == "gpu" else 1, (config.ppo if stage.name == "ppo" else own).engines
     parts: list[Part] = [("weights", shape.gib(width), tp), ("libraries", LIBRARIES_GIB[device], 1)]
     if device == "cpu":
-        parts.append(("KV cache", config.cluster.kv_cache_gib, 1))
+        parts.append(("KV cache", own.kv_cache_gib, 1))
     else:  # it takes its share of the GPU whatever it needs: this is the least with which it starts
-        cache: Part = ("KV of one sequence", shape.kv_gib(context_tokens(config, stage), width), tp)
+        cache: Part = ("KV of one sequence", shape.kv_gib(context_tokens(config, stage.name), width), tp)
         parts += [cache, ("activations", shape.work_gib(ENGINE_TOKENS, width), tp)]
-    return Role("engine", own.engines, tp if device == "gpu" else 0, 1, 2 * shape.parameters, tuple(parts))
+    return Role("engine", count, tp if device == "gpu" else 0, 1, 2 * shape.parameters, tuple(parts))
 
 
 def _trainer(config: Config, role: str, name: str, sharding: Sharding, device: str, passes: float) -> Role:
@@ -125,23 +124,21 @@ def _onlooker(config: Config, role: str, name: str, sharding: Sharding, ranks: i
     return Role(role, ranks, gpus, PPO_CPUS[device], 2 * shape.parameters, parts)
 
 
-def stage_roles(config: Config, stage: str, device: str) -> tuple[Role, ...]:
+def stage_roles(config: Config, stage: Stage, device: str) -> tuple[Role, ...]:
     """The processes that live at the same time in a stage; on CPU engines stay alive while others train."""
-    p, starts = config.ppo, {"sft": config.sft.init, "preference_model": preference_init(config)}
-    sampled = {"revise": "helpful", "sample_pairs": config.sample_pairs.model, "label": feedback_model(config)}
-    sampled |= {"ppo": p.init, "evaluate": "ppo"}
-    if stage in starts:
-        section, names = getattr(config, stage), [s.name for s in needed(config)]
-        before = [s for s in names[: names.index(stage)] if s in sampled][-1:] if device == "cpu" else []
-        idle = [replace(_engine(config, s, sampled[s], device), name="idle engine", flops=0.0) for s in before]
-        return (_trainer(config, "rank", starts[stage], section.sharding, device, section.epochs), *idle)
-    if stage not in sampled:
+    p, name = config.ppo, stage.name
+    if name in ("sft", "preference_model"):
+        section, stages = getattr(config, name), needed(config)
+        before = [s for s in stages[: stages.index(stage)] if s.name in GENERATING][-1:] if device == "cpu" else []
+        idle = [replace(_engine(config, s, device), name="idle engine", flops=0.0) for s in before]
+        return (_trainer(config, "rank", stage.models(config)[0], section.sharding, device, section.epochs), *idle)
+    if name not in GENERATING:
         return ()
-    engine = _engine(config, stage, sampled[stage], device)
-    if stage == "evaluate":
-        looks = Sharding(dtype="float32", microbatch_tokens=context_tokens(config, stage))
+    engine = _engine(config, stage, device)
+    if name == "evaluate":
+        looks = Sharding(dtype="float32", microbatch_tokens=context_tokens(config, name))
         return (engine, _onlooker(config, "scorer", p.reward, looks, 1, device))
-    if stage != "ppo":
+    if name != "ppo":
         return (engine,)
     critic = p.reward if p.critic_init == "reward" else p.init
     return (
@@ -172,8 +169,7 @@ def context_tokens(config: Config, stage: str) -> int:
 
 def source_rows(source: Source) -> float:
     """Lines of a source's jsonl files, or its limit; NaN where counting is not cheap. A transcript may hold more."""
-    name = source.path.removeprefix("starter:")
-    path = asset_path(f"{name}.jsonl") if name != source.path else Path(name).expanduser()
+    path = pipeline.source_path(source)
     files = [f for f in sorted(path.rglob("*")) if f.is_file()] if path.is_dir() else [path]
     count = 0.0 if files and all(f.is_file() and ".jsonl" in f.suffixes for f in files) else math.nan
     for file in files if not math.isnan(count) else ():
@@ -201,7 +197,7 @@ def stage_rows(config: Config) -> dict[str, tuple[float, float]]:
         "label": (harmful, f.principles_per_pair * (2 if f.swap else 1) * question),
         "preference_model": (TRAIN_SHARE * pairs, 2 * (PROMPT_TOKENS + pair)),
         "ppo": (p.steps * p.rollout_batch_size, PROMPT_TOKENS + p.max_new_tokens),
-        "evaluate": (len(evaluated(config)) * 2 * e.prompts, PROMPT_TOKENS + e.max_new_tokens),
+        "evaluate": (len(pipeline.evaluated(config)) * 2 * e.prompts, PROMPT_TOKENS + e.max_new_tokens),
         "report": (0, 0),
     }
 
@@ -244,15 +240,15 @@ class StageNeed:
 def estimate(config: Config, device: str | None = None) -> list[StageNeed]:
     """What each stage needs on `cpu` or `gpu`; without a device, on the one that this machine would use."""
     device, amounts, needs = device or likely_device(config), stage_rows(config), []
-    for stage in (s.name for s in needed(config)):
-        roles, (rows, tokens) = stage_roles(config, stage, device), amounts[stage]
+    for stage in needed(config):
+        roles, (rows, tokens) = stage_roles(config, stage, device), amounts[stage.name]
         work = [rows * tokens * r.flops for r in roles]
         seconds = sum(work) / CPU_RATE  # all roles share one machine
         if device == "gpu":  # engines first, then the others side by side
             rates = [(DECODE_RATE if r.name == "engine" else GPU_RATE) * r.count * r.gpus for r in roles]
             spent = {r.name: w / rate for r, w, rate in zip(roles, work, rates, strict=True)}
             seconds = spent.pop("engine", 0.0) + max(spent.values(), default=0.0)
-        needs.append(StageNeed(stage, rows, seconds / 60 + (START_MINUTES if roles else 0), roles))
+        needs.append(StageNeed(stage.name, rows, seconds / 60 + (START_MINUTES if roles else 0), roles))
     return needs
 
 

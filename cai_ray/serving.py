@@ -6,15 +6,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from cai_ray import pipeline
 from cai_ray.artifacts import RunDir
-from cai_ray.config import ReviseConfig
+from cai_ray.config import ModelSpec, ReviseConfig, Sampling
 from cai_ray.constitution import draw, load_constitution
 from cai_ray.errors import ConfigError
-from cai_ray.models import resolve_model
 from cai_ray.models.tokenization import Tokenizer
-from cai_ray.pipeline import stage_of_path
-from cai_ray.records import Row, check_messages, derive_seed, row_id
-from cai_ray.templates import STOP_PLAIN
+from cai_ray.records import Message, Row, check_messages, derive_seed, row_id
 
 CONTEXT_TOKENS = 2048
 
@@ -62,33 +60,26 @@ def model_folder(name: str) -> Path:
             if out.manifest():
                 return out.model
         raise ConfigError(f"{name} has no finished model yet", "continue the run, or name another")
-    stage = stage_of_path(name)
-    return stage.model if stage else resolve_model(name)
+    return pipeline.model_folder(ModelSpec(path=name))
 
 
 def chat_loop(model: str, max_new_tokens: int, temperature: float, seed: int) -> None:
     """Reads a person's turns from standard input and prints the model's, until an empty line or the end."""
-    from cai_ray.generation.engine import Request
+    from cai_ray.stages.shared import ask
 
     folder = model_folder(model)
     print(f"loading {folder} …", file=sys.stderr)
     engine = LocalEngine(folder)
-    tokenizer, messages = engine.tokenizer, []
+    limits = Sampling.model_construct(  # unchecked, for 0 is a temperature here
+        max_prompt_tokens=CONTEXT_TOKENS, max_new_tokens=max_new_tokens, temperature=temperature
+    )
+    messages: list[Message] = []
     while text := _read_turn():
         messages = check_messages([*messages, {"role": "user", "content": text}])
-        ids = tokenizer.prompt(messages)
-        if len(ids) + max_new_tokens > CONTEXT_TOKENS:
+        if len(engine.tokenizer.prompt(messages)) + max_new_tokens > CONTEXT_TOKENS:
             print(f"the conversation has reached {CONTEXT_TOKENS} tokens; start again", file=sys.stderr)
             return
-        request = Request(
-            prompt_ids=ids,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            seed=derive_seed(seed, row_id(messages), "chat"),
-            stop=tuple(STOP_PLAIN) if tokenizer.format == "plain" else (),
-            eos_ids=tuple(tokenizer.eos_ids),
-        )
-        done = asyncio.run(engine.ask(request))
+        done = asyncio.run(ask(engine, messages, {"id": row_id(messages)}, "chat", seed, limits))
         print(done.text, flush=True)
         messages = [*messages, {"role": "assistant", "content": done.text}]
 

@@ -36,10 +36,3 @@ def _step_of(path: Path) -> int:
     """The number in `step-12` or `rollouts-12.parquet`: the first step that a checkpoint or rollouts are for."""
     number = path.stem.rpartition("-")[2]
     return int(number) if number.isdigit() else 0
-
-
-def forget_from(path: Path, step: int) -> None:
-    """Drops the lines of a metrics or samples file that belong to steps from `step` on, which are taken again."""
-    if path.is_file():
-        lines = path.read_text("utf-8").splitlines(keepends=True)
-        write_atomic(path, "".join(line for line in lines if json.loads(line)["step"] < step))

@@ -157,20 +157,19 @@ def placed(ranks: Mapping[str, int], device: str, timeout_s: float) -> Iterator[
         ResourceError: the cluster has too little free, with the arithmetic; or it does not give it in time.
     """
     total, together = sum(ranks.values()), max(ranks.values())
-    free = ray.available_resources()
     wanted = " + ".join(f"{role} {n}" for role, n in ranks.items())
-    kind = "GPU" if device == "gpu" else "CPU"
-    have = free.get(kind, 0.0)
+    kind, bundle = ("GPU", {"GPU": 1.0, "CPU": 1.0}) if device == "gpu" else ("CPU", {"CPU": CPU_SHARE})
+    have = ray.available_resources().get(kind, 0.0)
     shared = device == "gpu" and have < total
-    need = together if shared else total if device == "gpu" else total * CPU_SHARE
+    bundles = [bundle] * (together if shared else total)
+    need = len(bundles) * bundle[kind]
     if have + 1e-6 < need:
         raise ResourceError(
             f"PPO's workers ({wanted}) need {need:g} {kind}s beside the engines, {have:g} are free"
             + (f"; apart they would need {total}" if shared else ""),
             "lower ppo.engines, the ranks of ppo.actor and ppo.critic or ppo.inference_ranks, or join a larger cluster",
         )
-    bundle = {"GPU": 1.0, "CPU": 1.0} if device == "gpu" else {"CPU": CPU_SHARE}
-    group = placement_group([bundle] * (together if shared else total), strategy="PACK")
+    group = placement_group(bundles, strategy="PACK")
     try:
         if not group.wait(timeout_s):
             raise ResourceError(

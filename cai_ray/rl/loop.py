@@ -8,23 +8,20 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import ray
 
 from cai_ray.algo.kl import FixedKL
 from cai_ray.artifacts import StageDir, write_atomic
-from cai_ray.config import Cluster, PPOConfig
 from cai_ray.errors import StageFailed
 from cai_ray.models.tokenization import Tokenizer
 from cai_ray.records import Row, derive_seed
 from cai_ray.rl.batches import Plan
-from cai_ray.rl.checkpoints import commit_checkpoint, forget_from, last_checkpoint
+from cai_ray.rl.checkpoints import commit_checkpoint, last_checkpoint
 from cai_ray.rl.groups import Call, EngineDied, Group, WorkerDied, engine_calls, wait
 from cai_ray.rl.roles import started
 from cai_ray.rl.rollouts import RollOut, keep_rollouts, make_experience, prompts_of_steps, requests
@@ -40,36 +37,20 @@ Bar = Callable[[float, float | None, str], None]
 
 
 def run_ppo(
-    config: PPOConfig,
-    *,
-    policy: Path,
-    reward_model: Path,
+    setup: Setup,
     prompts: Sequence[Row],
-    engines: list[Any],
-    format: str,
-    cluster: Cluster,
-    device: str,
-    seed: int,
+    get_engines: Callable[[], list[Any]],
     out: StageDir,
-    engine_dtype: str | None = None,
-    restart_engines: Callable[[], list[Any]] | None = None,
-    progress: Callable[[], AbstractContextManager[Bar]] | None = None,
+    progress: Callable[[], AbstractContextManager[Bar]],
 ) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
     """Trains the policy against the preference model; continues from the last whole checkpoint in `out`.
 
     Args:
-        config: the stage's configuration.
-        policy: start and reference of the policy, Hugging Face folder.
-        reward_model: the preference model's folder.
+        setup: configuration, models, and where they run.
         prompts: `Prompt` rows to train on, harmful and helpful.
-        engines: handles of `EngineActor`s that hold the policy; they hold it again at the end.
-        format: prompt format of the policy: auto | plain | chat.
-        cluster: time limits.
-        device: cpu | gpu.
-        seed: the run's.
+        get_engines: gives handles of `EngineActor`s that hold the policy, dead ones replaced; they hold it again at the
+            end.
         out: gets metrics, samples, checkpoints, snapshots and the model.
-        engine_dtype: precision of the engines; the actor's when None. It decides how far their log-probs may differ.
-        restart_engines: starts engines anew in place of dead ones and returns all; without it a dead engine is the end.
         progress: opens a progress bar, which is told (steps done, steps, a few words).
 
     Returns the last step's metrics with counts, and role -> [{pid, node}] of each worker.
@@ -79,26 +60,22 @@ def run_ppo(
         DataError: no prompt fits, or the preference model does not suit the policy.
         StageFailed: a worker did not answer, engine and actor disagree, or the gradient is not finite.
     """
-    setup = Setup(
-        config, policy, reward_model, format, device, seed, cluster.step_timeout_s, cluster.tensor_parallel_size
-    )
-    limit = max(GAP_LIMITS[dtype] for dtype in {config.actor.sharding.dtype, engine_dtype} - {None})
-    steps, too_long = prompts_of_steps(prompts, config, seed, Tokenizer.load(policy, format))
-    out.quarantine_path.parent.mkdir(parents=True, exist_ok=True)
+    config = setup.config
+    steps, too_long = prompts_of_steps(prompts, config, setup.seed, Tokenizer.load(setup.policy, setup.format))
+    out.path.mkdir(parents=True, exist_ok=True)
     write_atomic(out.quarantine_path, "".join(json.dumps(row) + "\n" for row in too_long))
     for attempt in range(TRAINER_RESTARTS + 1):
         try:
-            with started(setup, cluster.start_timeout_s) as groups, progress() if progress else nullcontext() as bar:
-                workers = _Controller(setup, groups, engines, restart_engines, steps, out, limit, bar).run()
+            engines = get_engines()
+            with started(setup) as groups, progress() as bar:
+                metrics, workers = _Controller(setup, groups, engines, get_engines, steps, out, bar).run()
             break
         except (WorkerDied, EngineDied) as e:
-            if attempt == TRAINER_RESTARTS or (isinstance(e, EngineDied) and not restart_engines):
+            if attempt == TRAINER_RESTARTS:
                 raise
             log.warning("%s; starting again from the last checkpoint", e.message)
-            engines = restart_engines() if restart_engines else engines
-    last = json.loads((out.path / "metrics.jsonl").read_text("utf-8").splitlines()[-1])
     counts = {"prompts_used": len({row["id"] for step in steps for row in step}), "quarantined": len(too_long)}
-    return {**{k: v for k, v in last.items() if k not in ("step", "time")}, "steps": config.steps, **counts}, workers
+    return {**metrics, "steps": config.steps, **counts}, workers
 
 
 # ---- the loop -------------------------------------------------------------------------------------------------------
@@ -111,25 +88,24 @@ class _Controller:
     setup: Setup
     groups: dict[str, Group]
     engines: list[Any]
-    restart_engines: Callable[[], list[Any]] | None
+    get_engines: Callable[[], list[Any]]
     steps: list[list[Row]]
     out: StageDir
-    gap_limit: float  # nats a token
-    bar: Bar | None
+    bar: Bar
 
     def __post_init__(self) -> None:
-        self.config, self.limit = self.setup.config, self.setup.timeout_s
-        self.times: dict[str, float] = {}
+        self.config, self.limit = self.setup.config, self.setup.cluster.step_timeout_s
+        self.gap_limit = max(GAP_LIMITS[self.setup.engine_dtype], GAP_LIMITS[self.config.actor.sharding.dtype])
         self.kl = FixedKL(self.config.kl_coef)
         self.keep: Any = ray.remote(num_cpus=0, num_returns=2)(keep_rollouts)
         self.shape: Any = ray.remote(num_cpus=0, num_returns=2)(make_experience)
 
-    def run(self) -> dict[str, list[dict[str, Any]]]:
-        """Runs every step that no checkpoint covers and exports the policy; returns who worked."""
-        config, out = self.config, self.out
+    def run(self) -> tuple[dict[str, float], dict[str, list[dict[str, Any]]]]:
+        """Runs every step that no checkpoint covers and exports the policy; the last metrics, and who worked."""
+        config, out, metrics = self.config, self.out, {}
         workers = self._workers()
         first = self._resume()
-        self.begun, self.times = time.monotonic(), {}
+        self.begun, self.before = time.monotonic(), dict(out.phases)
         for step in range(first, config.steps):
             # 1. Roll out on the engines, which hold the actor's weights; kept on disk before anything else happens.
             rollouts, seen = self._roll_out(step)
@@ -144,15 +120,15 @@ class _Controller:
             keep = {role: len(updates) == 1 and len(whole[role][0]) == 1 for role in plans}
             parts = self._phases(
                 {
-                    "score": partial(self._submit, "reward", "score", rollouts, plan=whole),
-                    "reference": partial(self._submit, "reference", "logprobs", rollouts, plan=whole),
-                    "logprobs": partial(self._submit, "actor", "logprobs", rollouts, keep["actor"], plan=whole),
-                    "values": partial(self._submit, "critic", "values", rollouts, keep["critic"], plan=whole),
+                    "score": ("reward", "score", rollouts, [(plan,) for plan in whole["reward"]]),
+                    "reference": ("reference", "logprobs", rollouts, [(plan,) for plan in whole["reference"]]),
+                    "logprobs": ("actor", "logprobs", rollouts, [(plan, keep["actor"]) for plan in whole["actor"]]),
+                    "values": ("critic", "values", rollouts, [(plan, keep["critic"]) for plan in whole["critic"]]),
                 }
             )
 
             # 4., 5., 6. Shape rewards, estimate advantages, whiten them over the whole batch: one task, which has it.
-            with self._clock("advantages"):
+            with self.out.phase("advantages"):
                 payloads = [call.payload for calls, _ in parts.values() for call in calls]
                 experience, done = self.shape.remote(config, self.kl.coef, rollouts, *payloads)
                 (shaped,) = wait([Call("the advantage task", done)], self.limit, f"advantages of step {step}")
@@ -163,14 +139,14 @@ class _Controller:
             totals = [sum(seen["responses"][row] for row in rows) for rows in updates]
             stats = self._phases(
                 {
-                    "update_actor": partial(self._update, "actor", experience, plans["actor"], totals),
-                    "update_critic": partial(self._update, "critic", experience, plans["critic"], totals),
+                    f"update_{role}": (role, "update", experience, [(own, totals) for own in zip(*plan, strict=True)])
+                    for role, plan in plans.items()
                 }
             )
             self.kl.update(metrics["objective/kl"], len(ids))
 
             # 8. Send the new weights to the engines, and see that both sides compute the same with them.
-            with self._clock("sync"):
+            with self.out.phase("sync"):
                 self._sync(step + 1)
                 metrics["policy/logprob_shift"] = self._probe(experience, seen["probe"], step)
 
@@ -181,37 +157,33 @@ class _Controller:
         with out.phase("export"):
             wait(self.groups["actor"].submit("export", out.model), self.limit, "export of the policy")
             self._ask_engines("load_checkpoint", self.setup.policy, self.setup.format)
-        return workers
+        return metrics, workers
 
     # ---- what the steps are made of ---------------------------------------------------------------------------------
 
-    @contextmanager
-    def _clock(self, phase: str) -> Iterator[None]:
-        start = time.monotonic()
-        with self.out.phase(phase):
-            yield
-        self.times[phase] = self.times.get(phase, 0.0) + time.monotonic() - start
+    def _phases(
+        self, calls: Mapping[str, tuple[str, str, Any, list[tuple]]]
+    ) -> dict[str, tuple[list[Call], list[Any]]]:
+        """Submits phase -> (role, method, batch, the rest for each rank) and awaits the answers.
 
-    def _phases(self, calls: Mapping[str, Callable[[], list[Call]]]) -> dict[str, tuple[list[Call], list[Any]]]:
-        """Submits and awaits; on GPUs roles work side by side, on CPU they take turns and each has all cores."""
-        begun = {name: submit() for name, submit in calls.items()} if self.setup.device == "gpu" else {}
+        On GPUs roles work side by side, on CPU they take turns and each has all cores.
+        """
+
+        def submit(phase: str) -> list[Call]:
+            role, method, batch, each = calls[phase]
+            return self.groups[role].submit(method, batch, each=each)
+
+        begun = {phase: submit(phase) for phase in calls} if self.setup.device == "gpu" else {}
         out = {}
-        for name, submit in calls.items():
-            with self._clock(name):
-                sent = begun.get(name) or submit()
-                out[name] = sent, wait(sent, self.limit, name)
+        for phase in calls:
+            with self.out.phase(phase):
+                sent = begun.get(phase) or submit(phase)
+                out[phase] = sent, wait(sent, self.limit, phase)
         return out
 
     def _split(self, role: str, rows: Sequence[int], lengths: Sequence[int]) -> list[Plan]:
         sharding = (self.config.actor if role in ("actor", "reference") else self.config.critic).sharding
         return layout(sorted(rows), lengths, len(self.groups[role].workers), sharding.microbatch_tokens)
-
-    def _submit(self, role: str, method: str, batch: Any, *args: Any, plan: Mapping[str, list[Plan]]) -> list[Call]:
-        return self.groups[role].submit(method, batch, each=[(own, *args) for own in plan[role]])
-
-    def _update(self, role: str, experience: Any, plans: list[list[Plan]], totals: list[int]) -> list[Call]:
-        each = [([plan[rank] for plan in plans], totals) for rank in range(len(self.groups[role].workers))]
-        return self.groups[role].submit("update", experience, each=each)
 
     def _ask_engines(self, method: str, *args: Any) -> list[Any]:
         return wait(engine_calls(self.engines, method, *args), self.limit, f"rollout engines ({method})")
@@ -229,40 +201,37 @@ class _Controller:
             wait(loads, self.limit, f"loading {folder.name}")
             self.kl.load_state_dict(state["kl"])
             step = state["step"]
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            forget_from(self.out.path / name, step)
+        self.out.forget_from(step)
         self._sync(step, fresh=True)
         return step
 
     def _roll_out(self, step: int) -> tuple[Any, dict[str, Any]]:
-        """The step's rollouts: those on disk, or fresh ones from engines that hold this step's weights."""
-        count, path = self.config.rollout_batch_size, self.out.checkpoints / f"rollouts-{step}.parquet"
-        asked = requests(self.steps[step], self.config, self.setup.seed, step)
-        for attempt in range(ROLLOUT_TRIES):
-            share = -(-count // len(self.engines))
+        """The step's rollouts, and what is seen of them; dead engines are replaced."""
+        for attempt in range(1, ROLLOUT_TRIES + 1):
             try:
-                with self._clock("rollout"):
-                    if not path.is_file() and {info["version"] for info in self._ask_engines("info")} != {step}:
-                        self._sync(step, fresh=True)
-                    calls = []
-                    if not path.is_file():
-                        parts = [(asked.slice(i * share, share),) for i in range(len(self.engines))]
-                        calls = engine_calls(self.engines, "run", RollOut(self.config), each=parts, fetch=False)
-                    wait(calls, self.limit, f"rollout of step {step}")
-                    rollouts, done = self.keep.remote(path, count, *[call.done for call in calls])
-                    (seen,) = wait([Call("an engine", done, lost=EngineDied)], self.limit, f"rollout of step {step}")
-                if seen["versions"] == [step]:
-                    return rollouts, seen
-                path.unlink()
+                with self.out.phase("rollout"):
+                    return self._sample(step)
             except EngineDied as e:
-                if self.restart_engines is None:
-                    raise
-                log.warning("%s; starting it again (%d of %d)", e.message, attempt + 1, ROLLOUT_TRIES)
-                self.engines = self.restart_engines()
-        raise StageFailed(
-            f"rollout of step {step}: {ROLLOUT_TRIES} tries brought no {count} responses of one policy",
-            "see the engines' logs",
-        )
+                log.warning("%s; starting it again (%d of %d)", e.message, attempt, ROLLOUT_TRIES)
+                self.engines = self.get_engines()
+        raise StageFailed(f"rollout of step {step}: engines died {ROLLOUT_TRIES} times", "see the engines' logs")
+
+    def _sample(self, step: int) -> tuple[Any, dict[str, Any]]:
+        """The rollouts on disk, or fresh ones from engines that hold this step's weights."""
+        size, path = self.config.rollout_batch_size, self.out.checkpoints / f"rollouts-{step}.parquet"
+        calls, what = [], f"rollout of step {step}"
+        if not path.is_file():
+            if {info["version"] for info in self._ask_engines("info")} != {step}:
+                self._sync(step, fresh=True)
+            asked, share = requests(self.steps[step], self.config, self.setup.seed, step), -(-size // len(self.engines))
+            parts = [(asked.slice(i * share, share),) for i in range(len(self.engines))]
+            calls = engine_calls(self.engines, "run", RollOut(self.config), each=parts, fetch=False)
+        wait(calls, self.limit, what)
+        rollouts, done = self.keep.remote(path, size, *[call.done for call in calls])
+        (seen,) = wait([Call("an engine", done, lost=EngineDied)], self.limit, what)
+        if seen["versions"] != [step]:
+            raise StageFailed(f"{what}: responses come from the weights of steps {seen['versions']}", f"remove {path}")
+        return rollouts, seen
 
     def _sync(self, version: int, fresh: bool = False) -> None:
         calls = self.groups["actor"].submit("sync", self.engines, version, fresh)
@@ -284,31 +253,29 @@ class _Controller:
         """A checkpoint from which step `step` continues, and a snapshot, where they are due."""
         config, actor = self.config, self.groups["actor"]
         if step < config.steps and step % config.checkpoint_every == 0:
-            with self._clock("checkpoint"):
+            with self.out.phase("checkpoint"):
                 folder = self.out.checkpoints / f"step-{step}"
                 shutil.rmtree(folder, ignore_errors=True)
-                for role in ("actor", "critic"):
-                    (folder / role).mkdir(parents=True)
                 saves = [c for role in ("actor", "critic") for c in self.groups[role].submit("save", folder / role)]
                 wait(saves, self.limit, f"checkpoint {folder.name}")
                 commit_checkpoint(folder, {"step": step, "kl": self.kl.state_dict()})
         if config.snapshots and step < config.steps and step % config.snapshots == 0:
-            with self._clock("snapshot"):
+            with self.out.phase("snapshot"):
                 target = self.out.path / "snapshots" / f"step-{step}"
                 wait(actor.submit("export", target), self.limit, f"snapshot {target.name}")
 
     def _log(self, step: int, metrics: dict[str, float], samples: list[Row], seen: dict[str, Any]) -> None:
-        wall, tokens = time.monotonic() - self.begun, sum(seen["lengths"])
-        metrics |= {f"time/{phase}": seconds for phase, seconds in self.times.items()}
+        wall, tokens, before = time.monotonic() - self.begun, sum(seen["lengths"]), self.before
+        self.begun, self.before = time.monotonic(), dict(self.out.phases)
+        times = {phase: seconds - before.get(phase, 0.0) for phase, seconds in self.before.items()}
+        metrics |= {f"time/{phase}": seconds for phase, seconds in times.items() if seconds}
         metrics |= {"time/step": wall, "perf/tokens_per_s": tokens / wall}
-        metrics["rollout/tokens_per_s"] = sum(seen["responses"]) / self.times["rollout"]
-        self.begun, self.times = time.monotonic(), {}
+        metrics["rollout/tokens_per_s"] = sum(seen["responses"]) / times["rollout"]
         self.out.metrics(step, metrics)
         for row in samples:
             self.out.sample({"step": step, **row})
-        if self.bar:
-            score, kl = metrics["objective/score"], metrics["objective/kl"]
-            self.bar(step + 1, self.config.steps, f"score {score:.2f}, KL {kl:.3f}, {tokens / wall:.0f} tokens/s")
+        score, kl = metrics["objective/score"], metrics["objective/kl"]
+        self.bar(step + 1, self.config.steps, f"score {score:.2f}, KL {kl:.3f}, {tokens / wall:.0f} tokens/s")
 
 
 def _learning(name: str, ranks: list[dict[str, Any]]) -> dict[str, float]:

@@ -8,14 +8,14 @@ from cai_ray.rl.workers import Actor, Critic, Reference, Reward, Setup
 
 
 @contextmanager
-def started(setup: Setup, timeout_s: float) -> Iterator[dict[str, Group]]:
+def started(setup: Setup) -> Iterator[dict[str, Group]]:
     """Actor, critic, reward and reference by name, models loaded; they end with the block.
 
     Raises:
         ResourceError: the cluster cannot hold them.
-        StageFailed: one did not start within `timeout_s` seconds.
+        StageFailed: one did not start within `cluster.start_timeout_s` seconds.
     """
-    config = setup.config
+    config, timeout_s = setup.config, setup.cluster.start_timeout_s
     actor, critic = config.actor.sharding, config.critic.sharding
     roles = {  # class, ranks, threads of a rank
         "actor": (Actor, actor.ranks, actor.cpus_per_rank),
@@ -34,7 +34,7 @@ def started(setup: Setup, timeout_s: float) -> Iterator[dict[str, Group]]:
             ready: list[Call] = groups["reward"].submit("info") + groups["reference"].submit("info")
             for role in ("actor", "critic"):
                 (where, *_) = wait(groups[role].submit("address"), timeout_s, f"start of the {role}")
-                ready += groups[role].submit("join", where["address"], where["port"], updates)
+                ready += groups[role].submit("join", *where, updates)
             wait(ready, timeout_s, "start of PPO's workers")
             yield groups
         finally:

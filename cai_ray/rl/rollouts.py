@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -66,12 +66,10 @@ def prompt_steps(
         while True:
             yield [next(every) for _ in range(size)]
     kinds = {kind: _endless([p for p in prompts if p["kind"] == kind], seed, fits) for kind in ("helpful", "harmful")}
-    step = 0
-    while True:
+    for step in count():
         helpful = math.floor((step + 1) * size * share + 0.5) - math.floor(step * size * share + 0.5)
         wanted = ["helpful"] * helpful + ["harmful"] * (size - helpful)
         yield [next(kinds[kind]) for kind in wanted]
-        step += 1
 
 
 def _endless(rows: Sequence[Row], seed: int, fits: Callable[[Row], bool]) -> Iterator[Row]:
@@ -161,12 +159,12 @@ class RollOut:
         }
 
 
-def keep_rollouts(path: Path, count: int, *parts: pa.Table) -> tuple[pa.Table, dict[str, Any]]:
+def keep_rollouts(path: Path, asked: int, *parts: pa.Table) -> tuple[pa.Table, dict[str, Any]]:
     """Joins what the engines returned and writes it, whole or not at all; without parts reads what was written.
 
     Args:
         path: parquet file of the step.
-        count: responses that were asked for.
+        asked: responses that were asked for.
         parts: tables of schema ROLLOUTS and a column that names what is wrong with a row.
 
     Returns the batch in the order of its rows, and what the controller may see of it.
@@ -178,9 +176,9 @@ def keep_rollouts(path: Path, count: int, *parts: pa.Table) -> tuple[pa.Table, d
         batch = pa.concat_tables(parts)
         reasons = [reason for reason in batch[BAD].to_pylist() if reason]
         batch = batch.select(ROLLOUTS.names).sort_by("row")
-        if reasons or batch["row"].to_pylist() != list(range(count)):
+        if reasons or batch["row"].to_pylist() != list(range(asked)):
             raise StageFailed(
-                f"{count} responses were asked for, {len(batch) - len(reasons)} came; {reasons[0] if reasons else ''}",
+                f"{asked} responses were asked for, {len(batch) - len(reasons)} came; {reasons[0] if reasons else ''}",
                 "the engines' logs say more; the same command continues",
             )
         temporary = path.with_name(f".{path.name}.tmp")
@@ -217,8 +215,8 @@ def make_experience(config: PPOConfig, kl_coef: float, batch: pa.Table, *parts: 
     Returns the batch with the columns old_logprobs, values, advantages and returns, and the step's metrics.
     """
     names = sorted({name for part in parts for name in part.column_names} - {"row"})
-    columns = {name: _joined(parts, name, len(batch)) for name in names}
-    batch = pa.table({**{name: batch[name] for name in batch.column_names}, **columns})
+    for name in names:
+        batch = batch.append_column(name, _joined(parts, name, len(batch)))
     old_BR, ref_BR, values_BR, rollout_BR = (
         padded(batch, name) for name in ("old_logprobs", "ref_logprobs", "values", "rollout_logprobs")
     )

@@ -6,14 +6,15 @@ gathering a sharded parameter is a collective; rank 0 speaks to the engines.
 
 import os
 from collections.abc import Iterator
+from itertools import groupby
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from cai_ray.errors import StageFailed
 from cai_ray.generation.shared_memory import cleanup, write_bucket
 from cai_ray.rl.groups import engine_calls, free_address, wait
-from cai_ray.training.deepspeed import ShardedModel
+from cai_ray.training.deepspeed import ShardedModel, layer_of
 
 BUCKET_BYTES = 256 << 20
 GAP_LIMITS = {"float32": 1e-3, "bfloat16": 0.05}  # nats, mean over tokens; two right implementations differ by far less
@@ -29,19 +30,16 @@ class Engines:
     """
 
     def __init__(self, handles: list[Any], gpus: int, timeout_s: float):
-        self._handles, self.gpus, self._timeout_s = handles, gpus, timeout_s
+        self.handles, self.gpus, self._timeout_s = handles, gpus, timeout_s
         self.version = 0
 
-    def __len__(self) -> int:
-        return len(self._handles)
-
     def _all(self, method: str, *args: Any, each: list[tuple] | None = None) -> None:
-        calls = engine_calls(self._handles, method, *args, each=each)
+        calls = engine_calls(self.handles, method, *args, each=each)
         wait(calls, self._timeout_s, f"weight sync ({method})")
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         """Each engine's processes get ranks of their own behind the sender's rank 0."""
-        ranks = [{"rank_offset": 1 + i * self.gpus} if self.gpus else {} for i in range(len(self))]
+        ranks = [{"rank_offset": 1 + i * self.gpus} if self.gpus else {} for i in range(len(self.handles))]
         self._all("init_weight_transfer", each=[({**init_info, **own},) for own in ranks])
 
     def start_weight_update(self) -> None:
@@ -62,14 +60,13 @@ class Sender:
 
     Args:
         model: source of the weights.
-        hf: the transformers model inside, for names and shapes.
         engines: the receiving side.
     """
 
-    def __init__(self, model: ShardedModel, hf: nn.Module, engines: Engines):
+    def __init__(self, model: ShardedModel, engines: Engines):
         self._model, self._engines = model, engines
         if engines.gpus:
-            self._nccl = _nccl_trainer(model, hf, engines)
+            self._nccl = _nccl_trainer(model, engines)
         elif model.rank == 0:
             engines.init_weight_transfer_engine({})
 
@@ -100,21 +97,16 @@ class Sender:
 def buckets(parameters: Iterator[tuple[str, Tensor]], limit: int = BUCKET_BYTES) -> Iterator[dict[str, Tensor]]:
     """Groups parameters into buckets of about `limit` bytes, cut between layers: vLLM loads whole layers."""
     bucket: dict[str, Tensor] = {}
-    layer = ""
-    for name, tensor in parameters:
-        if bucket and _layer(name) != layer and sum(t.nbytes for t in bucket.values()) >= limit:
+    for _, layer in groupby(parameters, lambda item: layer_of(item[0])):
+        bucket.update(layer)
+        if sum(t.nbytes for t in bucket.values()) >= limit:
             yield bucket
             bucket = {}
-        bucket[name], layer = tensor, _layer(name)
     if bucket:
         yield bucket
 
 
-def _layer(name: str) -> str:
-    return ".".join(name.split(".")[:3])
-
-
-def _nccl_trainer(model: ShardedModel, hf: nn.Module, engines: Engines) -> Any:
+def _nccl_trainer(model: ShardedModel, engines: Engines) -> Any:
     """vLLM's own sending side; all ranks gather, rank 0 broadcasts."""
     from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
     from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo, NCCLTrainerWeightTransferEngine
@@ -122,19 +114,15 @@ def _nccl_trainer(model: ShardedModel, hf: nn.Module, engines: Engines) -> Any:
     class Source(WeightSource):
         def metadata(self) -> list[ParamMeta]:
             # A parameter that ZeRO-3 has split keeps its whole shape in ds_shape.
-            named = hf.named_parameters()
+            named = model.hf.named_parameters()
             return [ParamMeta(name, p.dtype, tuple(getattr(p, "ds_shape", p.shape))) for name, p in named]
 
         def __iter__(self) -> Iterator[tuple[str, Tensor]]:
             return model.full_parameters()
 
     address, port = free_address()
-    info = NCCLTrainerInitInfo(
-        master_address=address,
-        master_port=port,
-        world_size=1 + len(engines) * engines.gpus,
-        rank=model.rank,
-    )
+    world = 1 + len(engines.handles) * engines.gpus
+    info = NCCLTrainerInitInfo(master_address=address, master_port=port, world_size=world, rank=model.rank)
     return NCCLTrainerWeightTransferEngine.trainer_init(info, client=engines, source=Source())
 
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from cai_ray.algo.masking import partial_mean
 from cai_ray.algo.ppo import policy_loss, value_loss
-from cai_ray.config import Learner, PPOConfig
+from cai_ray.config import Cluster, Learner, PPOConfig
 from cai_ray.errors import DataError
 from cai_ray.models.checkpoints import load_causal_lm, load_scalar_model
 from cai_ray.models.scalar import scores_at_end, values_at
@@ -28,34 +28,29 @@ from cai_ray.models.tokenization import Tokenizer, preference_input
 from cai_ray.rl.batches import Micro, Plan, collate, ragged
 from cai_ray.rl.groups import free_address
 from cai_ray.rl.weight_sync import Engines, Sender
-from cai_ray.training.deepspeed import ShardedModel, init_distributed, torch_dtype
+from cai_ray.training.deepspeed import ShardedModel, init_distributed
 from cai_ray.training.sft import TokenLogprobs
 
-Answer = tuple[Any, dict[str, Any]]
+Answer = tuple[Any, Any]
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What every worker is told when it starts."""
+    """What the controller and every worker are told when they start."""
 
     config: PPOConfig
-    policy: Path
-    reward_model: Path
-    format: str  # of the policy's prompts
+    policy: Path  # start and reference of the policy, Hugging Face folder
+    reward_model: Path  # the preference model's folder
+    format: str  # of the policy's prompts: auto | plain | chat
     device: str  # cpu | gpu
     seed: int
-    timeout_s: float  # longest wait for the other ranks
-    engine_gpus: int  # that share one rollout engine
+    cluster: Cluster  # time limits; GPUs that share one rollout engine
+    engine_dtype: str  # decides, with the actor's, how far log-probs of engine and actor may differ
 
     @property
     def torch_device(self) -> torch.device:
         """Where a worker's tensors live; Ray shows a worker only its own GPU."""
         return torch.device("cuda", 0) if self.device == "gpu" else torch.device("cpu")
-
-    @property
-    def max_tokens(self) -> int:
-        """Longest sequence that a role sees: prompt, response and the EOS that a truncated one gets."""
-        return self.config.max_prompt_tokens + self.config.max_new_tokens + 1
 
 
 class ValueForward(nn.Module):
@@ -71,8 +66,9 @@ class ValueForward(nn.Module):
         return values_at(self.hf, ids_BT, attention_mask_BT, before_BT)[before_BT]
 
 
-def _identity() -> dict[str, Any]:
-    return {"pid": os.getpid(), "node": os.uname().nodename}
+def _info(self: Any) -> Answer:
+    """Process and node: a method of every worker."""
+    return None, {"pid": os.getpid(), "node": os.uname().nodename}
 
 
 def _table(name: str, rows: Sequence[int], values: pa.Array) -> pa.Table:
@@ -98,12 +94,10 @@ class Reference:
     def __init__(self, role: str, rank: int, ranks: int, setup: Setup):
         self._device, self._temperature = setup.torch_device, setup.config.temperature
         # The actor's own dtype: the KL at the first step is then 0, not the distance between two precisions.
-        dtype = torch_dtype(setup.config.actor.sharding)
+        dtype = setup.config.actor.sharding.dtype
         self._model = TokenLogprobs(load_causal_lm(setup.policy, dtype)).to(self._device).eval()
 
-    def info(self) -> Answer:
-        """Process and node."""
-        return None, _identity()
+    info = _info
 
     @torch.inference_mode()
     def logprobs(self, batch: pa.Table, plan: Plan) -> Answer:
@@ -119,15 +113,14 @@ class Reward:
     """The preference model. It alone normalises scores."""
 
     def __init__(self, role: str, rank: int, ranks: int, setup: Setup):
-        self._device, self._max_tokens = setup.torch_device, setup.max_tokens
-        self._model: Any = load_scalar_model(setup.reward_model, torch_dtype(setup.config.critic.sharding))
+        self._device, config = setup.torch_device, setup.config
+        self._max_tokens = config.max_prompt_tokens + config.max_new_tokens + 1  # EOS for a truncated response
+        self._model: Any = load_scalar_model(setup.reward_model, config.critic.sharding.dtype)
         self._model.to(self._device).eval()
         self._eos = _same_tokens(setup).eos_id
-        self._mean, self._std = _moments(self._model.config, setup) if setup.config.normalize_scores else (0.0, 1.0)
+        self._mean, self._std = _moments(self._model.config, setup) if config.normalize_scores else (0.0, 1.0)
 
-    def info(self) -> Answer:
-        """Process and node."""
-        return None, _identity()
+    info = _info
 
     @torch.inference_mode()
     def score(self, batch: pa.Table, plan: Plan) -> Answer:
@@ -170,6 +163,12 @@ def _moments(config: Any, setup: Setup) -> tuple[float, float]:
 class _Trained:
     """What actor and critic share: the process group of their ranks, the walk over a plan, checkpoints."""
 
+    # Each role's own: its module, its forward pass, its loss with its stats, and the columns that the loss reads.
+    _build: Callable[[], "TokenLogprobs | ValueForward"]
+    _predict: Callable[[Micro], tuple[Tensor, ...]]
+    _loss: Callable[[Micro, Any, int], tuple[Tensor, dict[str, Tensor]]]
+    _columns: tuple[str, ...]
+
     def __init__(self, role: str, rank: int, ranks: int, setup: Setup):
         self._role, self._rank, self._ranks, self._setup = role, rank, ranks, setup
         self._device = setup.torch_device
@@ -177,25 +176,19 @@ class _Trained:
         self._kept: Any = None  # the last forward pass with its graph, for the update to go on from
         self._model: ShardedModel
 
-    def _build(self) -> "TokenLogprobs | ValueForward":
-        raise NotImplementedError
-
-    def info(self) -> Answer:
-        """Process and node."""
-        return None, _identity()
+    info = _info
 
     def address(self) -> Answer:
         """Where the other ranks meet rank 0: its node's address and a free port."""
-        return None, dict(zip(("address", "port"), free_address(), strict=True))
+        return None, free_address()
 
     def join(self, address: str, port: int, total_steps: int) -> Answer:
         """Joins the group's process group and loads the model; `total_steps` optimizer steps are the whole run."""
         where = {"MASTER_ADDR": address, "MASTER_PORT": port, "RANK": self._rank, "WORLD_SIZE": self._ranks}
         os.environ.update({name: str(value) for name, value in where.items()}, LOCAL_RANK="0")
-        init_distributed(self._device, self._setup.timeout_s)
-        learner, module = self._learner, self._build()
-        self._hf: nn.Module = module.hf
-        self._model = ShardedModel(module, learner.optim, learner.sharding, total_steps, self._device)
+        init_distributed(self._device, self._setup.cluster.step_timeout_s)
+        learner = self._learner
+        self._model = ShardedModel(self._build(), learner.optim, learner.sharding, total_steps, self._device)
         return None, {}
 
     def save(self, folder: Path) -> Answer:
@@ -208,77 +201,63 @@ class _Trained:
         self._model.load(folder)
         return None, {}
 
-    def _forward(self, name: str, batch: pa.Table, plan: Plan, keep: bool, predict: Callable[[Micro], Any]) -> pa.Table:
-        """Table (row, name) of `predict`'s first result; `keep` holds on to the graph of the only micro-batch."""
-        self._kept = None
-
-        def first(micro: Micro) -> Tensor:
-            result = predict(micro)
-            if keep:
-                self._kept = result
-            return result[0]
-
-        with torch.set_grad_enabled(keep):
-            return _per_token(name, batch, plan, self._device, first)
-
-    def _update(
-        self,
-        batch: pa.Table,
-        steps: list[Plan],
-        totals: list[int],
-        columns: Sequence[str],
-        predict: Callable[[Micro], Any],
-        loss_of: Callable[[Micro, Any, int], tuple[Tensor, dict[str, Tensor]]],
-    ) -> dict[str, Any]:
+    def update(self, batch: pa.Table, steps: list[Plan], totals: list[int]) -> Answer:
         """One optimizer step for each plan; stats are this rank's parts of the sums, averaged over steps."""
         sums: dict[str, float] = {}
         norms = []
         for plan, total in zip(steps, totals, strict=True):
             for rows in plan:
-                micro = collate(batch, rows, self._device, columns)
+                micro = collate(batch, rows, self._device, self._columns)
                 kept, self._kept = self._kept, None
-                loss, stats = loss_of(micro, predict(micro) if kept is None else kept, total)
+                loss, stats = self._loss(micro, self._predict(micro) if kept is None else kept, total)
                 self._model.backward(loss)
                 for name, value in stats.items():
                     sums[name] = sums.get(name, 0.0) + float(value) / len(steps)
             lr = self._model.lr
             norms.append(self._model.step())
-        return {"sums": sums, "grad_norm": sum(norms) / len(norms), "lr": lr}
+        return None, {"sums": sums, "grad_norm": sum(norms) / len(norms), "lr": lr}
+
+    def _forward(self, name: str, batch: pa.Table, plan: Plan, keep: bool) -> Answer:
+        """Table (row, name) of the first prediction; `keep` holds on to the graph of the only micro-batch."""
+
+        def first(micro: Micro) -> Tensor:
+            predicted = self._predict(micro)
+            self._kept = predicted if keep else None
+            return predicted[0]
+
+        with torch.set_grad_enabled(keep):
+            return _per_token(name, batch, plan, self._device, first), {}
 
 
 class Actor(_Trained):
-    """The policy under training."""
+    """The policy under training; its loss is the clipped policy loss."""
 
+    _columns = ("old_logprobs", "advantages")
     _sender: Sender | None = None
 
     def _build(self) -> TokenLogprobs:
-        return TokenLogprobs(load_causal_lm(self._setup.policy, torch_dtype(self._learner.sharding)))
+        return TokenLogprobs(load_causal_lm(self._setup.policy, self._learner.sharding.dtype))
 
     def _predict(self, micro: Micro, temperature: float | None = None) -> tuple[Tensor, Tensor]:
         temperature = temperature or self._setup.config.temperature
         return self._model.module(micro.ids_BT, micro.attention_BT, micro.response_BT, temperature)
 
+    def _loss(self, micro: Micro, predicted: Any, total: int) -> tuple[Tensor, dict[str, Tensor]]:
+        (logprobs_N, entropy_N), clip = predicted, self._setup.config.clip_range
+        old_N, advantages_N = (micro.columns[name] for name in self._columns)
+        loss, stats = policy_loss(logprobs_N, old_N, advantages_N, micro.mask_N, clip, total=total)
+        return loss, {**stats, "entropy": partial_mean(entropy_N.detach(), micro.mask_N, total)}
+
     def logprobs(self, batch: pa.Table, plan: Plan, keep: bool) -> Answer:
         """Table (row, old_logprobs)."""
-        return self._forward("old_logprobs", batch, plan, keep, self._predict), {}
-
-    def update(self, batch: pa.Table, steps: list[Plan], totals: list[int]) -> Answer:
-        """Optimizer steps on the clipped policy loss."""
-
-        def loss_of(micro: Micro, predicted: tuple[Tensor, Tensor], total: int) -> tuple[Tensor, dict[str, Tensor]]:
-            old_N, advantages_N = micro.columns["old_logprobs"], micro.columns["advantages"]
-            clip = self._setup.config.clip_range
-            loss, stats = policy_loss(predicted[0], old_N, advantages_N, micro.mask_N, clip, total=total)
-            return loss, {**stats, "entropy": partial_mean(predicted[1].detach(), micro.mask_N, total)}
-
-        return None, self._update(batch, steps, totals, ("old_logprobs", "advantages"), self._predict, loss_of)
+        return self._forward("old_logprobs", batch, plan, keep)
 
     def sync(self, engines: list[Any], version: int, fresh: bool) -> Answer:
         """Sends the weights to the engines, which then hold version `version`; `fresh` connects to them anew."""
         if fresh or self._sender is None:
-            setup = self._setup
-            gpus = setup.engine_gpus if setup.device == "gpu" else 0
-            self._sender = Sender(self._model, self._hf, Engines(engines, gpus, setup.timeout_s))
+            cluster = self._setup.cluster
+            gpus = cluster.tensor_parallel_size if self._setup.device == "gpu" else 0
+            self._sender = Sender(self._model, Engines(engines, gpus, cluster.step_timeout_s))
         self._sender.send(version)
         return None, {}
 
@@ -306,26 +285,23 @@ class Actor(_Trained):
 
 
 class Critic(_Trained):
-    """The value function."""
+    """The value function; its loss is the clipped value loss."""
+
+    _columns = ("values", "returns")
 
     def _build(self) -> ValueForward:
         setup = self._setup
         init = setup.reward_model if setup.config.critic_init == "reward" else setup.policy
-        return ValueForward(load_scalar_model(init, torch_dtype(self._learner.sharding), seed=setup.seed))
+        return ValueForward(load_scalar_model(init, self._learner.sharding.dtype, seed=setup.seed))
 
     def _predict(self, micro: Micro) -> tuple[Tensor]:
         return (self._model.module(micro.ids_BT, micro.attention_BT, micro.response_BT),)
 
+    def _loss(self, micro: Micro, predicted: Any, total: int) -> tuple[Tensor, dict[str, Tensor]]:
+        old_N, returns_N = (micro.columns[name] for name in self._columns)
+        clip = self._setup.config.value_clip_range
+        return value_loss(predicted[0], old_N, returns_N, micro.mask_N, clip, total=total)
+
     def values(self, batch: pa.Table, plan: Plan, keep: bool) -> Answer:
         """Table (row, values)."""
-        return self._forward("values", batch, plan, keep, self._predict), {}
-
-    def update(self, batch: pa.Table, steps: list[Plan], totals: list[int]) -> Answer:
-        """Optimizer steps on the clipped value loss."""
-
-        def loss_of(micro: Micro, predicted: tuple[Tensor], total: int) -> tuple[Tensor, dict[str, Tensor]]:
-            clip = self._setup.config.value_clip_range
-            old_N, returns_N = micro.columns["values"], micro.columns["returns"]
-            return value_loss(predicted[0], old_N, returns_N, micro.mask_N, clip, total=total)
-
-        return None, self._update(batch, steps, totals, ("values", "returns"), self._predict, loss_of)
+        return self._forward("values", batch, plan, keep)

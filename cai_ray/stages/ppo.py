@@ -7,6 +7,7 @@ from cai_ray.artifacts import Manifest, StageDir, StageKey
 from cai_ray.config import Cluster, PPOConfig
 from cai_ray.errors import DataError
 from cai_ray.rl.loop import run_ppo
+from cai_ray.rl.workers import Setup
 from cai_ray.stages.shared import EngineSetup, Show, read_rows
 
 
@@ -34,19 +35,15 @@ def ppo(config: PPOConfig, inputs: PPOInputs, out: StageDir) -> Manifest:
     if not prompts:
         raise DataError("ppo: no training prompt", "give `prompts` a source with rows, or widen ppo.share")
     engines = inputs.setup.engines(config.max_prompt_tokens + config.max_new_tokens, config.engines)
-    metrics, workers = run_ppo(
-        config,
+    setup = Setup(
+        config=config,
         policy=inputs.setup.model,
         reward_model=inputs.reward,
-        prompts=prompts,
-        engines=engines(),
-        restart_engines=engines,
-        engine_dtype=inputs.setup.dtype,
         format=inputs.setup.format,
-        cluster=inputs.cluster,
         device=inputs.device,
         seed=out.seed,
-        out=out,
-        progress=inputs.progress,
+        cluster=inputs.cluster,
+        engine_dtype=inputs.setup.dtype,
     )
+    metrics, workers = run_ppo(setup, prompts, engines, out, inputs.progress)
     return out.commit(inputs.key, {"prompts": len(prompts), **metrics}, workers=workers)

@@ -22,7 +22,7 @@ from cai_ray.models.tokenization import Tokenizer
 from cai_ray.records import Message, Row, derive_seed, to_table
 from cai_ray.templates import STOP_PLAIN
 from cai_ray.training.launch import run_training
-from cai_ray.training.loop import Kind
+from cai_ray.training.loop import Job, Kind
 
 PromptText = str | Sequence[Message]
 PromptOf = Callable[[Sequence[Message]], PromptText]  # a step's prompt around a conversation
@@ -181,16 +181,18 @@ def fit(
     out: StageDir,
 ) -> dict[str, float]:
     """Trains on folders of rows and leaves the model in `out`; returns counts and the last metrics."""
+    job = Job(
+        kind=kind,
+        config=config,
+        model=inputs.model.resolve(),
+        format=inputs.format,
+        inputs=tuple(folder.resolve() for folder in rows),
+        out=out.path.resolve(),
+        seed=out.seed,
+        device=inputs.device,
+        max_bad_fraction=inputs.max_bad_fraction,
+        start_timeout_s=inputs.cluster.start_timeout_s,
+        step_timeout_s=inputs.cluster.step_timeout_s,
+    )
     with inputs.progress() as show, out.phase("train"):
-        return run_training(
-            kind,
-            config,
-            rows,
-            out,
-            inputs.cluster,
-            inputs.device,
-            model=inputs.model,
-            format=inputs.format,
-            max_bad_fraction=inputs.max_bad_fraction,
-            on_progress=show,
-        )
+        return run_training(job, out, show)

@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -25,20 +26,8 @@ from cai_ray.errors import ConfigError, StageFailed
 if TYPE_CHECKING:
     from cai_ray.models.tokenization import Tokenizer
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _BUCKET = 50_000_000  # elements that are reduced or gathered together: 200 MB in float32, against DeepSpeed's 2 GB
 _TAG, _STATE = "shards", "state.json"  # in a checkpoint's folder: DeepSpeed's files; our own, written last
-
-
-def torch_dtype(sharding: Sharding) -> torch.dtype:
-    """The dtype in which the weights are held while training.
-
-    Raises:
-        ConfigError: neither float32 nor bfloat16: float16 needs loss scaling, which skips steps at random.
-    """
-    if sharding.dtype not in _DTYPES:
-        raise ConfigError(f"training in {sharding.dtype} is not supported", "set dtype to bfloat16 or float32")
-    return _DTYPES[sharding.dtype]
 
 
 def init_distributed(device: torch.device, timeout_s: float = 1800.0) -> None:
@@ -96,9 +85,13 @@ class ShardedModel:
 
     Attributes:
         module: what to call for a forward pass.
+        hf: the transformers model inside.
         rank: this process's rank.
         world_size: number of ranks.
         steps_done: optimizer steps taken so far, those before a `load` included.
+
+    Raises:
+        ConfigError: neither float32 nor bfloat16: float16 needs loss scaling, which skips steps at random.
     """
 
     def __init__(
@@ -106,14 +99,16 @@ class ShardedModel:
     ) -> None:
         import deepspeed
 
-        self._hf: Any = getattr(model, "hf", model)
+        self.hf: Any = getattr(model, "hf", model)
         self._optim, self._total_steps = optim, total_steps
         self.rank, self.world_size, self.steps_done = dist.get_rank(), dist.get_world_size(), 0
-        bf16 = torch_dtype(sharding) == torch.bfloat16
+        bf16 = sharding.dtype == "bfloat16"
+        if not bf16 and sharding.dtype != "float32":
+            raise ConfigError(f"training in {sharding.dtype} is not supported", "set dtype to bfloat16 or float32")
         # Below stage 2 DeepSpeed would accumulate bfloat16 gradients in bfloat16 or refuse; 2 gives the same numbers.
         self._stage: int = 2 if bf16 and sharding.zero_stage < 2 else sharding.zero_stage
         if sharding.gradient_checkpointing:
-            self._hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            self.hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.to(device).train()
         config: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": 1,
@@ -207,22 +202,19 @@ class ShardedModel:
     def _layout(self) -> dict[str, int]:
         return {"zero_stage": self._stage, "ranks": self.world_size}
 
-    def full_parameters(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+    def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Every parameter whole, under its transformers name, gathered layer by layer; tied weights come once.
 
         All ranks iterate to the end; rank 0's tensors are the ones to use. They alias live weights where nothing had
-        to be gathered or cast: copy what has to outlast the next step.
-
-        Args:
-            dtype: cast to this; None keeps the training dtype.
+        to be gathered: copy what has to outlast the next step.
         """
         import deepspeed
 
-        for _, layer in itertools.groupby(self._hf.named_parameters(), lambda item: _layer_of(item[0])):
-            names, parameters = zip(*layer, strict=True)
-            with deepspeed.zero.GatheredParameters(list(parameters), enabled=self._stage == 3):
-                for name, parameter in zip(names, parameters, strict=True):
-                    yield name, parameter.detach().to(dtype or parameter.dtype)
+        for _, layer in itertools.groupby(self.hf.named_parameters(), lambda item: layer_of(item[0])):
+            named = list(layer)
+            with deepspeed.zero.GatheredParameters([p for _, p in named], enabled=self._stage == 3):
+                for name, parameter in named:
+                    yield name, parameter.detach()
 
     def export(self, tokenizer: "Tokenizer", out: Path, config_updates: Mapping[str, Any] | None = None) -> None:
         """Writes a folder in Hugging Face format from rank 0; all ranks return when it is complete.
@@ -239,11 +231,10 @@ class ShardedModel:
             if self.rank == 0:
                 state[name] = tensor.to("cpu", copy=True)  # ZeRO's tensors are parts of larger buffers
         if self.rank == 0:
-            persistent = self._hf.state_dict().keys()
-            state |= {name: b.cpu() for name, b in self._hf.named_buffers() if name in persistent}
-            config = copy.deepcopy(self._hf.config)
-            for key, value in (config_updates or {}).items():
-                setattr(config, key, value)
+            persistent = self.hf.state_dict().keys()
+            state |= {name: b.cpu() for name, b in self.hf.named_buffers() if name in persistent}
+            config = copy.deepcopy(self.hf.config)
+            config.update(config_updates or {})
             save_pretrained(state, config, tokenizer, out)
         dist.barrier()
 
@@ -257,11 +248,7 @@ def _adamw(model: nn.Module, optim: Optim) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, fused=True)
 
 
-def _layer_of(name: str) -> str:
-    """`model.layers.3.` for all parameters of one layer; the name itself outside the layers."""
-    head: list[str] = []
-    for part in name.split("."):
-        head.append(part)
-        if part.isdigit():
-            return ".".join(head)
-    return name
+def layer_of(name: str) -> str:
+    """`model.layers.3` for all parameters of one layer; the name itself outside the layers."""
+    numbered = re.match(r".*?\.\d+(?=\.)", name)
+    return numbered[0] if numbered else name

@@ -28,39 +28,40 @@ Kind = Literal["sft", "preference_model"]
 EVAL_ROWS = 1024  # held-out rows that are evaluated, the first by a hash of the id: accuracy to 1.6 points
 REWARD_ROWS = 8  # with fewer held-out pairs, mean and std of the reward come from training rows
 PULSE_S = 2.0
+RUN_NAME = "train"  # of Ray Train's run in checkpoints/: the same for every attempt, so each finds the last one
 
 
 @dataclass(frozen=True)
 class Job:
     """All that one training run is told; it travels to every rank."""
 
-    kind: Kind
+    kind: Kind  # sft reads `Revision` rows, preference_model reads `LabeledPair` rows
     config: SftConfig | PreferenceModelConfig
-    model: Path
+    model: Path  # folder of the model to start from
     format: str  # of prompts: auto | plain | chat
-    inputs: tuple[Path, ...]  # folders of parquet
+    inputs: tuple[Path, ...]  # folders of parquet rows
     out: Path  # the stage's directory, seen by every rank
     seed: int
-    device: Literal["cpu", "gpu"]
-    max_bad_fraction: float
+    device: str  # cpu | gpu
+    max_bad_fraction: float  # more bad rows than this share fail the stage
     start_timeout_s: float
     step_timeout_s: float
 
+    @property
+    def resources(self) -> dict[str, int]:
+        """What Ray sets aside for one rank; the CPUs are also its OpenMP threads."""
+        return {"CPU": self.config.sharding.cpus_per_rank} | ({"GPU": 1} if self.device == "gpu" else {})
 
-def storage(out: Path) -> tuple[Path, str]:
-    """Ray Train's storage path and run name within a stage: the same for every attempt, so each finds the last one."""
-    return out / "checkpoints", "train"
 
-
-def train(told: dict[str, Job]) -> dict[str, Any]:
-    """Ray Train's function: `{"metrics": …}` from every rank, or `{"error": …}`.
+def train(told: dict[str, Job]) -> dict[str, float] | CaiError:
+    """Ray Train's function: the metrics, from every rank.
 
     A CaiError is returned, not raised: it has the same cause on every rank, so trying again would only repeat it.
     """
     try:
-        return {"metrics": _train(told["job"])}
+        return _train(told["job"])
     except CaiError as error:
-        return {"error": error}
+        return error
 
 
 def _train(job: Job) -> dict[str, float]:
@@ -74,6 +75,7 @@ def _train(job: Job) -> dict[str, float]:
     pulse = _own_log(rank_log(out, rank))
     print(f"rank {rank} of {world}: process {os.getpid()} on {platform.node()}", flush=True)
     from cai_ray.models.tokenization import Tokenizer
+    from cai_ray.training import preference, sft
     from cai_ray.training.deepspeed import ShardedModel, init_distributed
 
     device = torch.device("cpu")
@@ -84,7 +86,8 @@ def _train(job: Job) -> dict[str, float]:
     init_distributed(device, job.step_timeout_s)
 
     # 2. Rows to examples. Every rank tokenises all rows and holds them as int32: 5 GB for a billion tokens.
-    tokenizer, task = Tokenizer.load(job.model, job.format), _task(job.kind)
+    tasks: dict[str, ModuleType] = {"sft": sft, "preference_model": preference}
+    tokenizer, task = Tokenizer.load(job.model, job.format), tasks[job.kind]
     trained, held_out, counts = _examples(job, task, tokenizer, out if rank == 0 else None, pulse)
     ids = [e.id for e in trained]
     steps = total_steps(len(trained), config.epochs, config.batch_size)
@@ -97,7 +100,7 @@ def _train(job: Job) -> dict[str, float]:
     if checkpoint:
         model.load(Path(checkpoint.path))
     if rank == 0:
-        _forget_steps(out, model.steps_done)
+        out.forget_from(model.steps_done)
 
     def micro_batches(batch: Sequence[Any], rows: Sequence[int]) -> Iterator[tuple[list[int], list[Any], Any]]:
         """This rank's micro-batches of `rows`, indices into `batch`: (indices, examples, tensors)."""
@@ -118,11 +121,17 @@ def _train(job: Job) -> dict[str, float]:
         dist.all_gather_object(parts, mine)
         return [score for _, score in sorted({i: s for part in parts for i, s in part.items()}.items())]
 
+    def evaluate() -> tuple[list[Any], dict[str, float]]:
+        """Scores of the held-out rows, and the metrics that come of them, which rank 0 writes."""
+        found = scores(held_out)
+        summary = task.summary(held_out, found) if held_out else {}
+        if rank == 0 and summary:
+            out.metrics(model.steps_done, summary)
+        return found, summary
+
     # 4. Held-out rows before the first step.
-    if model.steps_done == 0 and held_out:
-        before = task.summary(held_out, scores(held_out))
-        if rank == 0:
-            out.metrics(0, before)
+    if model.steps_done == 0:
+        evaluate()
 
     # 5. The steps.
     done = model.steps_done
@@ -146,12 +155,7 @@ def _train(job: Job) -> dict[str, float]:
             _checkpoint(model, job.out)
 
     # 6. Held-out rows after the last step, and the reward's scale.
-    metrics = {**counts, "steps": done}
-    after = scores(held_out)
-    if held_out:
-        metrics |= task.summary(held_out, after)
-    if rank == 0 and held_out:
-        out.metrics(done, task.summary(held_out, after))
+    after, summary = evaluate()
     updates = {}
     if job.kind == "preference_model":
         if len(held_out) < REWARD_ROWS:
@@ -161,7 +165,7 @@ def _train(job: Job) -> dict[str, float]:
     # 7. The model's folder.
     pulse()
     model.export(tokenizer, out.path / "model", updates)
-    return {**metrics, **updates}
+    return {**counts, "steps": done, **summary, **updates}
 
 
 def rank_log(out: StageDir, rank: int) -> Path:
@@ -186,17 +190,16 @@ def reward_scale(scores: Sequence[float]) -> dict[str, float]:
     return {"reward_mean": mean, "reward_std": std}
 
 
-def _task(kind: Kind) -> ModuleType:
-    from cai_ray.training import preference, sft
-
-    return sft if kind == "sft" else preference
-
-
-def _own_log(path: Path) -> Callable[[], None]:
-    """Sends all that this process prints to `path`; returns a function that touches it as a sign of life."""
+def print_to(path: Path) -> None:
+    """Sends all that this process prints to the end of a file."""
     log = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     for stream in (1, 2):
         os.dup2(log, stream)
+
+
+def _own_log(path: Path) -> Callable[[], None]:
+    """`print_to(path)`; returns a function that touches the file as a sign of life."""
+    print_to(path)
     os.utime(path)
     last = time.monotonic()
 
@@ -268,8 +271,7 @@ def _checkpoint(model: "ShardedModel", out: Path) -> None:
     """Writes the model's state where Ray Train keeps it, each rank its part, and reports it."""
     import ray.train
 
-    path, name = storage(out)
-    folder = path / name / f"step-{model.steps_done:06d}"
+    folder = out / "checkpoints" / RUN_NAME / f"step-{model.steps_done:06d}"
     model.save(folder)
     # It lies in Ray Train's folder already: nothing is copied. The last but one is removed once this one is on record.
     ray.train.report(
@@ -277,14 +279,3 @@ def _checkpoint(model: "ShardedModel", out: Path) -> None:
         checkpoint=ray.train.Checkpoint.from_directory(str(folder)),
         checkpoint_upload_mode=ray.train.CheckpointUploadMode.NO_UPLOAD,
     )
-
-
-def _forget_steps(out: StageDir, steps_done: int) -> None:
-    """Drops the metrics of steps that an interrupted attempt took after its last checkpoint: they come again."""
-    path = out.path / "metrics.jsonl"
-    if path.is_file():
-        kept = []
-        for line in path.read_text("utf-8").splitlines(keepends=True):
-            if line.endswith("\n") and json.loads(line)["step"] < steps_done:
-                kept.append(line)
-        write_atomic(path, "".join(kept))

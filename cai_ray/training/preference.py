@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from cai_ray.algo.preference import expected_calibration_error, preference_loss
 from cai_ray.config import PreferenceModelConfig
@@ -47,10 +48,7 @@ class Example:
         """Tokens that the pair takes in a micro-batch where it is the longest: two padded sequences."""
         return 2 * max(len(self.a_T), len(self.b_T))
 
-    @property
-    def units(self) -> int:
-        """What the loss is averaged over: pairs."""
-        return 1
+    units = 1  # what the loss is averaged over: pairs
 
 
 class EndScores(nn.Module):
@@ -89,12 +87,10 @@ def examples(row: Row, tokenizer: Tokenizer, config: PreferenceModelConfig) -> l
 
 def collate(batch: Sequence[Example], pad_id: int, device: torch.device) -> Batch:
     """Right-padded tensors of a micro-batch; an empty one becomes a pair of single padding tokens."""
-    rows = [*(e.a_T for e in batch), *(e.b_T for e in batch)] or [np.full(1, pad_id)] * 2
-    ids = np.full((len(rows), max(map(len, rows))), pad_id)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = row
-    lengths = np.array([len(row) for row in rows])
-    return {"ids_BT": torch.from_numpy(ids).to(device), "lengths_B": torch.from_numpy(lengths).to(device)}
+    answers = [*(e.a_T for e in batch), *(e.b_T for e in batch)] or [np.full(1, pad_id)] * 2
+    rows = [torch.from_numpy(ids_T) for ids_T in answers]
+    ids_BT = pad_sequence(rows, batch_first=True, padding_value=pad_id).long()
+    return {"ids_BT": ids_BT.to(device), "lengths_B": torch.tensor([len(row) for row in rows], device=device)}
 
 
 def loss(

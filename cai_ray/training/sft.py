@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from cai_ray.algo.ppo import logprobs_from_hidden, nll_loss
 from cai_ray.config import SftConfig
@@ -38,10 +39,7 @@ class Example:
         """Tokens that are read."""
         return len(self.ids_T)
 
-    @property
-    def length(self) -> int:
-        """Tokens that the example takes in a micro-batch where it is the longest."""
-        return len(self.ids_T)
+    length = tokens  # that the example takes in a micro-batch where it is the longest
 
     @property
     def units(self) -> int:
@@ -92,16 +90,14 @@ def examples(row: Row, tokenizer: Tokenizer, config: SftConfig) -> list[Example]
 
 def collate(batch: Sequence[Example], pad_id: int, device: torch.device) -> Batch:
     """Right-padded tensors of a micro-batch; an empty one becomes a row of padding whose one token has no loss."""
-    rows = len(batch) or 1
-    width = max((len(e.ids_T) for e in batch), default=2)
-    ids, real, wanted = np.full((rows, width), pad_id), np.zeros((rows, width), bool), np.zeros((rows, width), bool)
-    for i, e in enumerate(batch):
-        ids[i, : len(e.ids_T)], real[i, : len(e.ids_T)], wanted[i, : len(e.ids_T)] = e.ids_T, True, e.loss_mask_T
-    if not batch:
-        real[:], wanted[:, 1] = True, True
-    wanted[:, 0] = False
-    tensors = {"ids_BT": ids, "attention_mask_BT": real, "wanted_BT": wanted}
-    return {name: torch.from_numpy(x).to(device) for name, x in tensors.items()}
+    ids = [torch.from_numpy(e.ids_T) for e in batch] or [torch.full((2,), pad_id)]
+    wanted = [torch.from_numpy(e.loss_mask_T) for e in batch] or [torch.tensor([False, True])]
+    ids_BT = pad_sequence(ids, batch_first=True, padding_value=pad_id).long()
+    real_BT = pad_sequence([torch.ones_like(x, dtype=torch.bool) for x in ids], batch_first=True)
+    wanted_BT = pad_sequence(wanted, batch_first=True)
+    wanted_BT[:, 0] = False
+    tensors = {"ids_BT": ids_BT, "attention_mask_BT": real_BT, "wanted_BT": wanted_BT}
+    return {name: x.to(device) for name, x in tensors.items()}
 
 
 def loss(module: nn.Module, batch: Sequence[Example], tensors: Batch, config: SftConfig, total: int) -> Tensor:

@@ -1,6 +1,7 @@
 """A small Ray, a tiny policy with its engine, and a tiny preference model of the same family."""
 
 import os
+from contextlib import nullcontext
 
 import pytest
 
@@ -72,25 +73,13 @@ def pool(tmp_path_factory):
 def train(pool, policy, reward_model):
     """Runs `run_ppo` into a folder with a configuration."""
     from cai_ray.rl.loop import run_ppo
+    from cai_ray.rl.workers import Setup
 
     def engines():
         return pool.engines(policy, dtype="float32", max_model_len=64 + 12)
 
-    def run(out, settings, **more):
-        return run_ppo(
-            settings,
-            policy=policy,
-            reward_model=reward_model,
-            prompts=prompts(),
-            engines=engines(),
-            format="auto",
-            cluster=CLUSTER,
-            device="cpu",
-            seed=7,
-            out=StageDir(out, 7),
-            engine_dtype="float32",
-            restart_engines=engines,
-            **more,
-        )
+    def run(out, settings, progress=lambda: nullcontext(lambda done, total, words: None)):
+        setup = Setup(settings, policy, reward_model, "auto", "cpu", 7, CLUSTER, "float32")
+        return run_ppo(setup, prompts(), engines, StageDir(out, 7), progress)
 
     return run

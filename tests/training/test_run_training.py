@@ -14,14 +14,13 @@ import torch
 from safetensors.torch import load_file
 
 from cai_ray.artifacts import StageDir
-from cai_ray.config import Cluster, Optim, PreferenceModelConfig, SftConfig, Sharding
+from cai_ray.config import Optim, PreferenceModelConfig, SftConfig, Sharding
 from cai_ray.errors import DataError, ResourceError, StageFailed
 from cai_ray.records import Row
 from cai_ray.training.launch import _Follow, _Watch, run_training
 from cai_ray.training.loop import Job
 from tests.training.rows import pair, revision
 
-CLUSTER = Cluster(start_timeout_s=300, step_timeout_s=300)
 OPTIM = Optim(lr=2e-3, schedule="linear", warmup_fraction=0.2)
 Write = Callable[[list[Row]], Path]
 
@@ -29,6 +28,13 @@ Write = Callable[[list[Row]], Path]
 def sft_config(ranks: int = 1, stage: int = 0, tokens: int = 512, **fields: Any) -> SftConfig:
     sharding = Sharding(ranks=ranks, zero_stage=stage, dtype="float32", microbatch_tokens=tokens)  # type: ignore[arg-type]
     return SftConfig(**{"batch_size": 6, "max_tokens": 128, "optim": OPTIM, "sharding": sharding, **fields})
+
+
+def job(
+    out: Path, config: SftConfig | PreferenceModelConfig, model: Path, rows: list[Path], waits: tuple = (300.0, 300.0)
+) -> Job:
+    kind = "sft" if isinstance(config, SftConfig) else "preference_model"
+    return Job(kind, config, model, "auto", tuple(rows), out, 7, "cpu", 0.01, *waits)
 
 
 def lines(out: StageDir) -> list[dict[str, float]]:
@@ -53,7 +59,7 @@ def rows(write_rows: Write) -> Path:
 def run(ray_cluster: None, rows: Path, tiny: Path, tmp_path: Path) -> Callable[..., tuple[StageDir, dict[str, float]]]:
     def start(name: str, config: SftConfig, **how: Any) -> tuple[StageDir, dict[str, float]]:
         out = StageDir(tmp_path / name, 7) if (tmp_path / name).is_dir() else stage_dir(tmp_path / name)
-        return out, run_training("sft", config, [rows], out, CLUSTER, "cpu", model=tiny, **how)
+        return out, run_training(job(out.path, config, tiny, [rows]), out, **how)
 
     return start
 
@@ -120,7 +126,7 @@ def test_a_preference_model_learns_and_carries_its_reward_scale(
     rows, out = write_rows([pair(i) for i in range(40)]), stage_dir(tmp_path / "preference_model")
     sharding = Sharding(ranks=1, dtype="float32", microbatch_tokens=1024)
     config = PreferenceModelConfig(batch_size=10, max_tokens=128, optim=OPTIM, sharding=sharding, epochs=2)
-    metrics = run_training("preference_model", config, [rows], out, CLUSTER, "cpu", model=tiny)
+    metrics = run_training(job(out.path, config, tiny, [rows]), out)
     before, after = curve(out, "eval/loss")
     assert after < before
     assert {"eval/accuracy", "eval/accuracy/s0", "eval/accuracy/s1", "eval/calibration_error"} <= metrics.keys()
@@ -140,25 +146,22 @@ def test_rows_without_a_train_split_are_an_error_that_is_not_retried(
 ) -> None:
     rows, out = write_rows([revision(i, split="test") for i in range(4)]), stage_dir(tmp_path / "sft")
     with pytest.raises(DataError, match="no training rows"):
-        run_training("sft", sft_config(), [rows], out, CLUSTER, "cpu", model=tiny)
+        run_training(job(out.path, sft_config(), tiny, [rows]), out)
 
 
 # ---- watching and following, without Ray ----------------------------------------------------------------------------
 
 
-def job(path: Path, start_s: float, step_s: float) -> Job:
-    return Job("sft", sft_config(ranks=2), path, "auto", (), path, 0, "cpu", 0.01, start_s, step_s)
-
-
 def test_ranks_that_never_start_or_fall_silent_are_named(tmp_path: Path) -> None:
-    watch = _Watch(job(tmp_path, start_s=0.0, step_s=1000.0))
+    config = sft_config(ranks=2)
+    watch = _Watch(job(tmp_path, config, tmp_path, [], waits=(0.0, 1000.0)))
     (tmp_path / "logs" / "rank-0.log").write_text("up")
     time.sleep(0.01)
     with pytest.raises(StageFailed, match="ranks 1 have not started for 0 s"):
         watch()
     (tmp_path / "logs" / "rank-1.log").write_text("up")
     watch()  # both have been seen now, and the limit of a step is long
-    watch = _Watch(job(tmp_path, start_s=1000.0, step_s=0.0))
+    watch = _Watch(job(tmp_path, config, tmp_path, [], waits=(1000.0, 0.0)))
     for rank in (0, 1):
         os.utime(tmp_path / "logs" / f"rank-{rank}.log", ns=(0, rank + 1))
     watch()
