@@ -90,9 +90,9 @@ def _agreement(signs: Sequence[float] | np.ndarray) -> float | None:
 
 def _both_orders(row: Row) -> list[float]:
     """For each question asked in both orders 1 where both answers are the same letter, else -1."""
-    orders = [[v for v in row["votes"] if v["swapped"] == swapped] for swapped in (False, True)]
-    letters = [[float(np.sign(v["logprob_a"] - v["logprob_b"])) for v in order] for order in orders]
-    return [a * b for a, b in zip(*letters, strict=True)] if orders[1] else []
+    first, second = ([v for v in row["votes"] if v["swapped"] == swapped] for swapped in (False, True))
+    pairs = zip(first, second, strict=True) if second else ()
+    return [float(np.prod([np.sign(v["logprob_a"] - v["logprob_b"]) for v in pair])) for pair in pairs]
 
 
 def _between_principles(row: Row) -> list[float]:

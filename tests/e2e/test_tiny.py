@@ -80,6 +80,14 @@ def test_provenance_of_every_row(tiny_run: Path) -> None:
     assert derive_seed(0, "x", "y") == derive_seed(0, "x", "y") != derive_seed(1, "x", "y")
 
 
+def test_the_run_says_what_its_judge_is_worth(tiny_run: Path) -> None:
+    found = manifest(tiny_run, "label")["metrics"]
+    assert (found["gate/comparisons"], found["gate/quarantined"]) == (68, 0)
+    assert found["gate/accuracy_low"] < found["gate/accuracy"] < found["gate/accuracy_high"]
+    for text in ((tiny_run / "run.log").read_text("utf-8"), (tiny_run / "report.html").read_text("utf-8")):
+        assert ("THE JUDGE IS NOT ABOVE CHANCE" in text) == (found["gate/accuracy_low"] <= 0.5)
+
+
 def test_models_load_differ_from_their_inputs_and_answer(tiny_run: Path) -> None:
     start = weights(tiny_model())
     sft, policy = weights(tiny_run / "sft" / "model"), weights(tiny_run / "ppo" / "model")

@@ -407,6 +407,16 @@ def test_off_asks_nothing(run_label: Any, tmp_path: Path) -> None:
     assert warned == []
 
 
+def test_scores_pass_the_gate_too(run_label: Any) -> None:
+    def answer(prompt: str, choices: list[str]) -> list[float]:
+        response = re.findall(r"Response: \[\[\[(.*?)\]\]\](?=\n)", prompt, re.DOTALL)[-1]
+        return [0.0] * 8 + ([0.5, 0.5] if response in GOLD else [0.5, 0.0])
+
+    _, manifest, _ = run_label(Engine(answer), format="score", judge_gate="stop")
+    assert manifest.metrics["gate/accuracy"] == 1.0
+    assert "gate/position_bias" not in manifest.metrics
+
+
 def test_gold_is_asked_as_the_labels_are_and_bad_gold_is_counted(run_label: Any, tmp_path: Path) -> None:
     gold = tmp_path / "gold.jsonl"
     rows = [{"prompt": f"Which {i}?", "chosen": f"this {i}", "rejected": f"that {i}"} for i in range(4)]
