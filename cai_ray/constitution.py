@@ -353,7 +353,7 @@ def examine(data: dict[str, Any]) -> tuple[Constitution, list[str]]:
         return Constitution.model_validate({**data, **lists}), problems
     except ValidationError as error:
         head = {field: str(data.get(field, "")) for field in ("name", "version", "source")}
-        language = data["language"] if data.get("language") in OPTIONS else "en"
+        language = data["language"] if str(data.get("language")) in OPTIONS else "en"
         partial = Constitution.model_construct(None, **head, language=language, **parts)
         return partial, _lines(error, Constitution) + problems + _inconsistencies(partial)
 
@@ -391,12 +391,7 @@ _Readable.add_representer(str, _text)
 def to_yaml(constitution: Constitution) -> str:
     """The constitution as YAML that `load_constitution` reads back, equal in everything but `source`."""
     content = constitution.model_dump(mode="json", exclude={"source"}, exclude_defaults=True)
-    for field, key in (
-        ("principles", "preference_question"),
-        ("feedback_few_shots", "question"),
-        ("cot_few_shots", "question"),
-    ):
-        for item in content.get(field, ()):
-            if key in item:
-                item[key] = item[key].strip()  # loading puts the line break back
+    for item in [item for field in _PARTS for item in content.get(field, ())]:
+        for key in item.keys() & {"preference_question", "question"}:
+            item[key] = item[key].strip()  # loading puts the line break back
     return yaml.dump(content, Dumper=_Readable, sort_keys=False, allow_unicode=True, width=110)

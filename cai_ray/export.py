@@ -9,10 +9,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
-import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 import yaml
 
@@ -121,6 +119,10 @@ def export_run(run: RunDir, to: Path, force: bool = False) -> list[str]:
             _remove(partial)
             (partial / "data").mkdir(parents=True)
             counts = _write(_files(run.stage(export.stage)), export, partial / "data")
+            if not _splits(counts):
+                left_out[export.name] = f"no row of {export.stage} became one: {export.nothing}"
+                _remove(partial)
+                continue
             card = _card(export, counts, run, config, limits)
             (partial / "README.md").write_text(card, "utf-8")
             _remove(to / export.name)
@@ -148,7 +150,8 @@ def _exports(run: RunDir, config: Config) -> tuple[list[Export], dict[str, str]]
         Export(
             *("preferences", "label", ("sft", "sample_pairs", "label"), PREFERENCES, preference_rows),
             "Pairs of responses to the same prompt. `label_prob` is the feedback model's P(chosen better); at exactly "
-            "0.5 the first response stands as chosen. `principle_ids` are the principles that were asked about.",
+            "0.5 the first response stands as chosen. `principle_ids` are the principles that were asked about. Human "
+            "comparisons that the run's preference model may have learned from besides are not among them.",
             "they have no label",
         ),
         Export(
@@ -164,8 +167,6 @@ def _exports(run: RunDir, config: Config) -> tuple[list[Export], dict[str, str]]
         manifest = run.stage(export.stage).manifest()
         if manifest is None:
             left_out[export.name] = f"the stage {export.stage} is not finished"
-        elif not sum(entry["rows"] for entry in _parts(manifest)):
-            left_out[export.name] = f"the stage {export.stage} has no rows"
         elif export.name == "cai" and not critic:
             file, sha = config.constitution.critique.file, manifest.constitution_sha256
             left_out["cai"] = f"the constitution {file} is not the one of the run any more (sha256 {sha})"
@@ -201,21 +202,18 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
 
 
-def _parts(manifest: Manifest) -> list[dict[str, Any]]:
-    return [entry for entry in manifest.outputs if entry["path"].startswith("data/") and "rows" in entry]
-
-
-def _files(stage: StageDir) -> list[str]:
+def _files(stage: StageDir) -> list[Path]:
     manifest = stage.manifest()
-    return [str(stage.path / entry["path"]) for entry in _parts(manifest)] if manifest else []
+    outputs = manifest.outputs if manifest else []
+    return [stage.path / entry["path"] for entry in outputs if entry["path"].startswith("data/") and "rows" in entry]
 
 
-def _write(files: list[str], export: Export, folder: Path) -> Counter[tuple[str, str]]:
+def _write(files: list[Path], export: Export, folder: Path) -> Counter[tuple[str, str]]:
     """Writes a file a split; returns rows by split and kind, those that became none under the split ''."""
     counts: Counter[tuple[str, str]] = Counter()
     writers: dict[str, pq.ParquetWriter] = {}
     with ExitStack() as stack:
-        for batch in pads.dataset(files, format="parquet").to_batches(batch_size=_BATCH, batch_readahead=2):
+        for batch in (batch for file in files for batch in pq.ParquetFile(file).iter_batches(_BATCH)):
             made: dict[str, list[Row]] = {}
             for row in batch.to_pylist():
                 rows = list(export.rows(row))

@@ -1,10 +1,13 @@
 """What `constitution check` finds, and that it is silent about what is as it should be."""
 
+import contextlib
+
 import pytest
 import yaml
 
 from cai_ray.constitution import load_constitution
 from cai_ray.constitution_checks import asks_for_the_worse, check_constitution
+from cai_ray.errors import ConfigError
 
 PAIR = {"id": "a", "critique_request": "What is wrong?", "revision_request": "Mend it."}
 ASK = {"id": "b", "preference_question": "Which is better? Options:"}
@@ -59,6 +62,20 @@ def test_examples_with_blank_texts_are_found(tmp_path):
     assert found(tmp_path, PAIR, ASK, feedback_few_shots=[shot])[1] == [
         "feedback_few_shots.0.response_a: is given but empty"
     ]
+
+
+@pytest.mark.parametrize("value", [None, 1, True, "x", [], [1], [[]], {}, {"a": 1}, [None, {1: 2}]], ids=repr)
+def test_values_of_any_kind_are_problems_and_no_traceback(tmp_path, value):
+    wrong_everywhere = value in ({"a": 1}, [None, {1: 2}])
+    whole = {"name": "n", "version": "1", "language": "en", "principles": [PAIR, ASK], "cot_few_shots": []}
+    whole |= {"critique_few_shots": [], "feedback_few_shots": []}
+    for field in whole:
+        (tmp_path / "c.yaml").write_text(yaml.safe_dump({**whole, field: value}), "utf-8")
+        with contextlib.suppress(ConfigError):  # no principles at all
+            assert check_constitution(tmp_path / "c.yaml")[1] or not wrong_everywhere
+    for field in (*PAIR, "tags", "weight", "preference_question", "inverted"):
+        principle = {**PAIR, "preference_question": "Which? Options:", field: value}
+        assert found(tmp_path, principle)[1] or not wrong_everywhere
 
 
 @pytest.mark.parametrize(

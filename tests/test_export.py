@@ -209,8 +209,13 @@ def test_a_split_without_rows_is_not_announced(run: RunDir, tmp_path: Path) -> N
     run.discard("label")
     commit(run, "label", [], LABELED_PAIR)
     lines = export_run(run, tmp_path / "out", force=True)
-    assert lines[-1] == "preferences: left out, the stage label has no rows"
-    assert not (tmp_path / "out" / "preferences").exists()
+    assert lines[-1] == "preferences: left out, no row of label became one: they have no label"
+    run.discard("revise")
+    sha = load_constitution("default").sha256
+    commit(run, "revise", [REVISIONS[3:4]], REVISION, models={"helpful": "tiny@main"}, principles=sha)
+    lines = export_run(run, tmp_path / "out", force=True)
+    assert "cai: left out, no row of revise became one: helpful prompts have no rounds" in lines
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["sft"]
 
 
 def test_rounds_are_left_out_when_their_constitution_has_changed(run: RunDir, tmp_path: Path) -> None:
