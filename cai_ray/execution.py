@@ -246,7 +246,7 @@ class Execution:
         from cai_ray.stages.shared import EngineSetup
 
         spec = pipeline.model_spec(self.config, name)
-        longest = max(context_tokens(self.config, stage) for stage in pipeline.GENERATING)
+        longest = max(context_tokens(self.config, stage) for stage in ("prompts", *pipeline.GENERATING))
         return EngineSetup(self.pool, self._model(name), format or spec.format, spec.dtype, run_tokens=longest)
 
     def _inputs(self, stage: pipeline.Stage, key: StageKey) -> Any:

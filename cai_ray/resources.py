@@ -132,7 +132,7 @@ def stage_roles(config: Config, stage: Stage, device: str) -> tuple[Role, ...]:
         before = [s for s in stages[: stages.index(stage)] if s.name in GENERATING][-1:] if device == "cpu" else []
         idle = [replace(_engine(config, s, device), name="idle engine", flops=0.0) for s in before]
         return (_trainer(config, "rank", stage.models(config)[0], section.sharding, device, section.epochs), *idle)
-    if name not in GENERATING:
+    if not stage.models(config):
         return ()
     engine = _engine(config, stage, device)
     if name == "evaluate":
@@ -157,10 +157,11 @@ def context_tokens(config: Config, stage: str) -> int:
     """The longest sequence that a stage's models see, tokens."""
     r, s, f, p, e = config.revise, config.sample_pairs, config.label, config.ppo, config.evaluate
     return {
+        "prompts": max((g.max_prompt_tokens + g.max_new_tokens for g in config.prompts.generate), default=0),
         "revise": r.max_prompt_tokens + max(r.max_new_tokens, r.max_critique_tokens),
         "sft": config.sft.max_tokens,
         "sample_pairs": s.max_prompt_tokens + s.max_new_tokens,
-        "label": f.max_prompt_tokens + (f.max_rationale_tokens if f.format == "cot" else 0) + 8,
+        "label": f.max_prompt_tokens + (f.max_rationale_tokens if f.reasons else 0) + 8,
         "preference_model": config.preference_model.max_tokens,
         "ppo": p.max_prompt_tokens + p.max_new_tokens + 1,  # a truncated response is scored with EOS appended
         "evaluate": e.max_prompt_tokens + e.max_new_tokens + 1,
@@ -180,22 +181,31 @@ def source_rows(source: Source) -> float:
 
 def stage_rows(config: Config) -> dict[str, tuple[float, float]]:
     """Each stage's rows, and the tokens that pass its models for one row; what the prefix cache holds counts once."""
-    r, f, p, e = config.revise, config.label, config.ppo, config.evaluate
-    harmful, helpful = (sum(source_rows(s) for s in g) for g in (config.prompts.harmful, config.prompts.helpful))
-    samples, rounds = helpful * r.helpful_samples_per_prompt, config.sft.rounds
-    revisions = harmful * ({"all": r.rounds, "last": 1}[rounds] if isinstance(rounds, str) else len(rounds))
-    pairs = sum(harmful if s.path == "label" else source_rows(s) for s in config.preference_model.data)
-    pair = config.sample_pairs.max_new_tokens
-    question = PROMPT_TOKENS + 2 * pair + (f.max_rationale_tokens if f.format == "cot" else 0)
+    r, s, f, p, e = config.revise, config.sample_pairs, config.label, config.ppo, config.evaluate
+    written = [(g.kind, g.n, PROMPT_TOKENS + g.max_new_tokens) for g in config.prompts.generate]
+    harmful, helpful = (
+        sum(source_rows(source) for source in getattr(config.prompts, kind))
+        + sum(n for k, n, _ in written if k == kind)
+        for kind in ("harmful", "helpful")
+    )
+    prompts, of_revise, of_pairs = harmful + helpful, r.share[1] - r.share[0], s.share[1] - s.share[0]
+    revised, samples = of_revise * harmful, of_revise * helpful * r.helpful_samples_per_prompt
+    rounds, k = config.sft.rounds, s.responses_per_prompt
+    revisions = revised * ({"all": r.rounds, "last": 1}[rounds] if isinstance(rounds, str) else len(rounds))
+    compared = of_pairs * harmful * (k if s.pairs == "ring" and k > 2 else k * (k - 1) / 2)
+    pairs = sum(compared if source.path == "label" else source_rows(source) for source in config.preference_model.data)
+    asked = f.principles_per_pair * (2 if f.swap else 1) * f.samples_per_pair
+    gold = 0 if f.judge_gate == "off" else source_rows(f.gold)
+    question = PROMPT_TOKENS + 2 * s.max_new_tokens + (f.max_rationale_tokens if f.reasons else 0)
     answer = PROMPT_TOKENS + r.max_new_tokens
-    per_harmful = answer + r.rounds * (answer + r.max_critique_tokens)
+    per_harmful = answer + r.rounds * (answer + r.max_critique_tokens * r.critique)
     return {
-        "prompts": (harmful + helpful, 0),
-        "revise": (harmful + samples, (harmful * per_harmful + samples * answer) / max(1, harmful + samples)),
+        "prompts": (prompts, sum(n * tokens for _, n, tokens in written) / max(1, prompts)),
+        "revise": (revised + samples, (revised * per_harmful + samples * answer) / max(1, revised + samples)),
         "sft": (TRAIN_SHARE * (revisions + samples), min(config.sft.max_tokens, answer)),
-        "sample_pairs": (harmful, PROMPT_TOKENS + 2 * pair),
-        "label": (harmful, f.principles_per_pair * (2 if f.swap else 1) * question),
-        "preference_model": (TRAIN_SHARE * pairs, 2 * (PROMPT_TOKENS + pair)),
+        "sample_pairs": (of_pairs * harmful, PROMPT_TOKENS + k * s.max_new_tokens),
+        "label": (compared, asked * question * (1 + gold / max(1, compared))),
+        "preference_model": (TRAIN_SHARE * pairs, 2 * (PROMPT_TOKENS + s.max_new_tokens)),
         "ppo": (p.steps * p.rollout_batch_size, PROMPT_TOKENS + p.max_new_tokens),
         "evaluate": (len(pipeline.evaluated(config)) * 2 * e.prompts, PROMPT_TOKENS + e.max_new_tokens),
         "report": (0, 0),
@@ -264,7 +274,7 @@ def check_lengths(config: Config) -> None:
     learners = {"sft": [config.sft], "ppo": [config.ppo.actor, config.ppo.critic]}
     learners["preference_model"] = [config.preference_model]
     for stage in needed(config):
-        if stage.name in ("prompts", "report"):
+        if not stage.models(config):
             continue
         tokens, fix = context_tokens(config, stage.name), f"lower the token limits of {stage.name}"
         for name in stage.models(config):

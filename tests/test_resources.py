@@ -122,6 +122,22 @@ def test_rows_follow_the_sources() -> None:
     assert needs(tiny("sft.rounds=[1]"))["sft"].rows == pytest.approx(0.9 * (24 + 12))
 
 
+def test_rows_follow_shares_expansion_and_pairs() -> None:
+    config = tiny(
+        "prompts.generate=[{kind: harmful, n: 16}]",
+        "revise.share=[0, 0.25]",
+        "sample_pairs={share: [0.25, 1], responses_per_prompt: 4}",
+    )
+    rows = {name: need.rows for name, need in needs(config).items()}
+    assert rows["prompts"] == 24 + 16 + 12
+    assert rows["revise"] == (24 + 16) / 4 + 12 / 4
+    assert rows["sample_pairs"] == (24 + 16) * 3 / 4
+    assert rows["label"] == 30 * 6  # four answers make six pairs
+    assert needs(tiny("sample_pairs={responses_per_prompt: 4, pairs: ring}"))["label"].rows == 24 * 4
+    assert [r.name for r in needs(config)["prompts"].roles] == ["engine"]
+    assert needs(tiny())["prompts"].roles == ()
+
+
 def test_files_are_counted_and_the_hub_only_by_its_limit(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"prompt": "x"}\n\n{"prompt": "y"}\n')
     assert source_rows(Source(path=str(tmp_path / "a.jsonl"))) == 2
