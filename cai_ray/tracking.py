@@ -68,7 +68,8 @@ class StageTracker:
         path = self._out.path / "samples.jsonl"
         rows: list[Mapping[str, Any]] = []
         if path.is_file():
-            rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+            with path.open(encoding="utf-8") as lines:  # splitlines() would also cut at the breaks inside a text
+                rows = [json.loads(line) for line in lines]
         if rows:
             columns: list[Any] = sorted({k for r in rows for k in r})
             cells: list[Any] = [[_cell(r.get(c)) for c in columns] for r in rows]
