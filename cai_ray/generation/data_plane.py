@@ -6,11 +6,9 @@ finished rows keep their bytes.
 
 import asyncio
 import contextlib
-import json
 import logging
 import time
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager
@@ -27,7 +25,7 @@ from ray.data import ExecutionResources
 from ray.data.checkpoint import CheckpointConfig
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
-from cai_ray.artifacts import StageDir, write_atomic
+from cai_ray.artifacts import StageDir
 from cai_ray.errors import DataError, StageFailed
 from cai_ray.generation.actor import BAD, Program, Watch
 from cai_ray.generation.pool import DATA_CPUS, EngineHandle
@@ -313,13 +311,7 @@ def _publish(work: _Work, schema: pa.Schema, expected: set[str], out: StageDir, 
         )
     reasons = table[BAD].to_pylist() if table else []
     bad = [{"id": i, "reason": r} for i, r in zip(got, reasons, strict=True) if r is not None]
-    write_atomic(out.quarantine_path, "".join(json.dumps(b, ensure_ascii=False) + "\n" for b in bad))
-    if len(bad) > max_bad_fraction * len(expected):
-        common = "; ".join(f"{n} x {reason}" for reason, n in Counter(b["reason"] for b in bad).most_common(3))
-        raise StageFailed(
-            f"{len(bad)} of {len(expected)} rows are bad, the limit is {max_bad_fraction:.1%}; most often: {common}",
-            f"mend them (all are listed in {out.quarantine_path}) or raise run.max_bad_fraction",
-        )
+    out.quarantine(bad, len(expected), max_bad_fraction)
     for old in out.data.glob("part-*.parquet"):
         old.unlink()
     good = table.filter(table[BAD].is_null()).select(schema.names).cast(schema) if table else schema.empty_table()

@@ -19,7 +19,7 @@ import ray.data
 
 from cai_ray.artifacts import Manifest, StageDir, StageKey
 from cai_ray.config import GeneratePrompts, PromptsConfig, Source
-from cai_ray.errors import DataError, StageFailed
+from cai_ray.errors import DataError
 from cai_ray.generation.data_plane import MapSettings, map_rows
 from cai_ray.records import PROMPT, Row, derive_seed, row_id, to_table
 from cai_ray.sources import read_rows, to_prompts
@@ -66,20 +66,13 @@ def prompts(config: PromptsConfig, inputs: PromptsInputs, out: StageDir) -> Mani
                 fresh[row["prompt"]["id"]] = row["prompt"]
         kept = sorted(fresh.values(), key=lambda r: r["id"])
         seen.update((r["id"], r) for r in islice(kept, source.limit))
-    limit = inputs.settings.max_bad_fraction
-    _write_quarantine(bad, out)
-    if raw_rows and len(bad) > limit * raw_rows:
-        raise StageFailed(
-            f"prompts: {len(bad)} of {raw_rows} rows are bad, the limit is {limit:.1%}; "
-            f"the first: {bad[0]['id']}: {bad[0]['reason']}",
-            f"mend them (all are listed in {out.quarantine_path}) or raise run.max_bad_fraction",
-        )
+    out.quarantine(bad, raw_rows, inputs.settings.max_bad_fraction)
     written: Counter[str] = Counter()
     for number, wanted in enumerate(config.generate):
         part = StageDir(out.path / "generated" / str(number), out.seed)
         with out.phase("generate"):
             written.update(_generate(wanted, seen, bad, inputs, part))
-    _write_quarantine(bad, out)
+    out.quarantine(bad, len(bad), 1.0)  # with those of the new prompts, which have kept to the limit themselves
     rows = sorted(seen.values(), key=lambda r: r["id"])
     if not rows:
         raise DataError(
@@ -94,10 +87,6 @@ def prompts(config: PromptsConfig, inputs: PromptsInputs, out: StageDir) -> Mani
     turns = sum(len(r["messages"]) > 2 for r in rows)
     metrics = {"rows": len(rows), **counts, "multi_turn": turns, "duplicates": duplicates, "quarantined": len(bad)}
     return out.commit(inputs.key, {"raw_rows": raw_rows, **metrics, **written})
-
-
-def _write_quarantine(bad: list[Row], out: StageDir) -> None:
-    out.quarantine_path.write_text("".join(json.dumps(b) + "\n" for b in bad), "utf-8")
 
 
 def _parse(sources: list[tuple[str, Source]]) -> tuple[list[Row], int]:
