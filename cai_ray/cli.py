@@ -34,7 +34,7 @@ def main() -> None:
     """Constitutional AI on Ray: from a written constitution and a helpful model to a harmless policy.
 
     \b
-    cai-ray run quickstart            the whole pipeline on this machine, about 15 minutes
+    cai-ray run quickstart            the whole pipeline on this machine, about 11 minutes
     cai-ray plan 7b_8xgpu             what a run would do and need, before it starts
     """
 

@@ -30,7 +30,7 @@ if [ ! -x .venv/bin/python ] && command -v "$python" >/dev/null; then
     fail "$python cannot make virtual environments" "install its venv package (Debian, Ubuntu: apt install python3-venv)"
 fi
 
-[ -f .venv/.cai-ray ] || echo "quickstart: installs about 4 GB into .venv (a few minutes), then runs for about 15 minutes"
+[ -f .venv/.cai-ray ] || echo "quickstart: installs about 4 GB into .venv (a few minutes), then runs for about 11 minutes"
 launch/setup.sh cpu
 
 echo "quickstart: preparing the embedded model (once, about a minute)"
