@@ -13,7 +13,7 @@ from cai_ray.artifacts import Manifest, StageDir, StageKey
 from cai_ray.config import PromptsConfig, Source
 from cai_ray.errors import DataError, StageFailed
 from cai_ray.records import PROMPT, Row, to_table
-from cai_ray.sources import read_rows, to_prompts
+from cai_ray.sources import as_json, read_rows, to_prompts
 
 BLOCK = 5_000  # raw rows that one Ray task parses
 _PLACE = [("source", pa.int64()), ("place", pa.string())]
@@ -87,7 +87,7 @@ def _parse(sources: list[tuple[str, Source]]) -> tuple[list[Row], int]:
             if isinstance(row, DataError):
                 bad.append({**place, "prompt": None, "reason": row.message})
             else:  # as JSON, which escapes what is no UTF-8
-                raw.append({**place, "raw": json.dumps(row, default=str)})
+                raw.append({**place, "raw": as_json(row)})
     if not raw:
         return bad, count
     blocks = [pa.Table.from_pylist(raw[i : i + BLOCK], schema=_RAW) for i in range(0, len(raw), BLOCK)]
