@@ -50,6 +50,11 @@ def read_rows(source: Source) -> Iterator[Row | DataError]:
         yield from _file_rows(path)
 
 
+def as_json(row: Row) -> str:
+    """A raw row as JSON, to travel between processes; a value that JSON does not know (bytes, a date) is no text."""
+    return json.dumps(row, default=lambda value: {type(value).__name__: None})
+
+
 def check_source(source: Source) -> None:
     """Raises DataError when a local source does not exist; the hub is asked only when it is read."""
     if not source.path.startswith("hf:"):

@@ -22,7 +22,7 @@ from cai_ray.config import GeneratePrompts, PromptsConfig, Source
 from cai_ray.errors import DataError
 from cai_ray.generation.data_plane import MapSettings, map_rows
 from cai_ray.records import PROMPT, Row, derive_seed, row_id, to_table
-from cai_ray.sources import read_rows, to_prompts
+from cai_ray.sources import as_json, read_rows, to_prompts
 from cai_ray.stages.shared import EngineSetup, ask, write_rows
 from cai_ray.stages.shared import read_rows as read_stage
 from cai_ray.templates import LIST_STOP, list_prompt
@@ -101,7 +101,7 @@ def _parse(sources: list[tuple[str, Source]]) -> tuple[list[Row], int]:
             if isinstance(row, DataError):
                 bad.append({**place, "prompt": None, "reason": row.message})
             else:  # as JSON, which escapes what is no UTF-8
-                raw.append({**place, "raw": json.dumps(row, default=str)})
+                raw.append({**place, "raw": as_json(row)})
     if not raw:
         return bad, count
     blocks = [pa.Table.from_pylist(raw[i : i + BLOCK], schema=_RAW) for i in range(0, len(raw), BLOCK)]

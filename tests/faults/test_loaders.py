@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from cai_ray.config import Source
 from cai_ray.errors import DataError
 from cai_ray.records import LABELED_PAIR, PROMPT, Row, to_table
-from cai_ray.sources import read_rows, to_comparison, to_prompts
+from cai_ray.sources import as_json, read_rows, to_comparison, to_prompts
 
 # Good rows whose texts a reader is tempted to take for something else: a number, a date, nothing, a line's end.
 TEXTS = [
@@ -72,10 +72,14 @@ def outcome(row: Row | DataError, source: Source) -> tuple[list[Row], list[Row]]
     if isinstance(row, DataError):
         check_reason(row)
         return prompts, comparisons
+    travelled = json.loads(as_json(row))  # as the stage `prompts` sends rows to its tasks
     try:
         prompts = to_prompts(row, "harmful", source)
+        assert to_prompts(travelled, "harmful", source) == prompts
     except DataError as e:
         check_reason(e)
+        with pytest.raises(DataError):
+            to_prompts(travelled, "harmful", source)
     try:
         comparisons = [to_comparison(row, source)]
     except DataError as e:
