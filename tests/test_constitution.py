@@ -277,7 +277,8 @@ def test_shipped_constitutions(name, at_least):
     assert len(loaded.critique_few_shots) >= 3
     for shots in (loaded.feedback_few_shots, loaded.cot_few_shots):
         answers = Counter(shot.answer for shot in shots)
-        assert answers["A"] == answers["B"] >= 1
+        assert abs(answers["A"] - answers["B"]) <= len(shots) % 2
+        assert min(answers["A"], answers["B"]) >= 1
 
 
 def test_shipped_texts_are_our_own(test_data):

@@ -14,6 +14,7 @@ from cai_ray.config import load_config
 from cai_ray.models import tiny_model
 from cai_ray.pipeline import STAGES
 from cai_ray.records import derive_seed, row_id
+from tests.e2e.conftest import KILL_AFTER
 
 PPO_STEPS = load_config("tiny").ppo.steps
 
@@ -34,7 +35,9 @@ def test_every_stage_has_a_manifest_and_ran_once(tiny_run: Path) -> None:
     log = (tiny_run / "run.log").read_text("utf-8")
     for stage in STAGES:
         assert manifest(tiny_run, stage.name)["stage"] == stage.name
-        assert log.count(f" {stage.name} took ") == 1, f"{stage.name} ran twice or never"
+        said = log.count(f" {stage.name} took ")  # a driver that died right after the commit could not say it
+        assert said == 1 or (said == 0 and stage.name in KILL_AFTER), f"{stage.name} ran twice or never"
+        assert stage.name not in KILL_AFTER or f"{stage.name}: done before, skipped" in log
     assert "prompts: done before, skipped" in log
     assert (tiny_run / "report.html").stat().st_size > 5_000
     for stage in STAGES:
@@ -82,7 +85,7 @@ def test_provenance_of_every_row(tiny_run: Path) -> None:
 
 def test_the_run_says_what_its_judge_is_worth(tiny_run: Path) -> None:
     found = manifest(tiny_run, "label")["metrics"]
-    assert (found["gate/comparisons"], found["gate/quarantined"]) == (68, 0)
+    assert (found["gate/comparisons"], found["gate/quarantined"]) == (8, 0)
     assert found["gate/accuracy_low"] < found["gate/accuracy"] < found["gate/accuracy_high"]
     for text in ((tiny_run / "run.log").read_text("utf-8"), (tiny_run / "report.html").read_text("utf-8")):
         assert ("THE JUDGE IS NOT ABOVE CHANCE" in text) == (found["gate/accuracy_low"] <= 0.5)
