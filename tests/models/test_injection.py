@@ -12,6 +12,7 @@ from cai_ray.constitution import load_constitution
 from cai_ray.models.tokenization import Tokenizer
 from cai_ray.templates import (
     ASSISTANT,
+    FRAMES,
     critique_prompt,
     critique_prompt_messages,
     feedback_prompt,
@@ -21,6 +22,10 @@ from cai_ray.templates import (
     render_turns,
     revision_prompt,
     revision_prompt_messages,
+    rlaif_prompt,
+    rlaif_prompt_messages,
+    score_prompt,
+    score_prompt_messages,
     verdict_prompt,
     verdict_prompt_messages,
 )
@@ -78,11 +83,20 @@ PROMPTS = {
         lambda t: rationale_prompt_messages(talk(t), QUESTION, t, t, SHOTS["cot"]),
     ),
     "verdict": (verdict, verdict_messages),
+    "rlaif": (
+        lambda t: rlaif_prompt(talk(t), QUESTION, t, t, SHOTS["feedback"]),
+        lambda t: rlaif_prompt_messages(talk(t), QUESTION, t, t, SHOTS["feedback"]),
+    ),
+    "score": (
+        lambda t: score_prompt(talk(t), QUESTION, t, SHOTS["feedback"]),
+        lambda t: score_prompt_messages(talk(t), QUESTION, t, SHOTS["feedback"]),
+    ),
 }
 # What opens a turn or a section, and whether text is quoted, by prompt; the markers stand at a line's start.
 LONG, LABELS = "Human|Assistant|System", "CritiqueRequest|Critique|RevisionRequest|Revision"
 NAMES = {"critique": f"{LONG}|{LABELS}", "revision": f"{LONG}|{LABELS}", "rationale": f"{LONG}|H|A"}
-QUOTED = ("feedback", "rationale")
+QUOTED = ("feedback", "rationale", "rlaif", "score")
+NAMES |= dict.fromkeys(("rlaif", "score"), "|".join((LONG, *FRAMES["en"].quoted_labels)))
 
 
 def marks(kind, text):
