@@ -30,7 +30,7 @@ from cai_ray.errors import DataError, StageFailed
 from cai_ray.generation.actor import BAD, Program, Watch
 from cai_ray.generation.pool import DATA_CPUS, EngineHandle
 
-RESTARTS = 2  # times that a stage goes on with fresh engines after one died
+RESTARTS = 2  # times that a stage goes on after an engine, or the actor that feeds them, died
 POLL_S = 1.0
 ANSWER_S = 30.0
 PART_ROWS = 10_000
@@ -138,14 +138,15 @@ def _generate(
         try:
             _run(work, _feed(work, program, crew, watch, settings), crew, total, settings)
             return
-        except RayError:
+        except RayError as error:
             dead = [info["name"] for e, info in crew.infos.items() if not _alive(e)]
-            if not dead:
+            if not dead and not isinstance(error, RayActorError):
                 raise  # a bug in the program, or in Ray Data
             held = frozenset[str]().union(*map(watch.held_by, dead))
             if attempt == RESTARTS:
                 raise StageFailed(
-                    f"engines died {RESTARTS + 1} times, the last with {len(held)} rows: {', '.join(dead)}",
+                    f"engines died {RESTARTS + 1} times, the last with {len(held)} rows: "
+                    f"{', '.join(dead) or 'what feeds them'}",
                     "read the engines' logs, then continue with the same command",
                 ) from None
             watch = Watch(work.journal, watch.suspects | held, watch.culprits | (watch.suspects & held))
