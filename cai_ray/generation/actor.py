@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 
-from cai_ray.errors import CaiError
+from cai_ray.errors import CaiError, DataError
 from cai_ray.generation.engine import (
     ChoiceRequest,
     Completion,
@@ -174,7 +174,8 @@ class EngineActor:
         """
         try:
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(self._row(program, row, watch)) for row in table.to_pylist()]
+                rows = [table.slice(i, 1) for i in range(table.num_rows)]
+                tasks = [group.create_task(self._row(program, row, watch)) for row in rows]
                 self._running.update(tasks)
         except BaseExceptionGroup as e:
             raise e.exceptions[0] from None
@@ -182,18 +183,20 @@ class EngineActor:
             self._running.difference_update(tasks)
         return to_table((t.result() for t in tasks), program.schema.append(pa.field(BAD, pa.string())))
 
-    async def _row(self, program: Program, row: Row, watch: Watch | None) -> Row:
+    async def _row(self, program: Program, table: pa.Table, watch: Watch | None) -> Row:
+        row_id: str = table["id"][0].as_py()
         try:
+            row = _readable(table)
             if watch is None:
                 out = await program(row, self)
-            elif row["id"] in watch.culprits:
-                out = {"id": row["id"], BAD: "its engine died on it twice"}
+            elif row_id in watch.culprits:
+                out = {"id": row_id, BAD: "its engine died on it twice"}
             else:
-                async with self._alone if row["id"] in watch.suspects else contextlib.nullcontext():
-                    with self._noted(row["id"], watch):
+                async with self._alone if row_id in watch.suspects else contextlib.nullcontext():
+                    with self._noted(row_id, watch):
                         out = await program(row, self)
         except CaiError as e:
-            out = {"id": row["id"], BAD: e.message}
+            out = {"id": row_id, BAD: e.message}
         self._rows += 1
         return out
 
@@ -256,6 +259,14 @@ class EngineActor:
     async def shutdown(self) -> None:
         """Ends vLLM's own processes; the actor is of no use afterwards."""
         await self._call(self._engine.shutdown)
+
+
+def _readable(table: pa.Table) -> Row:
+    """The one row of a table; Arrow takes bytes for text unchecked."""
+    try:
+        return table.to_pylist()[0]
+    except UnicodeDecodeError:
+        raise DataError("the row holds text that is not UTF-8") from None
 
 
 def _print_to(log_file: Path) -> None:
