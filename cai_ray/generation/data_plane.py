@@ -9,11 +9,13 @@ import contextlib
 import logging
 import time
 import warnings
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pyarrow as pa
@@ -29,6 +31,7 @@ from cai_ray.artifacts import StageDir
 from cai_ray.errors import DataError, StageFailed
 from cai_ray.generation.actor import BAD, Program, Watch
 from cai_ray.generation.pool import DATA_CPUS, EngineHandle
+from cai_ray.records import Row
 
 RESTARTS = 2  # times that a stage goes on after an engine, or the actor that feeds them, died
 POLL_S = 1.0
@@ -95,13 +98,14 @@ def map_rows(
         DataError: two input rows have one id.
         StageFailed: too many bad rows, engines that die again and again, or no progress. What is done is kept.
     """
-    expected = _ids(inputs)
-    if len(set(expected)) < len(expected):
-        raise DataError(f"{inputs} holds {len(expected)} rows but {len(set(expected))} ids", "make the ids unique")
+    expected = pq.read_table(inputs, columns=["id"]).sort_by("id")["id"].combine_chunks()
+    distinct = len(expected.unique())
+    if distinct < len(expected):
+        raise DataError(f"{inputs} holds {len(expected)} rows but {distinct} ids", "make the ids unique")
     work = _Work(inputs, out.checkpoints / "rows", out.checkpoints / "ids", out.checkpoints / "in_flight")
-    if len(work.done()) < len(expected):
+    if work.done() < len(expected):
         _generate(work, program, get_engines, len(expected), settings)
-    return _publish(work, program.schema, set(expected), out, settings.max_bad_fraction)
+    return _publish(work, program.schema, expected, out, settings.max_bad_fraction)
 
 
 @dataclass(frozen=True)
@@ -113,14 +117,10 @@ class _Work:
     ids: Path  # Ray Data's checkpoint of the same blocks
     journal: Path
 
-    def done(self) -> list[str]:
-        """Ids of the durable rows; a block that is being written has a pending checkpoint only."""
-        return _ids(self.ids, lambda name: ".pending" not in name)
-
-
-def _ids(folder: Path, counts: Callable[[str], bool] = lambda name: True) -> list[str]:
-    files = [f for f in sorted(folder.glob("*.parquet")) if counts(f.name)] if folder.is_dir() else []
-    return [i for f in files for i in pq.read_table(f, columns=["id"])["id"].to_pylist()]
+    def done(self) -> int:
+        """How many rows are durable; a block that is being written has a pending checkpoint only."""
+        files = [f for f in self.ids.glob("*.parquet") if ".pending" not in f.name] if self.ids.is_dir() else []
+        return sum(pq.read_metadata(f).num_rows for f in files)
 
 
 # ---- generating -----------------------------------------------------------------------------------------------------
@@ -232,7 +232,7 @@ def _run(
     settings: MapSettings,
 ) -> None:
     """Runs a job to its end; shows its progress, and stops it when the engines stand still."""
-    before, first = len(work.done()), _stats(crew)
+    before, first = work.done(), _stats(crew)
     start = moved = time.monotonic()
     last = first
     with ThreadPoolExecutor(1, "ray-data") as thread, settings.progress() as show:
@@ -301,21 +301,44 @@ def _quiet() -> Iterator[None]:
 # ---- publishing -----------------------------------------------------------------------------------------------------
 
 
-def _publish(work: _Work, schema: pa.Schema, expected: set[str], out: StageDir, max_bad_fraction: float) -> RowCounts:
-    """Sorts the durable rows into the stage's data and its quarantine."""
-    table = dataset(work.rows, format="parquet").to_table().sort_by("id") if expected else None
-    got = table["id"].to_pylist() if table else []
-    if len(got) != len(expected) or set(got) != expected:
-        raise StageFailed(
-            f"{len(expected)} rows went in and {len(got)} with {len(set(got))} ids came out",
-            f"report this as a bug; to start the stage afresh remove {out.checkpoints}",
-        )
-    reasons = table[BAD].to_pylist() if table else []
-    bad = [{"id": i, "reason": r} for i, r in zip(got, reasons, strict=True) if r is not None]
-    out.quarantine(bad, len(expected), max_bad_fraction)
+def _publish(work: _Work, schema: pa.Schema, expected: pa.Array, out: StageDir, max_bad_fraction: float) -> RowCounts:
+    """Sorts the durable rows into the stage's data and its quarantine; one part of them is in memory at a time.
+
+    Args:
+        work: where the rows are.
+        schema: of the rows that are published.
+        expected: the ids that went in, sorted.
+        out: the stage's directory.
+        max_bad_fraction: as in `MapSettings`.
+    """
     for old in out.data.glob("part-*.parquet"):
         old.unlink()
-    good = table.filter(table[BAD].is_null()).select(schema.names).cast(schema) if table else schema.empty_table()
-    for number, first in enumerate(range(0, max(1, good.num_rows), PART_ROWS)):
-        pq.write_table(good.slice(first, PART_ROWS), out.data / f"part-{number:05d}.parquet")
-    return RowCounts(len(expected), good.num_rows, len(bad))
+    bad: list[Row] = []
+    with TemporaryDirectory(dir=out.checkpoints) as folder:
+        parts = _split(work.rows, schema.append(pa.field(BAD, pa.string())), expected, Path(folder))
+        for number, part in enumerate(parts):
+            table = pa.ipc.open_stream(part).read_all().sort_by("id")
+            wanted = expected[number * PART_ROWS : (number + 1) * PART_ROWS]
+            if not table["id"].combine_chunks().equals(wanted):
+                raise StageFailed(
+                    f"{len(wanted)} rows went in and {len(table)} with {len(table['id'].unique())} ids came out",
+                    f"report this as a bug; to start the stage afresh remove {out.checkpoints}",
+                )
+            good = table.filter(table[BAD].is_null()).select(schema.names)
+            pq.write_table(good, out.data / f"part-{number:05d}.parquet")
+            bad += table.filter(table[BAD].is_valid()).select(["id", BAD]).rename_columns(["id", "reason"]).to_pylist()
+    out.quarantine(bad, len(expected), max_bad_fraction)
+    return RowCounts(len(expected), len(expected) - len(bad), len(bad))
+
+
+def _split(rows: Path, schema: pa.Schema, expected: pa.Array, folder: Path) -> list[Path]:
+    """Deals the rows out to a file for each PART_ROWS of the expected ids, in the order of the ids."""
+    firsts = expected[::PART_ROWS].to_pylist() or [""]
+    parts = [folder / str(n) for n in range(len(firsts))]
+    with ExitStack() as stack:
+        writers = [stack.enter_context(pa.ipc.new_stream(part, schema)) for part in parts]
+        for batch in dataset(rows, schema=schema, format="parquet").to_batches() if len(expected) else ():
+            places = [max(0, bisect_right(firsts, i) - 1) for i in batch["id"].to_pylist()]
+            for place in set(places):
+                writers[place].write_batch(batch.filter(pa.array([p == place for p in places])))
+    return parts
