@@ -1,13 +1,13 @@
 """How fast `revise` and `label` are beside vLLM alone.
 
-    python -m tests.bench.generation [--rows 200]
+    python -m tests.bench.generation [--rows 200] [--task label]
 
 Each arm runs in a process of its own with the same engine arguments, threads, token ids and sampling: the stage's
 program under Ray Data, as a run has it, notes every request that its rows make; `raw` gives `vllm.LLM.generate` all of
 them at once, although a critique needs the response before it; `barrier` gives them step after step. Throughput counts
-tokens read and written between the first request and the last result, so the starts of engine and Ray Data are outside
-(`wall_s` has the latter). The gain of the prefix cache is that of a labelling with five examples
-over the same requests of 48 of its rows without the cache.
+tokens read and written between the first request and the last result, after a few other rows have gone the same way:
+the starts of engine and Ray's workers are outside, as in a run whose stages share both. The gain of the prefix cache is
+that of a labelling with five examples over the same requests of 48 of its rows without the cache.
 
 The last line is one JSON object: label_over_raw, revise_over_raw, revise_over_barrier, label_cache_gain, each arm's
 rates and the settings.
@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-NEW_TOKENS, ROUNDS, FEW_SHOTS, UNCACHED_ROWS = 32, 2, 5, 48
+NEW_TOKENS, ROUNDS, FEW_SHOTS, UNCACHED_ROWS, WARM_UP = 32, 2, 5, 48, 48
 THREADS = os.cpu_count() or 1
 MAX_LEN = {"revise": 1024, "label": 1024, "shots": 3072}
 ARMS = (  # name, task, how
@@ -39,6 +39,12 @@ ARMS = (  # name, task, how
     ("shots", "shots", "stage"),
     ("shots_uncached", "shots", "uncached"),
 )
+RATIOS = {
+    "label_over_raw": ("label", "label_raw"),
+    "revise_over_raw": ("revise", "revise_raw"),
+    "revise_over_barrier": ("revise", "revise_barrier"),
+    "label_cache_gain": ("shots", "shots_uncached"),
+}
 
 
 # ---- the stage's own arm --------------------------------------------------------------------------------------------
@@ -115,7 +121,8 @@ def stage(task: str, rows: int, folder: Path) -> dict[str, float]:
         program = LabelPair(LabelConfig(few_shots=few_shots, max_prompt_tokens=MAX_LEN[task] - 8), constitution, 0)
         assert len(program.shots) == few_shots
     source = prompts(rows) if task == "revise" else pairs(rows)
-    inputs = write_rows(source, PROMPT if task == "revise" else RESPONSE_PAIR, folder / "inputs")
+    schema = PROMPT if task == "revise" else RESPONSE_PAIR
+    inputs = write_rows(source, schema, folder / "inputs")
     config = load_config("quickstart")
     start_ray(config)
     pool = EnginePool(config.cluster, "cpu", folder / "logs")
@@ -123,15 +130,17 @@ def stage(task: str, rows: int, folder: Path) -> dict[str, float]:
     def engines() -> list[Any]:
         return pool.engines(embedded_model(), dtype="float32", max_model_len=MAX_LEN[task])
 
-    engines()
-    (folder / "requests").mkdir()
+    def run(inputs: Path, name: str) -> Any:
+        (folder / name).mkdir()
+        recorded = Recorded(program, folder / name)
+        return map_rows(inputs, recorded, engines, StageDir(folder / f"stage-{name}"), settings=settings)
+
     settings = MapSettings(
         (1, 1), config.cluster.rows_per_block, 1.0, 600, lambda: nullcontext(lambda done, total, words: None)
     )
+    run(write_rows([backwards(row) for row in source[:WARM_UP]], schema, folder / "warm-up"), "warm")
     began = time.monotonic()
-    counts = map_rows(
-        inputs, Recorded(program, folder / "requests"), engines, StageDir(folder / "stage"), settings=settings
-    )
+    counts = run(inputs, "requests")
     wall = time.monotonic() - began
     pool.close()
     ray.shutdown()
@@ -167,6 +176,11 @@ def pairs(rows: int) -> list[Any]:
     found, _ = read_comparisons(Source(path="starter:helpful_comparisons", limit=rows))
     assert len(found) == rows, f"the starter data holds {len(found)} comparisons"
     return found
+
+
+def backwards(row: Any) -> Any:
+    """A row of the same size that shares no prefix with it."""
+    return {**row, "messages": [{**m, "content": m["content"][::-1]} for m in row["messages"]]}
 
 
 def requests_of(folder: Path) -> list[tuple[list[Any], float, float]]:
@@ -219,6 +233,8 @@ def alone(task: str, how: str, folder: Path) -> dict[str, float]:
     rows = [[r for r, _ in requests] for requests, _, _ in requests_of(folder)]
     if how == "uncached":
         rows = rows[:UNCACHED_ROWS]
+    warm_up = [TokensPrompt(prompt_token_ids=list(row[0].prompt_ids)[::-1]) for row in rows[:WARM_UP]]
+    llm.generate(warm_up, [Engine._params(None, row[0]) for row in rows[:WARM_UP]], use_tqdm=False)  # type: ignore[arg-type]
     steps = zip(*rows, strict=True) if how == "barrier" else [[r for row in rows for r in row]]
     done: list[tuple[Any, int]] = []
     began = time.monotonic()
@@ -239,6 +255,7 @@ def main() -> None:
     """Runs every arm in turn and prints the ratios."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--rows", type=int, default=200, help="prompts, and comparisons")
+    parser.add_argument("--task", choices=("revise", "label", "shots"), help="only this one's arms")
     parser.add_argument("--arm", nargs=3, metavar=("TASK", "HOW", "FOLDER"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.arm:
@@ -248,7 +265,7 @@ def main() -> None:
         return
     results: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as root:
-        for name, task, how in ARMS:
+        for name, task, how in (arm for arm in ARMS if options.task in (None, arm[1])):
             folder = Path(root) / task
             folder.mkdir(exist_ok=True)
             command = [sys.executable, "-m", "tests.bench.generation", "--rows", str(options.rows), "--arm"]
@@ -263,10 +280,7 @@ def main() -> None:
     print(
         json.dumps(
             {
-                "label_over_raw": rate["label"] / rate["label_raw"],
-                "revise_over_raw": rate["revise"] / rate["revise_raw"],
-                "revise_over_barrier": rate["revise"] / rate["revise_barrier"],
-                "label_cache_gain": rate["shots"] / rate["shots_uncached"],
+                **{name: rate[a] / rate[b] for name, (a, b) in RATIOS.items() if a in rate},
                 "settings": settings | {"model": "SmolLM2-135M-Instruct", "dtype": "float32", "threads": THREADS},
                 "arms": results,
             }
