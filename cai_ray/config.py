@@ -146,7 +146,7 @@ class Cluster(Section):
     max_num_seqs: Op[PositiveInt] = 128
     """Sequences in one engine's continuous batch."""
     rows_per_block: Op[PositiveInt] = 32
-    """Rows that are durable together; a crash redoes those that were not written yet."""
+    """Rows that are sent to an engine together."""
     start_timeout_s: Op[PositiveFloat] = 600
     """Longest wait for a worker or an engine to start, seconds."""
     step_timeout_s: Op[PositiveFloat] = 1800

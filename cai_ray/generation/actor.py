@@ -10,10 +10,9 @@ import contextlib
 import os
 import sys
 import traceback
-from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,8 +29,9 @@ from cai_ray.generation.engine import (
     ScoreRequest,
     plan_choices,
 )
+from cai_ray.generation.ledger import Ledger, RowLog
 from cai_ray.models.tokenization import Tokenizer
-from cai_ray.records import Row, to_table
+from cai_ray.records import Row
 
 BAD = "bad_reason"  # column beside a program's own: why the row is bad, null where it is good
 
@@ -47,27 +47,6 @@ class Program(Protocol):
     async def __call__(self, row: Row, engine: "EngineActor") -> Row:
         """The row that comes out; a CaiError makes it a bad row and stops no other."""
         ...
-
-
-@dataclass(frozen=True)
-class Watch:
-    """How rows that kill their engine are found.
-
-    Attributes:
-        journal: folder where each engine notes the rows that it holds.
-        suspects: ids that were in an engine when it died; they run one at a time, beside the others.
-        culprits: ids that were there twice; they are bad rows.
-    """
-
-    journal: Path
-    suspects: frozenset[str] = frozenset()
-    culprits: frozenset[str] = frozenset()
-
-    def held_by(self, engine_name: str) -> frozenset[str]:
-        """Ids of the rows that an engine had begun and not ended."""
-        path = self.journal / engine_name
-        notes = path.read_text("utf-8").split() if path.is_file() else []
-        return frozenset(row for row, times in Counter(notes).items() if times % 2)
 
 
 class EngineActor:
@@ -91,6 +70,7 @@ class EngineActor:
         self._driver: asyncio.Task[None] | None = None
         self._running: set[asyncio.Task[Any]] = set()
         self._alone, self._wake = asyncio.Lock(), asyncio.Event()
+        self._log: RowLog | None = None
 
     # ---- requests -------------------------------------------------------------------------------------------------
 
@@ -163,51 +143,48 @@ class EngineActor:
 
     # ---- programs -------------------------------------------------------------------------------------------------
 
-    async def run(self, program: Program, table: pa.Table, watch: Watch | None = None) -> pa.Table:
+    async def run(self, program: Program, table: pa.Table, ledger: Ledger) -> int:
         """Runs a program on every row of a block at once, in the one continuous batch.
 
+        The rows go to the ledger, of `program.schema` and the column `bad_reason`; a bad row has its id and the reason.
+
         Returns:
-            A table of `program.schema` and the column `bad_reason`, rows in order. A bad row has its id and the reason.
+            How many there are, once all of them are durable.
 
         Raises:
             Exception: what a program raised that is no CaiError: a bug, not a bad row.
         """
+        if self._log is None or self._log.ledger.folder != ledger.folder:
+            self._log = RowLog(ledger, self.name, program.schema.append(pa.field(BAD, pa.string())))
+        tasks: list[asyncio.Task[None]] = []
         try:
             async with asyncio.TaskGroup() as group:
                 rows = [table.slice(i, 1) for i in range(table.num_rows)]
-                tasks = [group.create_task(self._row(program, row, watch)) for row in rows]
+                tasks = [group.create_task(self._row(program, row, ledger, self._log)) for row in rows]
                 self._running.update(tasks)
         except BaseExceptionGroup as e:
             raise e.exceptions[0] from None
         finally:
             self._running.difference_update(tasks)
-        return to_table((t.result() for t in tasks), program.schema.append(pa.field(BAD, pa.string())))
+            self._log.flush()
+        for task in tasks:
+            task.result()  # a row that was cancelled is not done
+        return len(tasks)
 
-    async def _row(self, program: Program, table: pa.Table, watch: Watch | None) -> Row:
+    async def _row(self, program: Program, table: pa.Table, ledger: Ledger, log: RowLog) -> None:
         row_id: str = table["id"][0].as_py()
         try:
             row = _readable(table)
-            if watch is None:
-                out = await program(row, self)
-            elif row_id in watch.culprits:
+            if row_id in ledger.culprits:
                 out = {"id": row_id, BAD: "its engine died on it twice"}
             else:
-                async with self._alone if row_id in watch.suspects else contextlib.nullcontext():
-                    with self._noted(row_id, watch):
+                async with self._alone if row_id in ledger.suspects else contextlib.nullcontext():
+                    with ledger.hold(self.name, row_id):
                         out = await program(row, self)
         except CaiError as e:
             out = {"id": row_id, BAD: e.message}
+        log.append(out)
         self._rows += 1
-        return out
-
-    @contextlib.contextmanager
-    def _noted(self, row_id: str, watch: Watch) -> Iterator[None]:
-        with (watch.journal / self.name).open("a") as journal:
-            print(row_id, file=journal, flush=True)
-            try:
-                yield
-            finally:
-                print(row_id, file=journal)
 
     async def abort(self) -> None:
         """Ends every program that runs here; their callers see it cancelled."""

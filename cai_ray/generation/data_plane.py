@@ -1,7 +1,8 @@
-"""Rows through engines with Ray Data: durable block by block, bad rows apart, an engine's death survived.
+"""Rows through engines with Ray Data: durable as they end, bad rows apart, an engine's death survived.
 
-A block is durable once Ray Data has written it and its checkpoint. The same call again generates only what is missing;
-finished rows keep their bytes.
+Ray Data reads rows, cuts them into blocks and deals these out; the engines themselves write what they finish to the
+stage's ledger, so no row passes Ray Data twice. The same call again generates only what the ledger lacks; finished rows
+keep their bytes.
 """
 
 import asyncio
@@ -13,23 +14,23 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray
 import ray.data
-from pyarrow.dataset import dataset
 from ray.data import ExecutionResources
-from ray.data.checkpoint import CheckpointConfig
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
 from cai_ray.artifacts import StageDir
 from cai_ray.errors import DataError, StageFailed
-from cai_ray.generation.actor import BAD, Program, Watch
+from cai_ray.generation.actor import BAD, Program
+from cai_ray.generation.ledger import Ledger
 from cai_ray.generation.pool import DATA_CPUS, EngineHandle
 from cai_ray.records import Row
 
@@ -46,7 +47,7 @@ class MapSettings:
 
     Attributes:
         engines: how many at least, and at most.
-        rows_per_block: rows that become durable together.
+        rows_per_block: rows that are sent to an engine together.
         max_bad_fraction: share of bad rows beyond which the stage fails.
         timeout_s: longest time without any progress of any engine, seconds.
         progress: opens a display; what it yields is called with (rows done, rows in all, a few words).
@@ -91,7 +92,7 @@ def map_rows(
         inputs: folder of the rows.
         program: what is done with a row.
         get_engines: gives idle engines with the model; it is asked again after an engine died.
-        out: the stage's directory; what is durable lives under checkpoints/.
+        out: the stage's directory; the ledger lives under checkpoints/.
         settings: sizes and limits.
 
     Raises:
@@ -102,54 +103,50 @@ def map_rows(
     distinct = len(expected.unique())
     if distinct < len(expected):
         raise DataError(f"{inputs} holds {len(expected)} rows but {distinct} ids", "make the ids unique")
-    work = _Work(inputs, out.checkpoints / "rows", out.checkpoints / "ids", out.checkpoints / "in_flight")
-    if work.done() < len(expected):
-        _generate(work, program, get_engines, len(expected), settings)
-    return _publish(work, program.schema, expected, out, settings.max_bad_fraction)
+    ledger = Ledger(out.checkpoints.resolve()).make()
+    if pc.all(pc.is_in(expected, _finished(ledger))).as_py() is False:
+        _generate(inputs, ledger, program, get_engines, expected, settings)
+    return _publish(ledger, program.schema, expected, out, settings.max_bad_fraction)
 
 
-@dataclass(frozen=True)
-class _Work:
-    """Where an unfinished stage keeps its rows."""
-
-    inputs: Path
-    rows: Path  # parquet, a file a block
-    ids: Path  # Ray Data's checkpoint of the same blocks
-    journal: Path
-
-    def done(self) -> int:
-        """How many rows are durable; a block that is being written has a pending checkpoint only."""
-        files = [f for f in self.ids.glob("*.parquet") if ".pending" not in f.name] if self.ids.is_dir() else []
-        return sum(pq.read_metadata(f).num_rows for f in files)
+def _finished(ledger: Ledger) -> pa.Array:
+    """Ids of the durable rows."""
+    return pa.chunked_array([b["id"] for b in ledger.finished("id")], pa.string()).combine_chunks()
 
 
 # ---- generating -----------------------------------------------------------------------------------------------------
 
 
 def _generate(
-    work: _Work, program: Program, get_engines: Callable[[], Sequence[EngineHandle]], total: int, settings: MapSettings
+    inputs: Path,
+    ledger: Ledger,
+    program: Program,
+    get_engines: Callable[[], Sequence[EngineHandle]],
+    expected: pa.Array,
+    settings: MapSettings,
 ) -> None:
-    """Fills `work` with every missing row."""
-    work.rows.mkdir(parents=True, exist_ok=True)
-    work.journal.mkdir(parents=True, exist_ok=True)
-    watch = Watch(work.journal)
+    """Fills the ledger with every missing row."""
     for attempt in range(RESTARTS + 1):
-        crew = _Crew(get_engines(), settings.joining())
+        crew = _Crew(get_engines(), settings.joining())  # idle: nothing is added to the ledger meanwhile
+        missing = expected.filter(pc.invert(pc.is_in(expected, _finished(ledger))))
         try:
-            _run(work, _feed(work, program, crew, watch, settings), crew, total, settings)
+            job = _feed(inputs, missing, program, crew, ledger, settings)
+            _run(job, crew, len(expected) - len(missing), len(expected), settings)
             return
         except RayError as error:
             dead = [info["name"] for e, info in crew.infos.items() if not _alive(e)]
             if not dead and not isinstance(error, RayActorError):
                 raise  # a bug in the program, or in Ray Data
-            held = frozenset[str]().union(*map(watch.held_by, dead))
+            held = frozenset[str]().union(*map(ledger.held_by, dead))
             if attempt == RESTARTS:
                 raise StageFailed(
                     f"engines died {RESTARTS + 1} times, the last with {len(held)} rows: "
                     f"{', '.join(dead) or 'what feeds them'}",
                     "read the engines' logs, then continue with the same command",
                 ) from None
-            watch = Watch(work.journal, watch.suspects | held, watch.culprits | (watch.suspects & held))
+            ledger = replace(
+                ledger, suspects=ledger.suspects | held, culprits=ledger.culprits | (ledger.suspects & held)
+            )
 
 
 class _Crew:
@@ -173,8 +170,8 @@ class _Crew:
 class _Client:
     """Forwards blocks to the engine that has the fewest; holds nothing and computes nothing."""
 
-    def __init__(self, ready: Sequence[EngineHandle], joining: Sequence[EngineHandle], program: Any, watch: Watch):
-        self._program, self._watch, self._joining = program, watch, list(joining)
+    def __init__(self, ready: Sequence[EngineHandle], joining: Sequence[EngineHandle], program: Any, ledger: Ledger):
+        self._program, self._ledger, self._joining = program, ledger, list(joining)
         self._blocks = dict.fromkeys(ready, 0)
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -184,7 +181,7 @@ class _Client:
         engine = min(self._blocks, key=lambda e: self._blocks[e])
         self._blocks[engine] += 1
         try:
-            return await engine.run.remote(self._program, block, self._watch)
+            return pa.table({"rows": [await engine.run.remote(self._program, block, self._ledger)]})
         finally:
             self._blocks[engine] -= 1
 
@@ -194,22 +191,25 @@ class _Client:
             self._blocks[engine] = 0
 
 
-def _feed(work: _Work, program: Program, crew: _Crew, watch: Watch, settings: MapSettings) -> Callable[[], None]:
+def _feed(
+    inputs: Path, missing: pa.Array, program: Program, crew: _Crew, ledger: Ledger, settings: MapSettings
+) -> Callable[[], None]:
     """The Ray Data job that generates what is missing, ready to be started."""
     # Enough blocks in flight to fill every engine while the slowest rows of some blocks are awaited.
     slots = max(info["slots"] for info in crew.infos.values())
     in_flight = (-(-slots // settings.rows_per_block) + 1) * (len(crew.infos) + len(crew.joining))
-    arguments = (list(crew.infos), list(crew.joining.values()), ray.put(program), watch)
+    arguments = (list(crew.infos), list(crew.joining.values()), ray.put(program), ledger)
+    wanted = ray.put(missing)
 
     def job() -> None:
         context = ray.data.DataContext.get_current().copy()
-        context.checkpoint_config = CheckpointConfig("id", str(work.ids), delete_checkpoint_on_success=False)
         context.execution_options.resource_limits = ExecutionResources(cpu=DATA_CPUS)
         context.enable_progress_bars = False
         context.execution_no_progress_timeout_s = -1  # it counts blocks, which may take long; _run watches tokens
         with ray.data.DataContext.current(context), _quiet():
-            rows = ray.data.read_parquet(str(work.inputs), partitioning=None)
-            rows.repartition(target_num_rows_per_block=settings.rows_per_block).map_batches(
+            rows = ray.data.read_parquet(str(inputs), partitioning=None)
+            rows = rows.map_batches(_among, batch_size=None, batch_format="pyarrow", fn_args=(wanted,))
+            done = rows.repartition(target_num_rows_per_block=settings.rows_per_block).map_batches(
                 _Client,
                 batch_size=None,
                 batch_format="pyarrow",
@@ -219,20 +219,21 @@ def _feed(work: _Work, program: Program, crew: _Crew, watch: Watch, settings: Ma
                 ),
                 num_cpus=0.1,
                 max_restarts=0,
-            ).write_parquet(str(work.rows))
+            )
+            for _ in done.iter_batches(batch_size=None, batch_format="pyarrow"):
+                pass
 
     return job
 
 
-def _run(
-    work: _Work,
-    job: Callable[[], None],
-    crew: _Crew,
-    total: int,
-    settings: MapSettings,
-) -> None:
+def _among(block: pa.Table, wanted: Any) -> pa.Table:
+    """The rows of a block whose ids are in an array, given by reference: Ray Data would carry it in every task."""
+    return block.filter(pc.is_in(block["id"], ray.get(wanted, timeout=ANSWER_S)))
+
+
+def _run(job: Callable[[], None], crew: _Crew, before: int, total: int, settings: MapSettings) -> None:
     """Runs a job to its end; shows its progress, and stops it when the engines stand still."""
-    before, first = work.done(), _stats(crew)
+    first = _stats(crew)
     start = moved = time.monotonic()
     last = first
     with ThreadPoolExecutor(1, "ray-data") as thread, settings.progress() as show:
@@ -301,11 +302,13 @@ def _quiet() -> Iterator[None]:
 # ---- publishing -----------------------------------------------------------------------------------------------------
 
 
-def _publish(work: _Work, schema: pa.Schema, expected: pa.Array, out: StageDir, max_bad_fraction: float) -> RowCounts:
+def _publish(
+    ledger: Ledger, schema: pa.Schema, expected: pa.Array, out: StageDir, max_bad_fraction: float
+) -> RowCounts:
     """Sorts the durable rows into the stage's data and its quarantine; one part of them is in memory at a time.
 
     Args:
-        work: where the rows are.
+        ledger: where the rows are.
         schema: of the rows that are published.
         expected: the ids that went in, sorted.
         out: the stage's directory.
@@ -315,13 +318,13 @@ def _publish(work: _Work, schema: pa.Schema, expected: pa.Array, out: StageDir, 
         old.unlink()
     bad: list[Row] = []
     with TemporaryDirectory(dir=out.checkpoints) as folder:
-        parts = _split(work.rows, schema.append(pa.field(BAD, pa.string())), expected, Path(folder))
+        parts = _split(ledger, schema.append(pa.field(BAD, pa.string())), expected, Path(folder))
         for number, part in enumerate(parts):
-            table = pa.ipc.open_stream(part).read_all().sort_by("id")
+            table = _first_of_each(pa.ipc.open_stream(part).read_all()).sort_by("id")
             wanted = expected[number * PART_ROWS : (number + 1) * PART_ROWS]
             if not table["id"].combine_chunks().equals(wanted):
                 raise StageFailed(
-                    f"{len(wanted)} rows went in and {len(table)} with {len(table['id'].unique())} ids came out",
+                    f"{len(wanted)} rows went in and {len(table)} came out, or others",
                     f"report this as a bug; to start the stage afresh remove {out.checkpoints}",
                 )
             good = table.filter(table[BAD].is_null()).select(schema.names)
@@ -331,13 +334,19 @@ def _publish(work: _Work, schema: pa.Schema, expected: pa.Array, out: StageDir, 
     return RowCounts(len(expected), len(expected) - len(bad), len(bad))
 
 
-def _split(rows: Path, schema: pa.Schema, expected: pa.Array, folder: Path) -> list[Path]:
+def _first_of_each(table: pa.Table) -> pa.Table:
+    """One row of each id. An engine whose driver was killed may end rows that the next driver has asked for again."""
+    places = table.select(["id"]).append_column("place", pa.array(range(len(table))))
+    return table.take(places.group_by("id").aggregate([("place", "min")])["place_min"])
+
+
+def _split(ledger: Ledger, schema: pa.Schema, expected: pa.Array, folder: Path) -> list[Path]:
     """Deals the rows out to a file for each PART_ROWS of the expected ids, in the order of the ids."""
     firsts = expected[::PART_ROWS].to_pylist() or [""]
     parts = [folder / str(n) for n in range(len(firsts))]
     with ExitStack() as stack:
         writers = [stack.enter_context(pa.ipc.new_stream(part, schema)) for part in parts]
-        for batch in dataset(rows, schema=schema, format="parquet").to_batches() if len(expected) else ():
+        for batch in ledger.finished():
             places = [max(0, bisect_right(firsts, i) - 1) for i in batch["id"].to_pylist()]
             for place in set(places):
                 writers[place].write_batch(batch.filter(pa.array([p == place for p in places])))

@@ -5,8 +5,9 @@ supervised model helpful.
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import pyarrow as pa
@@ -20,7 +21,7 @@ from cai_ray.generation.data_plane import map_rows
 from cai_ray.generation.engine import Completion
 from cai_ray.models.tokenization import Tokenizer
 from cai_ray.records import PROMPT, REVISION, Message, Row, derive_seed, row_id
-from cai_ray.stages.shared import GenerateInputs, PromptOf, PromptText, ask, fit_turns, read_rows, write_rows
+from cai_ray.stages.shared import GenerateInputs, PromptOf, PromptText, ask, fit_turns, iter_rows, write_rows
 from cai_ray.templates import (
     FRAMES,
     critique_prompt,
@@ -49,14 +50,8 @@ def revise(config: ReviseConfig, inputs: GenerateInputs, out: StageDir) -> Manif
     Raises:
         StageFailed: an engine died repeatedly, or more than the permitted share of rows is bad.
     """
-    rows = []
-    for row in read_rows(inputs.rows, config.share):
-        if row["kind"] == "harmful":
-            rows.append(row)
-        else:  # each sample is a row of its own, so that rows in equal rows out
-            samples = range(config.helpful_samples_per_prompt)
-            rows += [{**row, "id": row_id(row["id"], sample)} for sample in samples]
-    work = write_rows(rows, PROMPT, out.path / "inputs")
+    prompts = iter_rows(inputs.rows, config.share)
+    work = write_rows((row for prompt in prompts for row in asked(prompt, config)), PROMPT, out.path / "inputs")
     assert inputs.constitution is not None
     program = ReviseRow(config, inputs.constitution, out.seed)
     longest = max(config.max_new_tokens, config.max_critique_tokens)
@@ -64,31 +59,39 @@ def revise(config: ReviseConfig, inputs: GenerateInputs, out: StageDir) -> Manif
     with out.phase("generate"):
         counts = map_rows(work, program, engines, out, settings=inputs.settings)
 
-    done = read_rows(out.data)
-    for row in [r for r in done if r["rounds"]][:8]:
+    for row in islice((r for r in iter_rows(out.data) if r["rounds"]), 8):
         out.sample(row)
-    found = revise_statistics(done, config.rounds)
+    found = revise_statistics(iter_rows(out.data), config.rounds)
     for text in found.pop("warnings"):
         out.warn(text)
     return out.commit(inputs.key, {**counts.as_metrics(), **found})
 
 
-def revise_statistics(rows: Sequence[Row], rounds: int) -> dict[str, Any]:
+def asked(prompt: Row, config: ReviseConfig) -> list[Row]:
+    """A prompt's rows: itself, or where it is a helpful one each of its samples, so that rows in equal rows out."""
+    if prompt["kind"] == "harmful":
+        return [prompt]
+    return [{**prompt, "id": row_id(prompt["id"], sample)} for sample in range(config.helpful_samples_per_prompt)]
+
+
+def revise_statistics(rows: Iterable[Row], rounds: int) -> dict[str, Any]:
     """Rows by kind, flags by name and step, the share of harmful prompts whose first answer already refuses."""
-    harmful = [r for r in rows if r["kind"] == "harmful"]
-    refused = sum(looks_like_refusal(r["initial_response"]) for r in harmful) / max(1, len(harmful))
-    flags = Counter(flag.split("/")[0] for r in rows for flag in r["flags"])
-    warnings = []
-    if refused > MANY_REFUSALS:
+    kinds, flags, refused = Counter[str](), Counter[str](), 0
+    for row in rows:
+        kinds[row["kind"]] += 1
+        flags.update(flag.split("/")[0] for flag in row["flags"])
+        refused += row["kind"] == "harmful" and looks_like_refusal(row["initial_response"])
+    share, warnings = refused / max(1, kinds["harmful"]), []
+    if share > MANY_REFUSALS:
         warnings.append(
-            f"The model that is to be revised refuses {refused:.0%} of the harmful prompts in its first answer, which "
+            f"The model that is to be revised refuses {share:.0%} of the harmful prompts in its first answer, which "
             "leaves the constitution nothing to do; take a helpful-only model, or prompts that it does answer."
         )
     return {
-        "harmful": len(harmful),
-        "helpful": len(rows) - len(harmful),
+        "harmful": kinds["harmful"],
+        "helpful": kinds.total() - kinds["harmful"],
         "rounds": rounds,
-        "refused_at_first": refused,
+        "refused_at_first": share,
         **{f"flag/{name}": count for name, count in sorted(flags.items())},
         "warnings": warnings,
     }

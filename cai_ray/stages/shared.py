@@ -2,14 +2,14 @@
 
 import json
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 
 from cai_ray.artifacts import StageDir, StageKey
@@ -26,6 +26,7 @@ from cai_ray.training.loop import Job, Kind
 
 PromptText = str | Sequence[Message]
 PromptOf = Callable[[Sequence[Message]], PromptText]  # a step's prompt around a conversation
+IN_MEMORY = 1000  # rows
 Show = Callable[[], AbstractContextManager[Callable[[float, float | None, str], None]]]  # opens a progress display
 
 
@@ -151,14 +152,21 @@ async def ask(
 
 
 def read_rows(folder: Path, share: tuple[float, float] = (0.0, 1.0), **equal: str) -> list[Row]:
-    """Rows of a folder of parquet files, sorted by id, where each named column equals its value.
+    """`iter_rows` as a list sorted by id."""
+    return sorted(iter_rows(folder, share, **equal), key=lambda r: r["id"])
+
+
+def iter_rows(folder: Path, share: tuple[float, float] = (0.0, 1.0), **equal: str) -> Iterator[Row]:
+    """Rows of a folder of parquet files where each named column equals its value, few of them in memory at a time.
 
     `share` takes only ids whose hash lies in [low, high); it is the same in every run and stage, so that [0, 0.3] and
     [0.3, 1] have no row in common.
     """
-    table = pads.dataset(folder, format="parquet").to_table()
-    rows = table.sort_by("id").to_pylist()
-    return [r for r in rows if all(r[k] == v for k, v in equal.items()) and in_share(r["id"], share)]
+    for path in sorted(folder.glob("*.parquet")):
+        for batch in pq.ParquetFile(path).iter_batches(IN_MEMORY):
+            for row in batch.to_pylist():
+                if all(row[k] == v for k, v in equal.items()) and in_share(row["id"], share):
+                    yield row
 
 
 def in_share(row: str, share: tuple[float, float]) -> bool:
@@ -166,10 +174,13 @@ def in_share(row: str, share: tuple[float, float]) -> bool:
     return share[0] <= derive_seed(0, row, "share") / 2**31 < share[1]
 
 
-def write_rows(rows: Sequence[Row], schema: pa.Schema, folder: Path) -> Path:
-    """Writes rows as a folder of parquet and returns the folder."""
+def write_rows(rows: Iterable[Row], schema: pa.Schema, folder: Path) -> Path:
+    """Writes rows as a folder of parquet, few of them in memory at a time, and returns the folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    pq.write_table(to_table(rows, schema), folder / "part-00000.parquet")
+    left = iter(rows)
+    with pq.ParquetWriter(folder / "part-00000.parquet", schema) as file:
+        while some := list(islice(left, IN_MEMORY)):
+            file.write_table(to_table(some, schema))
     return folder
 
 

@@ -31,6 +31,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cai_ray.generation.ledger import RowLog
 from cai_ray.records import PROMPT, REVISION, Row, row_id, to_table
 
 MIB = 2**20
@@ -46,6 +47,7 @@ class StandIn:
         self.lanes = asyncio.Semaphore(slots // block_rows)
         self.random = random.Random(name)
         self.tasks: set[Any] = set()
+        self.log: RowLog | None = None
         self.reset()
 
     def reset(self) -> None:
@@ -53,13 +55,20 @@ class StandIn:
         self.rows = self.held = 0
         self.first = self.changed = self.slot_s = 0.0
 
+    def _write(self, rows: list[Row], ledger: Any) -> None:
+        if self.log is None or self.log.ledger.folder != ledger.folder:
+            self.log = RowLog(ledger, self.name, REVISION.append(pa.field("bad_reason", pa.string())))
+        for row in rows:
+            self.log.append(row)
+        self.log.flush()
+
     def _hold(self, rows: int) -> None:
         now = time.time()
         self.slot_s += self.held * (now - self.changed) if self.changed else 0.0
         self.held, self.changed = self.held + rows, now
 
-    async def run(self, program: Any, table: pa.Table, watch: Any) -> pa.Table:
-        """A block's rows, after their time."""
+    async def run(self, program: Any, table: pa.Table, ledger: Any) -> int:
+        """Gives a block's rows to the ledger, after their time."""
         task = asyncio.current_task()
         self.tasks.add(task)
         try:
@@ -71,7 +80,8 @@ class StandIn:
                 finally:
                     self._hold(-table.num_rows)
             self.rows += table.num_rows
-            return program.answer(table)
+            self._write(program.answer(table), ledger)
+            return table.num_rows
         finally:
             self.tasks.discard(task)
 
@@ -99,10 +109,9 @@ class Answer:
 
     schema: pa.Schema = REVISION
 
-    def answer(self, table: pa.Table) -> pa.Table:
-        """A block's rows as a program's actor returns them."""
-        rows = [self._row(row) for row in table.to_pylist()]
-        return to_table(rows, REVISION.append(pa.field("bad_reason", pa.string())))
+    def answer(self, table: pa.Table) -> list[Row]:
+        """A block's rows."""
+        return [self._row(row) for row in table.to_pylist()]
 
     def _row(self, row: Row) -> Row:
         text = f"{row['id']} " * 30

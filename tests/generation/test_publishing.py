@@ -1,4 +1,4 @@
-"""Durable blocks become sorted parts, however the blocks lie."""
+"""Finished rows become sorted parts, however they lie."""
 
 import json
 import random
@@ -11,7 +11,8 @@ from cai_ray.artifacts import StageDir
 from cai_ray.errors import StageFailed
 from cai_ray.generation import data_plane
 from cai_ray.generation.actor import BAD
-from cai_ray.generation.data_plane import RowCounts, _publish, _Work
+from cai_ray.generation.data_plane import RowCounts, _publish
+from cai_ray.generation.ledger import Ledger
 from cai_ray.records import row_id, to_table
 
 SCHEMA = pa.schema([("id", pa.string()), ("tags", pa.list_(pa.string()))])
@@ -22,13 +23,14 @@ def small_parts(monkeypatch):
     monkeypatch.setattr(data_plane, "PART_ROWS", 50)
 
 
-def blocks(root, rows):
-    work = _Work(root / "in", root / "rows", root / "ids", root / "journal")
-    work.rows.mkdir(parents=True)
-    for first in range(0, len(rows), 7):
-        table = to_table(rows[first : first + 7], SCHEMA.append(pa.field(BAD, pa.string())))
-        pq.write_table(table, work.rows / f"{first:03d}.parquet")
-    return work
+def ledger_of(root, rows, engines=3):
+    """A ledger in which engines wrote rows, seven at a time."""
+    ledger, schema = Ledger(root / "ledger").make(), SCHEMA.append(pa.field(BAD, pa.string()))
+    for engine in range(engines):
+        with pa.ipc.new_stream(str(ledger.rows / f"engine-{engine}.arrows"), schema) as stream:
+            for first in range(7 * engine, len(rows), 7 * engines):
+                stream.write_table(to_table(rows[first : first + 7], schema))
+    return ledger
 
 
 def test_parts_hold_fifty_ids_each_in_order_without_the_bad_ones(small_parts, tmp_path):
@@ -37,9 +39,9 @@ def test_parts_hold_fifty_ids_each_in_order_without_the_bad_ones(small_parts, tm
     ]
     ids = sorted(r["id"] for r in rows)
     random.Random(0).shuffle(rows)
-    work, out = blocks(tmp_path, rows), StageDir(tmp_path / "stage")
+    ledger, out = ledger_of(tmp_path, rows), StageDir(tmp_path / "stage")
     (out.data / "part-00009.parquet").write_bytes(b"of an earlier call")
-    assert _publish(work, SCHEMA, pa.array(ids), out, 0.05) == RowCounts(203, 193, 10)
+    assert _publish(ledger, SCHEMA, pa.array(ids), out, 0.05) == RowCounts(203, 193, 10)
 
     bad = {r["id"] for r in rows if r[BAD]}
     parts = sorted(out.data.iterdir())
@@ -55,16 +57,26 @@ def test_parts_hold_fifty_ids_each_in_order_without_the_bad_ones(small_parts, tm
     assert not list(out.checkpoints.iterdir())  # what the sorting needed is gone
 
 
-@pytest.mark.parametrize("fault", ["twice", "missing", "strange"])
-def test_a_row_that_is_there_twice_or_not_or_unasked_stops_the_stage(fault, small_parts, tmp_path):
+def test_of_a_row_that_two_engines_ended_one_is_kept(small_parts, tmp_path):
+    ids = sorted(row_id(n) for n in range(60))
+    rows = [{"id": i, "tags": ["first"]} for i in ids] + [{"id": i, "tags": ["second"]} for i in ids[40:]]
+    out = StageDir(tmp_path / "stage")
+    assert _publish(ledger_of(tmp_path, rows, 1), SCHEMA, pa.array(ids), out, 0.0) == RowCounts(60, 60, 0)
+    assert pq.read_table(out.data).to_pylist() == rows[:60]
+
+
+@pytest.mark.parametrize("fault", ["missing", "strange"])
+def test_a_row_that_is_not_there_or_unasked_stops_the_stage(fault, small_parts, tmp_path):
     ids = sorted(row_id(n) for n in range(60))
     rows = [{"id": i, "tags": []} for i in ids]
-    rows = {"twice": [*rows, rows[3]], "missing": rows[1:], "strange": [*rows[1:], {"id": "zzz", "tags": []}]}[fault]
+    rows = {"missing": rows[1:], "strange": [*rows[1:], {"id": "zzz", "tags": []}]}[fault]
     with pytest.raises(StageFailed, match="rows went in and"):
-        _publish(blocks(tmp_path, rows), SCHEMA, pa.array(ids), StageDir(tmp_path / "stage"), 1.0)
+        _publish(ledger_of(tmp_path, rows), SCHEMA, pa.array(ids), StageDir(tmp_path / "stage"), 1.0)
 
 
 def test_no_rows_are_one_empty_part(tmp_path):
-    work, out = _Work(*(tmp_path / n for n in "abcd")), StageDir(tmp_path / "stage")
-    assert _publish(work, SCHEMA, pa.array([], pa.string()), out, 0.0) == RowCounts(0, 0, 0)
+    out = StageDir(tmp_path / "stage")
+    assert _publish(Ledger(tmp_path / "ledger").make(), SCHEMA, pa.array([], pa.string()), out, 0.0) == RowCounts(
+        0, 0, 0
+    )
     assert pq.read_table(out.data / "part-00000.parquet").schema == SCHEMA
