@@ -20,7 +20,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray
 import ray.data
@@ -104,14 +103,9 @@ def map_rows(
     if distinct < len(expected):
         raise DataError(f"{inputs} holds {len(expected)} rows but {distinct} ids", "make the ids unique")
     ledger = Ledger(out.checkpoints.resolve()).make()
-    if pc.all(pc.is_in(expected, _finished(ledger))).as_py() is False:
+    if set(expected.to_pylist()) - ledger.ids():
         _generate(inputs, ledger, program, get_engines, expected, settings)
     return _publish(ledger, program.schema, expected, out, settings.max_bad_fraction)
-
-
-def _finished(ledger: Ledger) -> pa.Array:
-    """Ids of the durable rows."""
-    return pa.chunked_array([b["id"] for b in ledger.finished("id")], pa.string()).combine_chunks()
 
 
 # ---- generating -----------------------------------------------------------------------------------------------------
@@ -128,7 +122,7 @@ def _generate(
     """Fills the ledger with every missing row."""
     for attempt in range(RESTARTS + 1):
         crew = _Crew(get_engines(), settings.joining())  # idle: nothing is added to the ledger meanwhile
-        missing = expected.filter(pc.invert(pc.is_in(expected, _finished(ledger))))
+        missing = frozenset(expected.to_pylist()) - ledger.ids()
         try:
             job = _feed(inputs, missing, program, crew, ledger, settings)
             _run(job, crew, len(expected) - len(missing), len(expected), settings)
@@ -192,7 +186,7 @@ class _Client:
 
 
 def _feed(
-    inputs: Path, missing: pa.Array, program: Program, crew: _Crew, ledger: Ledger, settings: MapSettings
+    inputs: Path, missing: frozenset[str], program: Program, crew: _Crew, ledger: Ledger, settings: MapSettings
 ) -> Callable[[], None]:
     """The Ray Data job that generates what is missing, ready to be started."""
     # Enough blocks in flight to fill every engine while the slowest rows of some blocks are awaited.
@@ -227,8 +221,9 @@ def _feed(
 
 
 def _among(block: pa.Table, wanted: Any) -> pa.Table:
-    """The rows of a block whose ids are in an array, given by reference: Ray Data would carry it in every task."""
-    return block.filter(pc.is_in(block["id"], ray.get(wanted, timeout=ANSWER_S)))
+    """The rows of a block whose ids are in a set, given by reference: Ray Data would carry it in every task."""
+    ids = ray.get(wanted, timeout=ANSWER_S)
+    return block.filter(pa.array([i in ids for i in block["id"].to_pylist()]))
 
 
 def _run(job: Callable[[], None], crew: _Crew, before: int, total: int, settings: MapSettings) -> None:

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import pyarrow as pa
@@ -66,18 +67,21 @@ class Ledger:
         notes = path.read_text("utf-8").split() if path.is_file() else []
         return frozenset(row for row, times in Counter(notes).items() if times % 2)
 
-    def finished(self, *columns: str) -> Iterator[pa.RecordBatch]:
-        """All durable rows, in batches; of some columns, or of all. A batch that a death cut short is left out."""
+    def finished(self) -> Iterator[pa.RecordBatch]:
+        """All durable rows, in batches; one that a death cut short is left out."""
         for path in sorted(self.rows.glob("*.arrows")):
             if path.stat().st_size:  # an empty file cannot be mapped
                 with pa.memory_map(str(path)) as file:
-                    yield from _whole_batches(file, columns)
+                    yield from _whole_batches(file)
+
+    def ids(self) -> set[str]:
+        """Of all durable rows; only these bytes of the files are read."""
+        return {row for batch in self.finished() for row in batch["id"].to_pylist()}
 
 
-def _whole_batches(file: pa.NativeFile, columns: tuple[str, ...]) -> Iterator[pa.RecordBatch]:
+def _whole_batches(file: pa.NativeFile) -> Iterator[pa.RecordBatch]:
     try:
-        for batch in pa.ipc.open_stream(file):
-            yield batch.select(list(columns)) if columns else batch
+        yield from pa.ipc.open_stream(file)
     except (pa.ArrowInvalid, OSError) as e:
         if getattr(e, "errno", None):  # the disk's, not Arrow's for fewer bytes than a batch announces
             raise
@@ -96,8 +100,7 @@ class RowLog:
         self.ledger, self.engine, self.schema = ledger, engine, schema
         self._waiting: list[Row] = []
         self._timer: asyncio.TimerHandle | None = None
-        self._file: pa.NativeFile | None = None
-        self._stream: pa.RecordBatchWriter | None = None
+        self._stream: Any = None  # pyarrow.RecordBatchStreamWriter
 
     def append(self, row: Row) -> None:
         """Takes a row, which will be durable within FLUSH_S; call it in an event loop."""
@@ -114,8 +117,8 @@ class RowLog:
             return
         try:
             if self._stream is None:
-                self._file = pa.OSFile(str(self.ledger.rows / f"{self.engine}-{uuid4().hex[:8]}.arrows"), "wb")
-                self._stream = pa.ipc.new_stream(self._file, self.schema)
+                file = pa.OSFile(str(self.ledger.rows / f"{self.engine}-{uuid4().hex[:8]}.arrows"), "wb")
+                self._stream = pa.ipc.new_stream(file, self.schema)
             self._stream.write_table(to_table(self._waiting, self.schema))
         except OSError:
             self._stream = None  # this file may end within a batch: what follows goes to another one
