@@ -269,6 +269,18 @@ class Optim(Section):
     """Global gradient norm is clipped to this."""
 
 
+def _deepspeed_json(given: Any) -> Any:
+    """A mapping as it is, a path as what the file holds; values that are `auto` are left out."""
+    if isinstance(given, str):
+        try:
+            given = json.loads(Path(given).expanduser().read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{given} is not a readable JSON file ({error})") from None
+    if not isinstance(given, dict):
+        return given
+    return {k: _deepspeed_json(v) if isinstance(v, dict) else v for k, v in given.items() if v != "auto"}
+
+
 class Sharding(Section):
     """How a trained model is laid over ranks."""
 
@@ -278,6 +290,8 @@ class Sharding(Section):
     """DeepSpeed ZeRO stage."""
     offload_optimizer: Op[bool] = False
     """Keep optimizer state in host memory (ZeRO 1 to 3 on GPUs)."""
+    offload_parameters: Op[bool] = False
+    """Keep weights in host memory and fetch each layer when it runs (ZeRO 3 on GPUs)."""
     dtype: Op[Literal["float32", "bfloat16"]] = "bfloat16"
     """Training precision; bfloat16 keeps float32 master weights."""
     microbatch_tokens: Op[Annotated[int, Field(ge=8)]] = 8192
@@ -286,6 +300,46 @@ class Sharding(Section):
     """Recompute activations in the backward pass."""
     cpus_per_rank: Op[PositiveInt] = 1
     """CPU threads of a rank."""
+    deepspeed: Op[Annotated[dict[str, Any] | None, BeforeValidator(_deepspeed_json)]] = None
+    """DeepSpeed options, a mapping or a JSON file's path, which replace ours; none may contradict the rest of this."""
+
+    @model_validator(mode="after")
+    def _agree(self) -> "Sharding":
+        if self.offload_parameters and self.zero_stage != 3:
+            raise ValueError(f"offload_parameters needs zero_stage 3, zero_stage is {self.zero_stage}")
+        return self
+
+    def check_deepspeed(self, optim: Optim, batch_size: int) -> None:
+        """Raises ValueError, with both values, where `deepspeed` contradicts the configuration."""
+        micro = f"a micro-batch is at most {self.microbatch_tokens} tokens (sharding.microbatch_tokens)"
+        fixed: dict[str, tuple[Any, str]] = {  # what may stand there, and why
+            "zero_optimization.stage": (self.zero_stage, f"sharding.zero_stage is {self.zero_stage}"),
+            "bf16.enabled": (self.dtype == "bfloat16", f"sharding.dtype is {self.dtype}"),
+            "fp16.enabled": (False, f"sharding.dtype is {self.dtype}"),
+            "gradient_clipping": (optim.max_grad_norm, f"optim.max_grad_norm is {optim.max_grad_norm}"),
+            "train_batch_size": (batch_size, f"the batch size is {batch_size}"),
+            "train_micro_batch_size_per_gpu": (None, micro),
+            "gradient_accumulation_steps": (None, micro),
+            "optimizer": (None, f"optim is AdamW with lr {optim.lr:g}"),
+            "scheduler": (None, f"optim.schedule is {optim.schedule}"),
+        }
+        for key, (ours, why) in fixed.items():
+            found: Any = self.deepspeed
+            for part in key.split("."):
+                found = found.get(part) if isinstance(found, dict) else None
+            if found not in (None, ours):
+                raise ValueError(f"sharding.deepspeed sets {key} to {found}, but {why}: remove it there")
+
+
+class Lora(Section):
+    """Low-rank adapters (arXiv 2106.09685) in place of training every weight."""
+
+    rank: PositiveInt = 16
+    """Rank of each adapter."""
+    alpha: PositiveFloat = 32
+    """An adapter's output is scaled by alpha / rank."""
+    target_modules: Literal["auto"] | tuple[str, ...] = "auto"
+    """Names of the layers' linear modules that get one, such as q_proj; auto is all of them."""
 
 
 class Training(Section):
@@ -301,8 +355,19 @@ class Training(Section):
     """Optimizer and schedule."""
     sharding: Op[Sharding] = Sharding()
     """Layout over ranks."""
+    lora: Lora | None = None
+    """Train low-rank adapters; the model that is written has them merged, and they lie beside it in adapter/."""
     checkpoint_every: Op[PositiveInt] = 100
     """Optimizer steps between checkpoints."""
+    checkpoint_minutes: Op[PositiveFloat] = 15.0
+    """Longest time between checkpoints, minutes."""
+    keep_checkpoints: Op[PositiveInt] = 1
+    """Checkpoints that are kept while the stage runs: the last, and above 1 those with the lowest held-out loss."""
+
+    @model_validator(mode="after")
+    def _deepspeed(self) -> "Training":
+        self.sharding.check_deepspeed(self.optim, self.batch_size)
+        return self
 
 
 class SftConfig(Training):
@@ -476,6 +541,7 @@ class PPOConfig(Sampling):
                 f"samples_per_prompt {self.samples_per_prompt}"
             )
         for role in (self.actor, self.critic):
+            role.sharding.check_deepspeed(role.optim, self.minibatch_size)
             if self.minibatch_size % role.sharding.ranks:
                 raise ValueError(f"minibatch_size {self.minibatch_size} is no multiple of {role.sharding.ranks} ranks")
         return self

@@ -6,6 +6,7 @@ when a rank no longer answers.
 
 import json
 import os
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,10 +17,14 @@ from ray.exceptions import RayError
 
 from cai_ray.artifacts import StageDir
 from cai_ray.errors import CaiError, ResourceError, StageFailed
-from cai_ray.training.loop import RUN_NAME, Job, print_to, rank_log, train
+from cai_ray.models.shapes import find_shape, memory_sum, training_memory
+from cai_ray.training.checkpoints import RUN_NAME, SCORE
+from cai_ray.training.loop import Job, print_to, rank_log, stacks, train
 
 MAX_FAILURES = 2  # restarts from the last checkpoint within one call
 POLL_S = 0.5
+# Torch's own words on GPU and CPU, and Ray's when its monitor ends a worker.
+_OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|running low on memory|OutOfMemoryError")
 
 OnProgress = Callable[[float, float | None, str], None]  # epochs done, epochs in all, a few words
 
@@ -60,7 +65,7 @@ def run_training(job: Job, out: StageDir, on_progress: OnProgress | None = None)
             watch()
         outcome = ray.get(running)
     except RayError as error:
-        raise StageFailed(_cause(error), f"see {out.logs}/trainer.log; the same command continues") from error
+        raise _failed(error, job) from error
     finally:
         if not finished:  # takes Ray Train's controller and the ranks with it; a task that is done crashes Ray
             ray.cancel(running, force=True)
@@ -94,12 +99,17 @@ def _fit(job: Job) -> Any:
     trainer = Trainer(
         train,
         train_loop_config={"job": job},
-        torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=int(job.step_timeout_s)),
+        # Longer than the driver waits: it names the rank, torch would only say that another one did not come.
+        torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=int(1.5 * job.step_timeout_s)),
         scaling_config=ScalingConfig(num_workers=ranks, use_gpu=gpu, resources_per_worker=job.resources),
         run_config=RunConfig(
             name=RUN_NAME,
             storage_path=str(job.out / "checkpoints"),
-            checkpoint_config=CheckpointConfig(num_to_keep=1),
+            checkpoint_config=CheckpointConfig(
+                num_to_keep=job.config.keep_checkpoints,
+                checkpoint_score_attribute=SCORE if job.config.keep_checkpoints > 1 else None,
+                checkpoint_score_order="min",
+            ),
             failure_config=FailureConfig(max_failures=MAX_FAILURES, controller_failure_limit=1),
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
@@ -107,18 +117,37 @@ def _fit(job: Job) -> Any:
     try:
         return trainer.fit().return_value
     except TrainingFailedError as error:
-        return StageFailed(_cause(error), f"see {job.out}/logs; the same command continues")
+        return _failed(error, job)
 
 
-def _cause(error: Any) -> str:
-    """What ended the run, in one line per rank: the exception's own last line, without its traceback."""
+def _failed(error: Any, job: Job) -> StageFailed:
+    """What ended the run, in one line per rank: the exception's own last line; for want of memory, the arithmetic."""
     failures = getattr(error, "worker_failures", None) or {"Ray Train's driver": error}
-    lines = []
+    lines, fix = [], f"see {job.out}/logs; the same command continues"
     for rank, failure in failures.items():
         who = f"rank {rank}" if isinstance(rank, int) else rank
         text = str(failure).strip().splitlines() or [type(failure).__name__]
         lines.append(f"{who}: {text[-1][:300]}")
-    return "training failed, after restarts where they could help:\n    " + "\n    ".join(lines)
+    if any(_OUT_OF_MEMORY.search(str(failure)) for failure in failures.values()):
+        sharding = job.config.sharding
+        parts, host = training_memory(find_shape(str(job.model)), sharding, job.device, job.config.lora)
+        lines.append(f"memory of a rank: {memory_sum(parts)} = {sum(total / n for _, total, n in parts):.1f} GiB")
+        lines += [f"and in host memory {memory_sum(host)} GiB"] if host else []
+        fix = (
+            f"lower sharding.microbatch_tokens (it is {sharding.microbatch_tokens}), set "
+            f"sharding.gradient_checkpointing=true (it is {str(sharding.gradient_checkpointing).lower()}), or raise "
+            f"sharding.zero_stage (it is {sharding.zero_stage}) with more ranks or offload_optimizer; the same command "
+            "continues"
+        )
+    return StageFailed("training failed, after restarts where they could help:\n    " + "\n    ".join(lines), fix)
+
+
+def _waits(stack: Path) -> bool:
+    """Whether a rank that fell silent noted that it was waiting for the others."""
+    text = stack.read_text("utf-8") if stack.is_file() else ""
+    thread = next((part for part in text.split("\n\n") if "training/loop.py" in part), "")
+    inner = next((line for line in thread.splitlines() if line.lstrip().startswith("File ")), "")
+    return "torch/distributed/" in inner or "deepspeed/comm/" in inner
 
 
 class _Watch:
@@ -140,7 +169,8 @@ class _Watch:
                 silent.append((rank, began))
         if silent:
             began = silent[0][1]
-            ranks = ", ".join(str(rank) for rank, also in silent if also == began)
+            named = [rank for rank, also in silent if also == began]
+            ranks = ", ".join(map(str, [r for r in named if not _waits(stacks(self._logs[r]))] or named))
             raise StageFailed(
                 f"training ranks {ranks} have not {'answered' if began else 'started'} for {self._limits[began]:.0f} s",
                 f"see {self._logs[0].parent}; raise cluster.{'step' if began else 'start'}_timeout_s if they "

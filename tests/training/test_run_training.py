@@ -2,12 +2,14 @@
 
 import json
 import os
+import random
 import re
 import signal
 import time
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from cai_ray.artifacts import StageDir
 from cai_ray.config import Optim, PreferenceModelConfig, SftConfig, Sharding
 from cai_ray.errors import DataError, ResourceError, StageFailed
 from cai_ray.records import Row
-from cai_ray.training.launch import _Follow, _Watch, run_training
+from cai_ray.training.launch import _failed, _Follow, _Watch, run_training
 from cai_ray.training.loop import Job
 from tests.training.rows import pair, revision
 
@@ -101,7 +103,7 @@ def test_killed_driver_and_killed_rank_end_like_an_uninterrupted_run(run: Any) -
         run("broken", config, on_progress=crash)
     out = StageDir(reference.path.parent / "broken", 7)
     assert not (out.path / "model").exists()
-    assert list((out.checkpoints / "train").glob("step-*"))
+    assert list((out.checkpoints / "train").glob("check*_*"))
 
     def kill(epoch: float, epochs: float | None, words: str) -> None:
         passed_on.append(round(epoch * 5))
@@ -116,6 +118,89 @@ def test_killed_driver_and_killed_rank_end_like_an_uninterrupted_run(run: Any) -
     weights, expected = (load_file(o.path / "model" / "model.safetensors") for o in (out, reference))
     for key, tensor in weights.items():
         torch.testing.assert_close(tensor, expected[key], rtol=0, atol=0)
+
+
+def test_after_a_kill_at_any_moment_the_losses_are_those_of_an_uninterrupted_run(run: Any) -> None:
+    today = date.today().isoformat()
+    draw = random.Random(today)
+    config = sft_config(2, draw.choice((1, 2, 3)), 256, checkpoint_every=2, epochs=2)
+    step, rank, delay = draw.randrange(1, 10), draw.randrange(2), draw.random()
+    print(f"{today}: ZeRO {config.sharding.zero_stage}, rank {rank} is killed {delay:.2f} s after step {step}")
+    reference, _ = run("whole", config)
+    kills: list[int] = []
+
+    def kill(epoch: float, epochs: float | None, words: str) -> None:
+        if round(epoch * 5) >= step and not kills:
+            time.sleep(delay)
+            kills.append(process_of(out, rank))
+            os.kill(kills[0], signal.SIGKILL)
+
+    out, _ = run("killed", config, on_progress=kill)
+    assert kills
+    assert kills[0] != process_of(out, rank)  # another process has finished the work
+    for key in ("train/loss", "train/lr", "train/grad_norm", "eval/loss"):
+        assert curve(out, key) == curve(reference, key)
+    weights, expected = (load_file(o.path / "model" / "model.safetensors") for o in (out, reference))
+    torch.testing.assert_close(weights, expected, rtol=0, atol=0)
+
+
+def process_of(out: StageDir, rank: int) -> int:
+    return int(re.findall(r"process (\d+)", (out.logs / f"rank-{rank}.log").read_text())[-1])
+
+
+@pytest.mark.full
+def test_the_best_checkpoints_and_the_last_are_kept_and_a_damaged_one_is_passed_over(run: Any) -> None:
+    class Crash(BaseException):
+        pass
+
+    def crash(epoch: float, epochs: float | None, words: str) -> None:
+        if epoch == 2:
+            time.sleep(3)  # until the controller has put the last checkpoint on record
+            raise Crash
+
+    config = sft_config(checkpoint_every=2, keep_checkpoints=2, epochs=2)
+    reference, _ = run("whole", config)
+    with pytest.raises(Crash):
+        run("broken", config, on_progress=crash)
+    out = StageDir(reference.path.parent / "broken", 7)
+    kept = {json.loads((f / "state.json").read_text())["steps_done"]: f for f in out.checkpoints.glob("train/check*_*")}
+    losses = {
+        line["step"]: line["eval/loss"]
+        for line in lines(out)
+        if "eval/loss" in line and line["step"] in (2, 4, 6, 8, 10)
+    }
+    assert {*sorted(losses, key=lambda s: losses[s])[:2], max(kept)} == set(kept)
+    largest = max((kept[max(kept)] / "shards").iterdir(), key=lambda p: p.stat().st_size)
+    os.truncate(largest, 1000)
+    run("broken", config)
+    log = (out.logs / "rank-0.log").read_text()
+    assert f"continues after step {sorted(kept)[-2]}" in log
+    assert curve(out) == curve(reference)
+
+
+@pytest.mark.full
+def test_a_clock_too_asks_for_checkpoints(run: Any) -> None:
+    out, _ = run("minutes", sft_config(checkpoint_minutes=1e-9, checkpoint_every=1000))
+    assert json.loads(next(out.checkpoints.glob("train/check*_*/state.json")).read_text())["steps_done"] == 5
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_another_number_of_ranks_goes_on_to_rounding(stage: int, run: Any) -> None:
+    class Crash(BaseException):
+        pass
+
+    def crash(epoch: float, epochs: float | None, words: str) -> None:
+        if epoch >= 0.6:
+            time.sleep(3)
+            raise Crash
+
+    with pytest.raises(Crash):
+        run("broken", sft_config(1, stage, checkpoint_every=1, epochs=2), on_progress=crash)
+    out, _ = run("broken", sft_config(2, stage, 256, epochs=2))
+    assert "continues after step" in (out.logs / "rank-0.log").read_text()
+    reference, _ = run("whole", sft_config(2, stage, 256, epochs=2))
+    assert curve(out) == pytest.approx(curve(reference), rel=1e-4)
 
 
 def test_a_preference_model_learns_and_carries_its_reward_scale(
@@ -147,6 +232,35 @@ def test_rows_without_a_train_split_are_an_error_that_is_not_retried(
     rows, out = write_rows([revision(i, split="test") for i in range(4)]), stage_dir(tmp_path / "sft")
     with pytest.raises(DataError, match="no training rows"):
         run_training(job(out.path, sft_config(), tiny, [rows]), out)
+
+
+@pytest.mark.full
+def test_a_rank_that_hangs_is_named_and_the_one_that_waits_for_it_is_not(
+    ray_cluster: None, rows: Path, tiny: Path, tmp_path: Path
+) -> None:
+    out = stage_dir(tmp_path / "hangs")
+
+    def stop(epoch: float, epochs: float | None, words: str) -> None:
+        os.kill(process_of(out, 1), signal.SIGSTOP)
+
+    with pytest.raises(StageFailed, match=r"training ranks 1 have not answered for 30 s"):
+        run_training(job(out.path, sft_config(2, 2, 256, epochs=20), tiny, [rows], (300.0, 30.0)), out, stop)
+
+
+def test_lack_of_memory_is_explained(tmp_path: Path, tiny: Path) -> None:
+    class Failed(Exception):
+        worker_failures: ClassVar = {1: RuntimeError("a trace\ntorch.OutOfMemoryError: CUDA out of memory. Tried …")}
+
+    config = sft_config(2, 2, 256)
+    error = _failed(Failed(), job(tmp_path, config, tiny, []))
+    assert "rank 1: torch.OutOfMemoryError: CUDA out of memory" in error.message
+    assert re.search(
+        r"weights 0\.01 \+ gradients 0\.01/2 \+ optimizer 0\.\d+/2 \+ activations .* = \d+\.\d GiB", error.message
+    )
+    for dial in ("microbatch_tokens (it is 256)", "gradient_checkpointing=true", "zero_stage (it is 2)"):
+        assert dial in error.fix
+    Failed.worker_failures = {1: RuntimeError("another\nreason")}
+    assert "memory" not in str(_failed(Failed(), job(tmp_path, config, tiny, [])))
 
 
 # ---- watching and following, without Ray ----------------------------------------------------------------------------
