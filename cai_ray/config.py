@@ -25,6 +25,7 @@ from pydantic import (
     model_validator,
 )
 
+from cai_ray.deepspeed_options import check_options, read_options
 from cai_ray.errors import ConfigError
 from cai_ray.shipped import shipped_file, shipped_names
 
@@ -269,18 +270,6 @@ class Optim(Section):
     """Global gradient norm is clipped to this."""
 
 
-def _deepspeed_json(given: Any) -> Any:
-    """A mapping as it is, a path as what the file holds; values that are `auto` are left out."""
-    if isinstance(given, str):
-        try:
-            given = json.loads(Path(given).expanduser().read_text("utf-8"))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{given} is not a readable JSON file ({error})") from None
-    if not isinstance(given, dict):
-        return given
-    return {k: _deepspeed_json(v) if isinstance(v, dict) else v for k, v in given.items() if v != "auto"}
-
-
 class Sharding(Section):
     """How a trained model is laid over ranks."""
 
@@ -300,7 +289,7 @@ class Sharding(Section):
     """Recompute activations in the backward pass."""
     cpus_per_rank: Op[PositiveInt] = 1
     """CPU threads of a rank."""
-    deepspeed: Op[Annotated[dict[str, Any] | None, BeforeValidator(_deepspeed_json)]] = None
+    deepspeed: Op[Annotated[dict[str, Any] | None, BeforeValidator(read_options)]] = None
     """DeepSpeed options, a mapping or a JSON file's path, which replace ours; none may contradict the rest of this."""
 
     @model_validator(mode="after")
@@ -308,27 +297,6 @@ class Sharding(Section):
         if self.offload_parameters and self.zero_stage != 3:
             raise ValueError(f"offload_parameters needs zero_stage 3, zero_stage is {self.zero_stage}")
         return self
-
-    def check_deepspeed(self, optim: Optim, batch_size: int) -> None:
-        """Raises ValueError, with both values, where `deepspeed` contradicts the configuration."""
-        micro = f"a micro-batch is at most {self.microbatch_tokens} tokens (sharding.microbatch_tokens)"
-        fixed: dict[str, tuple[Any, str]] = {  # what may stand there, and why
-            "zero_optimization.stage": (self.zero_stage, f"sharding.zero_stage is {self.zero_stage}"),
-            "bf16.enabled": (self.dtype == "bfloat16", f"sharding.dtype is {self.dtype}"),
-            "fp16.enabled": (False, f"sharding.dtype is {self.dtype}"),
-            "gradient_clipping": (optim.max_grad_norm, f"optim.max_grad_norm is {optim.max_grad_norm}"),
-            "train_batch_size": (batch_size, f"the batch size is {batch_size}"),
-            "train_micro_batch_size_per_gpu": (None, micro),
-            "gradient_accumulation_steps": (None, micro),
-            "optimizer": (None, f"optim is AdamW with lr {optim.lr:g}"),
-            "scheduler": (None, f"optim.schedule is {optim.schedule}"),
-        }
-        for key, (ours, why) in fixed.items():
-            found: Any = self.deepspeed
-            for part in key.split("."):
-                found = found.get(part) if isinstance(found, dict) else None
-            if found not in (None, ours):
-                raise ValueError(f"sharding.deepspeed sets {key} to {found}, but {why}: remove it there")
 
 
 class Lora(Section):
@@ -366,7 +334,7 @@ class Training(Section):
 
     @model_validator(mode="after")
     def _deepspeed(self) -> "Training":
-        self.sharding.check_deepspeed(self.optim, self.batch_size)
+        check_options(self.sharding.deepspeed, self.sharding, self.optim, self.batch_size)
         return self
 
 
@@ -541,7 +509,7 @@ class PPOConfig(Sampling):
                 f"samples_per_prompt {self.samples_per_prompt}"
             )
         for role in (self.actor, self.critic):
-            role.sharding.check_deepspeed(role.optim, self.minibatch_size)
+            check_options(role.sharding.deepspeed, role.sharding, role.optim, self.minibatch_size)
             if self.minibatch_size % role.sharding.ranks:
                 raise ValueError(f"minibatch_size {self.minibatch_size} is no multiple of {role.sharding.ranks} ranks")
         return self

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "cai_ray"
 # Each layer may import from the layers above it and from its own; a package counts as one name.
 LAYERS = [
     {"errors", "shipped"},
-    {"records", "published"},
+    {"records", "published", "deepspeed_options"},
     {"constitution", "constitution_checks", "config", "templates", "artifacts"},
     {"algo", "models", "sources"},
     {"generation", "training", "evaluation"},
