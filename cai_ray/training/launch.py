@@ -56,6 +56,20 @@ def run_training(job: Job, out: StageDir, on_progress: OnProgress | None = None)
                 f"training needs {ranks * each} {name}s ({ranks} ranks of {each}), there are {have.get(name, 0):g}",
                 "lower sharding.ranks or sharding.cpus_per_rank, or add machines",
             )
+    nodes = _nodes()
+    try:
+        return _run(job, out, on_progress)
+    except StageFailed as error:
+        if lost := sorted(nodes - _nodes()):
+            raise StageFailed(f"{error.message}\n    nodes lost meanwhile: {', '.join(lost)}", error.fix) from error
+        raise
+
+
+def _nodes() -> set[str]:
+    return {f"{node['NodeManagerHostname']} ({node['NodeID'][:8]})" for node in ray.nodes() if node["Alive"]}
+
+
+def _run(job: Job, out: StageDir, on_progress: OnProgress | None) -> dict[str, float]:
     watch, follow = _Watch(job), _Follow(out, job.config.epochs, on_progress)
     running = _fit.remote(job)
     finished = False

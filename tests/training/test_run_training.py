@@ -5,12 +5,15 @@ import os
 import random
 import re
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 from typing import Any, ClassVar
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -245,6 +248,31 @@ def test_a_rank_that_hangs_is_named_and_the_one_that_waits_for_it_is_not(
 
     with pytest.raises(StageFailed, match=r"training ranks 1 have not answered for 30 s"):
         run_training(job(out.path, sft_config(2, 2, 256, epochs=20), tiny, [rows], (300.0, 30.0)), out, stop)
+
+
+@pytest.mark.full
+def test_a_lost_node_is_named(ray_cluster: None, rows: Path, tiny: Path, tmp_path: Path) -> None:
+    import ray
+
+    address = ray.get_runtime_context().gcs_address
+    started = [Path(sys.executable).with_name("ray"), "start", f"--address={address}", "--num-cpus=6", "--block"]
+    with subprocess.Popen(started, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as node:
+        out = stage_dir(tmp_path / "lost")
+
+        def lose(epoch: float, epochs: float | None, words: str) -> None:
+            for process in [*psutil.Process(node.pid).children(recursive=True), psutil.Process(node.pid)]:
+                process.kill()
+
+        try:
+            while sum(n["Alive"] for n in ray.nodes()) < 2:
+                time.sleep(0.5)
+            config = sft_config(2, 2, 256, epochs=20)  # 5 CPUs a rank: one on each node
+            sharding = config.sharding.model_copy(update={"cpus_per_rank": 5})
+            config = config.model_copy(update={"sharding": sharding})
+            with pytest.raises(StageFailed, match="nodes lost meanwhile: "):
+                run_training(job(out.path, config, tiny, [rows], (40.0, 40.0)), out, lose)
+        finally:
+            node.kill()
 
 
 def test_lack_of_memory_is_explained(tmp_path: Path, tiny: Path) -> None:
