@@ -1,6 +1,6 @@
 """A rank's checkpoints: written on its own disk, brought to the stage's directory by Ray Train while training goes on.
 
-Ray Train puts one on record when all ranks' parts have arrived; what is not on record is never read.
+One counts when all ranks' parts have arrived whole. Ray Train keeps the record, and removes what is no longer wanted.
 """
 
 import hashlib
@@ -16,6 +16,7 @@ from cai_ray.config import Training
 if TYPE_CHECKING:
     from cai_ray.training.deepspeed import ShardedModel
 
+RECORD = "checkpoint_manager_snapshot.json"  # Ray Train's own
 RUN_NAME = "train"  # of Ray Train's run in checkpoints/: the same for every attempt, so each finds the last one
 SCORE = "eval/loss"  # the lowest are the best
 
@@ -37,19 +38,23 @@ class Checkpoints:
         self._last = time.monotonic()
 
     def newest(self) -> Path | None:
-        """The last checkpoint on record whose files are whole; the last of all where none is."""
+        """The last checkpoint whose files are all whole, as rank 0 sees it; what was only begun is removed."""
         import ray.train
+        import torch.distributed as dist
 
-        from cai_ray.training.deepspeed import whole
+        from cai_ray.training.deepspeed import steps_in
 
-        known = ray.train.get_all_reported_checkpoints()
-        if self._rank == 0:  # what ranks that were killed had only begun to bring
-            names = {Path(c.checkpoint.path).name for c in known}
-            for folder in self._run.glob("checkpoint_*"):
-                if folder.is_dir() and folder.name not in names:
+        # Ray Train counts on folders that it has on record, even damaged ones.
+        known = {Path(c.checkpoint.path).name for c in ray.train.get_all_reported_checkpoints()}
+        found: list[Path | None] = [None]
+        if self._rank == 0:
+            steps = {folder: steps_in(folder) for folder in self._run.glob("checkpoint_*") if folder.is_dir()}
+            for folder, done in steps.items():
+                if done is None and folder.name not in known:
                     shutil.rmtree(folder)
-        folders = [Path(c.checkpoint.path) for c in sorted(known, key=lambda c: -c.metrics["steps_done"])]
-        return next(filter(whole, folders), folders[0] if folders else None)
+            found = [max((f for f, done in steps.items() if done), key=lambda f: steps[f] or 0, default=None)]
+        dist.broadcast_object_list(found)
+        return found[0]
 
     def overdue(self) -> bool:
         """Whether the last is too long ago; only rank 0's clock counts."""

@@ -141,12 +141,14 @@ def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-def whole(folder: Path) -> bool:
-    """Whether a checkpoint's files are all there, with the lengths that they had when it was written."""
-    if not (folder / _STATE).is_file():
-        return False
-    files = json.loads((folder / _STATE).read_text("utf-8"))["files"]
-    return all((folder / name).is_file() and (folder / name).stat().st_size == size for name, size in files.items())
+def steps_in(folder: Path) -> int | None:
+    """Steps behind a checkpoint; None where a file is missing or shorter or longer than it was written."""
+    try:
+        state = json.loads((folder / _STATE).read_text("utf-8"))
+        same = all((folder / name).stat().st_size == size for name, size in state["files"].items())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+    return state["steps_done"] if same else None
 
 
 class ShardedModel:
@@ -258,7 +260,7 @@ class ShardedModel:
         Raises:
             StageFailed: a file of it is missing or cut off, or it was written with another ZeRO stage.
         """
-        if not whole(folder):
+        if steps_in(folder) is None:
             raise StageFailed(
                 f"the checkpoint {folder} is damaged: a file is missing or was cut off",
                 "remove the stage's checkpoints folder to start the stage over",

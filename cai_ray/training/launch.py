@@ -18,7 +18,7 @@ from ray.exceptions import RayError
 from cai_ray.artifacts import StageDir
 from cai_ray.errors import CaiError, ResourceError, StageFailed
 from cai_ray.models.shapes import find_shape, memory_sum, training_memory
-from cai_ray.training.checkpoints import RUN_NAME, SCORE
+from cai_ray.training.checkpoints import RECORD, RUN_NAME, SCORE
 from cai_ray.training.loop import Job, print_to, rank_log, stacks, train
 
 MAX_FAILURES = 2  # restarts from the last checkpoint within one call
@@ -109,6 +109,11 @@ def _fit(job: Job) -> Any:
         def _create_default_callbacks(self):  # no annotations: Ray pickles this class with the names it uses only
             return [c for c in super()._create_default_callbacks() if not isinstance(c, PlacementGroupCleanerCallback)]
 
+    record = job.out / "checkpoints" / RUN_NAME / RECORD
+    try:
+        json.loads(record.read_text("utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):  # Ray Train, cut off while it wrote it, could not read it again
+        record.unlink(missing_ok=True)
     gpu, ranks = job.device == "gpu", job.config.sharding.ranks
     trainer = Trainer(
         train,

@@ -22,6 +22,7 @@ from cai_ray.artifacts import StageDir
 from cai_ray.config import Optim, PreferenceModelConfig, SftConfig, Sharding
 from cai_ray.errors import DataError, ResourceError, StageFailed
 from cai_ray.records import Row
+from cai_ray.training.checkpoints import RECORD
 from cai_ray.training.launch import _failed, _Follow, _Watch, run_training
 from cai_ray.training.loop import Job
 from tests.training.rows import pair, revision
@@ -152,7 +153,10 @@ def process_of(out: StageDir, rank: int) -> int:
 
 
 @pytest.mark.full
-def test_the_best_checkpoints_and_the_last_are_kept_and_a_damaged_one_is_passed_over(run: Any) -> None:
+@pytest.mark.parametrize("record_too", [False, True])
+def test_the_best_checkpoints_and_the_last_are_kept_and_a_damaged_one_is_passed_over(
+    record_too: bool, run: Any
+) -> None:
     class Crash(BaseException):
         pass
 
@@ -175,6 +179,8 @@ def test_the_best_checkpoints_and_the_last_are_kept_and_a_damaged_one_is_passed_
     assert {*sorted(losses, key=lambda s: losses[s])[:2], max(kept)} == set(kept)
     largest = max((kept[max(kept)] / "shards").iterdir(), key=lambda p: p.stat().st_size)
     os.truncate(largest, 1000)
+    if record_too:
+        os.truncate(out.checkpoints / "train" / RECORD, 100)
     run("broken", config)
     log = (out.logs / "rank-0.log").read_text()
     assert f"continues after step {sorted(kept)[-2]}" in log

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from cai_ray.config import Optim, Sharding
 from cai_ray.errors import ConfigError, StageFailed
 from cai_ray.training import sft
-from cai_ray.training.deepspeed import ShardedModel, learning_rate, whole
+from cai_ray.training.deepspeed import ShardedModel, learning_rate, steps_in
 
 CPU = torch.device("cpu")
 OPTIM = Optim(lr=0.01, schedule="linear", weight_decay=0.1, max_grad_norm=0.5)
@@ -106,13 +106,13 @@ def test_a_damaged_checkpoint_is_refused(spoil: str, tmp_path: Path) -> None:
     model = sharded(small_model(), 2)
     take_step(model, 0)
     model.save(tmp_path)
-    assert whole(tmp_path)
+    assert steps_in(tmp_path) == 1
     largest = max((tmp_path / "shards").iterdir(), key=lambda p: p.stat().st_size)
     if spoil == "cut":
         os.truncate(largest, largest.stat().st_size - 1)
     else:
         (largest if spoil == "remove" else tmp_path / "state.json").unlink()
-    assert not whole(tmp_path)
+    assert steps_in(tmp_path) is None
     with pytest.raises(StageFailed, match="damaged"):
         model.load(tmp_path)
 
