@@ -58,6 +58,7 @@ def merged_name(name: str) -> str | None:
     return None if ".lora_" in name else name.replace(".base_layer.", ".")
 
 
+@torch.no_grad()
 def merged(hf: nn.Module, name: str, parameter: Tensor) -> Tensor:
     """The parameter with its adapter's part added; the parameters of its layer must be whole."""
     owner, _, kind = name.rpartition(".base_layer.")
