@@ -189,7 +189,8 @@ def _write_weights(
     plan = split_torch_state_dict_into_shards(dict(shapes), max_shard_size="5GB")
     places: dict[str, tuple[Path, int]] = {}
     for file, names in plan.filename_to_tensors.items():
-        header, end = {"__metadata__": {"format": "pt"}}, 0
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
         for name in names:
             begin, end = end, end + shapes[name].nbytes
             dtype = _SAFETENSORS[str(shapes[name].dtype)]
@@ -205,8 +206,9 @@ def _write_weights(
     for name, tensor in tensors:
         if name in shapes:
             path, at = places.pop(name)
-            with path.open("r+b") as file:
-                file.seek(at)
-                file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            content: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+            with path.open("r+b") as shard:
+                shard.seek(at)
+                shard.write(content)
     if places:
         raise ValueError(f"{len(places)} weights did not come, such as {next(iter(places))}")
