@@ -23,6 +23,8 @@ from cai_ray.training.loop import Job, print_to, rank_log, stacks, train
 
 MAX_FAILURES = 2  # restarts from the last checkpoint within one call
 POLL_S = 0.5
+# Without it a CPU's malloc keeps what gloo's threads free: two ranks that gather a model layer by layer grow past it.
+RETURN_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "1000000"}
 # Torch's own words on GPU and CPU, and Ray's when its monitor ends a worker.
 _OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|running low on memory|OutOfMemoryError")
 
@@ -129,6 +131,7 @@ def _fit(job: Job) -> Any:
                 checkpoint_score_attribute=SCORE if job.config.keep_checkpoints > 1 else None,
                 checkpoint_score_order="min",
             ),
+            worker_runtime_env={"env_vars": RETURN_MEMORY} if job.config.sharding.zero_stage == 3 and not gpu else None,
             failure_config=FailureConfig(max_failures=MAX_FAILURES, controller_failure_limit=1),
             logging_config=LoggingConfig(log_level="WARNING"),
         ),

@@ -10,6 +10,7 @@ from safetensors import safe_open
 
 from cai_ray.config import Lora, Optim, Sharding
 from cai_ray.errors import DataError
+from cai_ray.training.launch import RETURN_MEMORY
 from tests.training.ranks import on_ranks, peak_growth
 
 OPTIM, ZERO_3 = Optim(lr=1e-3), Sharding(zero_stage=3, dtype="float32", ranks=2)
@@ -42,7 +43,11 @@ def load_and_export(rank: int, folder: Path, tiny: Path, out: Path) -> None:
 
 
 @pytest.mark.full
-def test_two_ranks_load_and_save_a_model_in_less_than_three_quarters_of_it(tiny: Path, tmp_path: Path) -> None:
+def test_two_ranks_load_and_save_a_model_in_less_than_three_quarters_of_it(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in RETURN_MEMORY.items():  # as for the ranks of a run
+        monkeypatch.setenv(name, value)
     size = make_model(
         tmp_path / "large", hidden_size=1024, intermediate_size=4096, num_hidden_layers=14, num_attention_heads=8
     )
