@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from cai_ray.artifacts import StageDir
-from cai_ray.config import Optim, PreferenceModelConfig, SftConfig, Sharding
+from cai_ray.config import Lora, Optim, PreferenceModelConfig, SftConfig, Sharding
 from cai_ray.errors import DataError, ResourceError, StageFailed
 from cai_ray.records import Row
 from cai_ray.training.checkpoints import RECORD
@@ -229,6 +229,23 @@ def test_a_preference_model_learns_and_carries_its_reward_scale(
     assert (saved.reward_mean, saved.reward_std) == (metrics["reward_mean"], metrics["reward_std"])
     assert saved.reward_std > 0
     assert saved.pad_token_id != saved.eos_token_id
+
+
+def test_adapters_lie_beside_the_merged_model(run: Any, tiny: Path) -> None:
+    from peft import PeftModel
+
+    from cai_ray.models.checkpoints import load_causal_lm
+
+    out, metrics = run("lora", sft_config(2, 3, 256, lora=Lora(rank=4), optim=Optim(lr=0.01)))
+    before, after = curve(out, "eval/loss")
+    assert after < before
+    assert metrics["eval/loss"] == after
+    base, merged = (load_causal_lm(folder, "float32").eval() for folder in (tiny, out.path / "model"))
+    ids = torch.arange(100, 140).reshape(2, 20)
+    with torch.no_grad():
+        expected, adapted = merged(ids).logits, PeftModel.from_pretrained(base, out.path / "adapter")(ids).logits
+    torch.testing.assert_close(adapted, expected, rtol=1e-5, atol=1e-5)
+    assert {"model/config.json", "adapter/adapter_config.json"} <= {entry["path"] for entry in out.outputs()}
 
 
 def test_what_can_never_run_is_refused_before_it_starts(run: Any) -> None:
