@@ -38,21 +38,20 @@ class Checkpoints:
         self._last = time.monotonic()
 
     def newest(self) -> Path | None:
-        """The last checkpoint whose files are all whole, as rank 0 sees it; what was only begun is removed."""
+        """The last checkpoint whose files are all whole, as rank 0 sees it; others that are not on record are removed."""
         import ray.train
         import torch.distributed as dist
 
         from cai_ray.training.deepspeed import steps_in
 
-        # Ray Train counts on folders that it has on record, even damaged ones.
         known = {Path(c.checkpoint.path).name for c in ray.train.get_all_reported_checkpoints()}
         found: list[Path | None] = [None]
         if self._rank == 0:
-            steps = {folder: steps_in(folder) for folder in self._run.glob("checkpoint_*") if folder.is_dir()}
-            for folder, done in steps.items():
-                if done is None and folder.name not in known:
+            steps = {folder: steps_in(folder) or 0 for folder in self._run.glob("checkpoint_*") if folder.is_dir()}
+            found = [max((f for f in steps if steps[f]), key=lambda f: steps[f], default=None)]
+            for folder in steps:  # Ray Train removes what it has on record, and counts on that until then
+                if folder.name not in known and folder != found[0]:
                     shutil.rmtree(folder)
-            found = [max((f for f, done in steps.items() if done), key=lambda f: steps[f] or 0, default=None)]
         dist.broadcast_object_list(found)
         return found[0]
 
