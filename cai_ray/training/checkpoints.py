@@ -38,7 +38,7 @@ class Checkpoints:
         self._last = time.monotonic()
 
     def newest(self) -> Path | None:
-        """The last checkpoint whose files are all whole, as rank 0 sees it; others that are not on record are removed."""
+        """The last checkpoint whose files are all whole, as rank 0 sees it; others off the record are removed."""
         import ray.train
         import torch.distributed as dist
 
