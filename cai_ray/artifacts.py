@@ -194,9 +194,9 @@ class StageDir:
             self.phases[name] = self.phases.get(name, 0.0) + time.monotonic() - start
 
     def outputs(self) -> list[dict[str, Any]]:
-        """Every published file under data/ and model/: path, bytes, sha256 and, for parquet, rows."""
+        """Every published file under data/, model/ and adapter/: path, bytes, sha256 and, for parquet, rows."""
         out = []
-        for folder in ("data", "model"):
+        for folder in ("data", "model", "adapter"):
             for path in sorted((self.path / folder).rglob("*")):
                 if path.is_file():
                     entry: dict[str, Any] = {"path": str(path.relative_to(self.path)), "bytes": path.stat().st_size}

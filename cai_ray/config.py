@@ -25,6 +25,7 @@ from pydantic import (
     model_validator,
 )
 
+from cai_ray.deepspeed_options import check_options, read_options
 from cai_ray.errors import ConfigError
 from cai_ray.shipped import shipped_file, shipped_names
 
@@ -278,6 +279,8 @@ class Sharding(Section):
     """DeepSpeed ZeRO stage."""
     offload_optimizer: Op[bool] = False
     """Keep optimizer state in host memory (ZeRO 1 to 3 on GPUs)."""
+    offload_parameters: Op[bool] = False
+    """Keep weights in host memory and fetch each layer when it runs (ZeRO 3 on GPUs)."""
     dtype: Op[Literal["float32", "bfloat16"]] = "bfloat16"
     """Training precision; bfloat16 keeps float32 master weights."""
     microbatch_tokens: Op[Annotated[int, Field(ge=8)]] = 8192
@@ -286,6 +289,25 @@ class Sharding(Section):
     """Recompute activations in the backward pass."""
     cpus_per_rank: Op[PositiveInt] = 1
     """CPU threads of a rank."""
+    deepspeed: Op[Annotated[dict[str, Any] | None, BeforeValidator(read_options)]] = None
+    """DeepSpeed options, a mapping or a JSON file's path, which replace ours; none may contradict the rest of this."""
+
+    @model_validator(mode="after")
+    def _agree(self) -> "Sharding":
+        if self.offload_parameters and self.zero_stage != 3:
+            raise ValueError(f"offload_parameters needs zero_stage 3, zero_stage is {self.zero_stage}")
+        return self
+
+
+class Lora(Section):
+    """Low-rank adapters (arXiv 2106.09685) in place of training every weight."""
+
+    rank: PositiveInt = 16
+    """Rank of each adapter."""
+    alpha: PositiveFloat = 32
+    """An adapter's output is scaled by alpha / rank."""
+    target_modules: Literal["auto"] | tuple[str, ...] = "auto"
+    """Names of the layers' linear modules that get one, such as q_proj; auto is all of them."""
 
 
 class Training(Section):
@@ -301,8 +323,19 @@ class Training(Section):
     """Optimizer and schedule."""
     sharding: Op[Sharding] = Sharding()
     """Layout over ranks."""
+    lora: Lora | None = None
+    """Train low-rank adapters; the model that is written has them merged, and they lie beside it in adapter/."""
     checkpoint_every: Op[PositiveInt] = 100
     """Optimizer steps between checkpoints."""
+    checkpoint_minutes: Op[PositiveFloat] = 15.0
+    """Longest time between checkpoints, minutes."""
+    keep_checkpoints: Op[PositiveInt] = 1
+    """Checkpoints that are kept while the stage runs: the last, and above 1 those with the lowest held-out loss."""
+
+    @model_validator(mode="after")
+    def _deepspeed(self) -> "Training":
+        check_options(self.sharding.deepspeed, self.sharding, self.optim, self.batch_size)
+        return self
 
 
 class SftConfig(Training):
@@ -476,6 +509,7 @@ class PPOConfig(Sampling):
                 f"samples_per_prompt {self.samples_per_prompt}"
             )
         for role in (self.actor, self.critic):
+            check_options(role.sharding.deepspeed, role.sharding, role.optim, self.minibatch_size)
             if self.minibatch_size % role.sharding.ranks:
                 raise ValueError(f"minibatch_size {self.minibatch_size} is no multiple of {role.sharding.ranks} ranks")
         return self

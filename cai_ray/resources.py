@@ -9,14 +9,13 @@ What is unknown is NaN (see `models.shapes`): it refuses nothing.
 import gzip
 import math
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from cai_ray import pipeline
 from cai_ray.cluster import LOGICAL_CPUS
-from cai_ray.config import Config, Sharding, Source
+from cai_ray.config import Config, Lora, Sharding, Source
 from cai_ray.errors import ResourceError
-from cai_ray.models.shapes import GIB, Shape, find_shape
+from cai_ray.models.shapes import LIBRARIES_GIB, WIDTH, Part, Shape, find_shape, memory_sum, training_memory
 from cai_ray.pipeline import GENERATING, Stage, model_spec, needed
 
 CPU_RATE = 100e9  # float32 operations per second of a small machine, all roles together
@@ -25,14 +24,9 @@ DECODE_RATE = 100e12  # the same GPU while it samples
 PROMPT_TOKENS = 150  # a typical prompt
 START_MINUTES = 0.5  # of a stage's processes
 TRAIN_SHARE = 0.9  # of conversations; the rest is held out
-LIBRARIES_GIB = {"cpu": 0.7, "gpu": 1.5}  # Python and torch; on a GPU its context and communication buffers
 PPO_CPUS = {"cpu": 0.1, "gpu": 1.0}  # logical CPUs of a worker, as `rl.groups` asks for them
-GATHERED = 1e9  # parameters that ZeRO-3 holds whole at a time
 ENGINE_TOKENS = 8192  # tokens of one engine step on a GPU
 SHARD_ABOVE_GIB = 60.0  # weights that only look are sharded over their ranks where one 80 GB GPU is too small
-WIDTH = {"float32": 4, "bfloat16": 2}
-
-Part = tuple[str, float, int]  # purpose, GiB in all, number of processes or GPUs that share it
 
 
 def model_shape(config: Config, name: str) -> Shape:
@@ -71,12 +65,8 @@ class Role:
         title = f"{self.name} (each of {self.count})" if self.count > 1 else self.name
         if math.isnan(self.gib):
             return f"{title}: unknown, because the model's config.json is not here"
-        host = f"; in host memory {_sum(self.host)} GiB" if self.host else ""
-        return f"{title}: {_sum(self.parts)} = {self.gib:.1f} GiB{' a GPU' if self.gpus else ''}{host}"
-
-
-def _sum(parts: Iterable[Part]) -> str:
-    return " + ".join(f"{purpose} {total:.2f}" + (f"/{n}" if n > 1 else "") for purpose, total, n in parts)
+        host = f"; in host memory {memory_sum(self.host)} GiB" if self.host else ""
+        return f"{title}: {memory_sum(self.parts)} = {self.gib:.1f} GiB{' a GPU' if self.gpus else ''}{host}"
 
 
 def _engine(config: Config, stage: Stage, device: str) -> Role:
@@ -92,27 +82,15 @@ def _engine(config: Config, stage: Stage, device: str) -> Role:
     return Role("engine", count, tp if device == "gpu" else 0, 1, 2 * shape.parameters, tuple(parts))
 
 
-def _trainer(config: Config, role: str, name: str, sharding: Sharding, device: str, passes: float) -> Role:
-    """A model under training, counted as `training.deepspeed` builds it; `passes` updates see each token."""
-    shape, n, width = model_shape(config, name), sharding.ranks, WIDTH[sharding.dtype]
-    zero = max(2, sharding.zero_stage) if sharding.dtype == "bfloat16" else sharding.zero_stage
-    # AdamW keeps two moments, and from stage 1 on a float32 copy of the weights.
-    optimizer: Part = ("optimizer", shape.gib(12 if zero else 8), n if zero else 1)
-    offloaded = sharding.offload_optimizer and zero and device == "gpu"
-    layers, inputs = (1, shape.layers) if sharding.gradient_checkpointing else (shape.layers, 0)
-    parts: list[Part] = [
-        ("weights", shape.gib(width), n if zero == 3 else 1),
-        ("gradients", shape.gib(4), n if zero >= 2 else 1),
-        *([] if offloaded else [optimizer]),
-        ("activations", shape.work_gib(sharding.microbatch_tokens, width, layers, inputs), 1),
-        ("libraries", LIBRARIES_GIB[device], 1),
-    ]
-    if zero == 3 and n > 1:
-        parts.append(("gathered layers", min(GATHERED, shape.parameters) * width / GIB, 1))
-    host = (optimizer,) if offloaded else ()
+def _trainer(
+    config: Config, role: str, name: str, sharding: Sharding, device: str, passes: float, lora: Lora | None = None
+) -> Role:
+    """A model under training; `passes` updates see each token."""
+    shape = model_shape(config, name)
+    parts, host = training_memory(shape, sharding, device, lora)
     update = (8 if sharding.gradient_checkpointing else 6) * passes
     cpus, flops = (sharding.cpus_per_rank, update) if role == "rank" else (PPO_CPUS[device], update + 2)
-    return Role(role, n, int(device == "gpu"), cpus, flops * shape.parameters, tuple(parts), host)
+    return Role(role, sharding.ranks, int(device == "gpu"), cpus, flops * shape.parameters, parts, host)
 
 
 def _onlooker(config: Config, role: str, name: str, sharding: Sharding, ranks: int, device: str) -> Role:
@@ -131,7 +109,8 @@ def stage_roles(config: Config, stage: Stage, device: str) -> tuple[Role, ...]:
         section, stages = getattr(config, name), needed(config)
         before = [s for s in stages[: stages.index(stage)] if s.name in GENERATING][-1:] if device == "cpu" else []
         idle = [replace(_engine(config, s, device), name="idle engine", flops=0.0) for s in before]
-        return (_trainer(config, "rank", stage.models(config)[0], section.sharding, device, section.epochs), *idle)
+        how = (section.sharding, device, section.epochs, section.lora)
+        return (_trainer(config, "rank", stage.models(config)[0], *how), *idle)
     if not stage.models(config):
         return ()
     engine = _engine(config, stage, device)

@@ -1,5 +1,6 @@
 """The configuration: overrides, unknown keys, what enters a stage's key."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -151,3 +152,46 @@ def test_yaml_s_on_and_off_are_words(tmp_path: Path) -> None:
         assert load_config(str(tmp_path / "again.yaml")).tracking.wandb == word
     with pytest.raises(ConfigError, match="judge_gate"):
         load_config("tiny", ("label.judge_gate=on",))
+
+
+def deepspeed_of(given: object, **sharding: object) -> Config:
+    section = {"batch_size": 24, "sharding": {"deepspeed": given, **sharding}}
+    return parse_config({"models": MODELS, "preference_model": section})
+
+
+def test_a_deepspeed_file_is_read_once_and_auto_means_ours(tmp_path: Path) -> None:
+    expected = {"steps_per_print": 7, "train_batch_size": 24, "bf16": {"enabled": True}, "zero_optimization": {}}
+    (tmp_path / "ds.json").write_text(json.dumps({**expected, "zero_optimization": {"stage": "auto"}}))
+    config = deepspeed_of(str(tmp_path / "ds.json"))
+    assert config.preference_model.sharding.deepspeed == expected
+    assert parse_config(yaml.safe_load(to_yaml(config))) == config
+    with pytest.raises(ConfigError, match=r"nonesuch\.json is not a readable JSON file"):
+        deepspeed_of("nonesuch.json")
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage to 3, but sharding.zero_stage is 2"),
+        ({"bf16": {"enabled": False}}, "bf16.enabled to False, but sharding.dtype is bfloat16"),
+        ({"fp16": {"enabled": True}}, "fp16.enabled to True, but sharding.dtype is bfloat16"),
+        ({"gradient_clipping": 5}, "gradient_clipping to 5, but optim.max_grad_norm is 1.0"),
+        ({"train_batch_size": 64}, "train_batch_size to 64, but the batch size is 24"),
+        ({"train_micro_batch_size_per_gpu": 4}, "to 4, but a micro-batch is at most 8192 tokens"),
+        ({"gradient_accumulation_steps": 2}, "to 2, but a micro-batch is at most 8192 tokens"),
+        ({"optimizer": {"type": "Lion"}}, "'Lion'}, but optim is AdamW with lr 1e-05"),
+        ({"scheduler": {"type": "OneCycle"}}, "'OneCycle'}, but optim.schedule is linear"),
+    ],
+)
+def test_deepspeed_options_that_contradict_the_configuration_name_both_values(given: dict, words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        deepspeed_of(given, zero_stage=2)
+    assert words in str(caught.value)
+    with pytest.raises(ConfigError, match="but") as caught:
+        parse_config({"models": MODELS, "ppo": {"critic": {"optim": {"lr": 1}, "sharding": {"deepspeed": given}}}})
+
+
+def test_weights_are_offloaded_at_stage_3_only() -> None:
+    assert deepspeed_of(None, zero_stage=3, offload_parameters=True).preference_model.sharding.offload_parameters
+    with pytest.raises(ConfigError, match="offload_parameters needs zero_stage 3, zero_stage is 2"):
+        deepspeed_of(None, zero_stage=2, offload_parameters=True)

@@ -2,7 +2,9 @@
 
 import copy
 import hashlib
-from collections.abc import Mapping
+import json
+import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +18,11 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 _MIB = 1 << 20
+_SAFETENSORS = {  # torch's names of types, and safetensors'
+    **{f"torch.float{bits}": f"F{bits}" for bits in (16, 32, 64)},
+    **{f"torch.int{bits}": f"I{bits}" for bits in (8, 16, 32, 64)},
+    **{"torch.bfloat16": "BF16", "torch.uint8": "U8", "torch.bool": "BOOL"},
+}
 _HASHED = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
@@ -100,9 +107,9 @@ def load_scalar_model(folder: Path, dtype: "str | torch.dtype", *, seed: int = 0
         raise DataError(f"{type(model).__name__} has no plain linear head named score", "take a decoder-only model")
     model.score = ScalarHead(old.in_features, 1, bias=False)
     model.score.weight = old.weight
-    if fresh:
-        draw = torch.randn(old.weight.shape, generator=torch.Generator().manual_seed(seed))
-        old.weight.data.copy_(draw * (old.in_features + 1) ** -0.5)
+    if fresh:  # a new parameter: under ZeRO-3 the old one lies in parts on the ranks
+        draw = torch.randn(1, old.in_features, generator=torch.Generator().manual_seed(seed))
+        model.score.weight = torch.nn.Parameter((draw * (old.in_features + 1) ** -0.5).to(old.weight.dtype))
     model.config.get_text_config().pad_token_id = pad_id
     return model
 
@@ -131,7 +138,11 @@ def _load(auto: Any, folder: Path, dtype: "str | torch.dtype", **kwargs: Any) ->
 
 
 def save_pretrained(
-    state: "Mapping[str, torch.Tensor]", config: "PretrainedConfig", tokenizer: Tokenizer, out: Path
+    state: "Mapping[str, torch.Tensor]",
+    config: "PretrainedConfig",
+    tokenizer: Tokenizer,
+    out: Path,
+    tensors: "Iterable[tuple[str, torch.Tensor]] | None" = None,
 ) -> None:
     """Writes a model folder: configuration, generation configuration, tokenizer, chat template, safetensors.
 
@@ -139,20 +150,21 @@ def save_pretrained(
     (temperature 1, top_p 1, no top-k), as everywhere here.
 
     Args:
-        state: full weights under transformers' names, on any device.
+        state: full weights under transformers' names, on any device; only their shapes and dtypes where `tensors` is
+            given.
         config: the model's; `architectures` must name its class.
         tokenizer: saved beside it.
         out: the folder; shards are at most 5 GB.
+        tensors: the weights of `state` in any order, each written before the next is asked for: a model larger than
+            memory can be saved.
     """
-    from huggingface_hub import save_torch_state_dict
     from transformers import GenerationConfig
 
     config = copy.deepcopy(config)
     config.use_cache = True
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    if config.get_text_config().tie_word_embeddings:
-        tensors.pop("lm_head.weight", None)
-    config.dtype = next(t.dtype for t in tensors.values() if t.is_floating_point())
+    tied = {"lm_head.weight"} if config.get_text_config().tie_word_embeddings else set()
+    shapes = {name: tensor.detach().to("meta") for name, tensor in state.items() if name not in tied}
+    config.dtype = next(t.dtype for t in shapes.values() if t.is_floating_point())
     pad_id = tokenizer.spare_id()
     config.get_text_config().pad_token_id = pad_id
     ids = {"eos_token_id": sorted(tokenizer.eos_ids), "pad_token_id": pad_id}
@@ -161,4 +173,42 @@ def save_pretrained(
         tokenizer.save(folder)
         config.save_pretrained(folder)
         generation.save_pretrained(folder)
-        save_torch_state_dict(tensors, folder, max_shard_size="5GB")
+        _write_weights(shapes, state.items() if tensors is None else tensors, folder)
+
+
+def _write_weights(
+    shapes: "Mapping[str, torch.Tensor]", tensors: "Iterable[tuple[str, torch.Tensor]]", folder: Path
+) -> None:
+    """Safetensors files (8 bytes of header length, a JSON header, the bytes) with each tensor written as it comes.
+
+    The libraries' own writers want all tensors of a file at once.
+    """
+    import torch
+    from huggingface_hub import split_torch_state_dict_into_shards
+
+    plan = split_torch_state_dict_into_shards(dict(shapes), max_shard_size="5GB")
+    places: dict[str, tuple[Path, int]] = {}
+    for file, names in plan.filename_to_tensors.items():
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name in names:
+            begin, end = end, end + shapes[name].nbytes
+            dtype = _SAFETENSORS[str(shapes[name].dtype)]
+            header[name] = {"dtype": dtype, "shape": list(shapes[name].shape), "data_offsets": [begin, end]}
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        (folder / file).write_bytes(len(text).to_bytes(8, "little") + text)
+        os.truncate(folder / file, 8 + len(text) + end)
+        places |= {name: (folder / file, 8 + len(text) + header[name]["data_offsets"][0]) for name in names}
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), "utf-8")
+    for name, tensor in tensors:
+        if name in shapes:
+            path, at = places.pop(name)
+            content: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+            with path.open("r+b") as shard:
+                shard.seek(at)
+                shard.write(content)
+    if places:
+        raise ValueError(f"{len(places)} weights did not come, such as {next(iter(places))}")

@@ -7,11 +7,20 @@ import contextlib
 import json
 import math
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from cai_ray.config import Lora, Sharding
+
 GIB = 2**30
+WIDTH = {"float32": 4, "bfloat16": 2}  # bytes
+LIBRARIES_GIB = {"cpu": 0.7, "gpu": 1.5}  # Python and torch; on a GPU its context and communication buffers
+GATHERED = 1e9  # parameters that ZeRO-3 holds whole at a time
 HEAD_TOKENS = 1024  # tokens whose logits exist at a time
+
+
+Part = tuple[str, float, int]  # purpose, GiB in all, number of processes or GPUs that share it
 
 
 @dataclass(frozen=True)
@@ -47,6 +56,44 @@ class Shape:
         """GiB of activations, roughly: all of some layers, the inputs of others, a chunk of logits and its gradient."""
         layer = tokens * (10 * self.hidden + 4 * self.intermediate) * width
         return (layers * layer + inputs * tokens * self.hidden * width + 8 * HEAD_TOKENS * self.vocab) / GIB
+
+    def lora_parameters(self, rank: int) -> float:
+        """Parameters of low-rank adapters of all linear modules of the layers."""
+        attention = 2 * self.hidden + 2 * self.head_dim * (self.heads + self.kv_heads) + 2 * self.hidden
+        return self.layers * rank * (attention + 3 * (self.hidden + self.intermediate))
+
+
+def training_memory(
+    shape: Shape, sharding: Sharding, device: str, lora: Lora | None = None
+) -> tuple[tuple[Part, ...], tuple[Part, ...]]:
+    """(parts in a rank's CPU or GPU memory, parts in a GPU rank's host memory), as `training.deepspeed` builds it."""
+    n, width = sharding.ranks, WIDTH[sharding.dtype]
+    zero = max(2, sharding.zero_stage) if sharding.dtype == "bfloat16" else sharding.zero_stage
+    trained = shape.lora_parameters(lora.rank) if lora else shape.parameters
+    weights: Part = ("weights", shape.gib(width), n if zero == 3 else 1)
+    # AdamW keeps two moments, and from stage 1 on a float32 copy of the weights.
+    optimizer: Part = ("optimizer", trained * (12 if zero else 8) / GIB, n if zero else 1)
+    offloaded = [
+        part
+        for part, wanted in ((weights, sharding.offload_parameters), (optimizer, sharding.offload_optimizer and zero))
+        if wanted and device == "gpu"
+    ]
+    layers, inputs = (1, shape.layers) if sharding.gradient_checkpointing else (shape.layers, 0)
+    parts: list[Part] = [
+        weights,
+        ("gradients", trained * 4 / GIB, n if zero >= 2 else 1),
+        optimizer,
+        ("activations", shape.work_gib(sharding.microbatch_tokens, width, layers, inputs), 1),
+        ("libraries", LIBRARIES_GIB[device], 1),
+    ]
+    if zero == 3 and n > 1:
+        parts.append(("gathered layers", min(GATHERED, shape.parameters) * width / GIB, 1))
+    return tuple(part for part in parts if part not in offloaded), tuple(offloaded)
+
+
+def memory_sum(parts: Iterable[Part]) -> str:
+    """Memory as a sum that can be checked by hand."""
+    return " + ".join(f"{purpose} {total:.2f}" + (f"/{n}" if n > 1 else "") for purpose, total, n in parts)
 
 
 UNKNOWN = Shape(*[math.nan] * 7, max_positions=math.inf)

@@ -28,7 +28,7 @@ from cai_ray.models.tokenization import Tokenizer, preference_input
 from cai_ray.rl.batches import Micro, Plan, collate, ragged
 from cai_ray.rl.groups import free_address
 from cai_ray.rl.weight_sync import Engines, Sender
-from cai_ray.training.deepspeed import ShardedModel, init_distributed
+from cai_ray.training.deepspeed import ShardedModel, init_distributed, loading
 from cai_ray.training.sft import TokenLogprobs
 
 Answer = tuple[Any, Any]
@@ -188,7 +188,9 @@ class _Trained:
         os.environ.update({name: str(value) for name, value in where.items()}, LOCAL_RANK="0")
         init_distributed(self._device, self._setup.cluster.step_timeout_s)
         learner = self._learner
-        self._model = ShardedModel(self._build(), learner.optim, learner.sharding, total_steps, self._device)
+        with loading(learner.sharding, learner.optim, self._device):
+            module = self._build()
+        self._model = ShardedModel(module, learner.optim, learner.sharding, total_steps, self._device)
         return None, {}
 
     def save(self, folder: Path) -> Answer:

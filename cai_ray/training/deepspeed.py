@@ -10,7 +10,10 @@ import json
 import math
 import os
 import re
+from argparse import Namespace
+from collections import deque
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,13 +24,15 @@ from torch import Tensor, nn
 
 from cai_ray.artifacts import write_atomic
 from cai_ray.config import Optim, Sharding
-from cai_ray.errors import ConfigError, StageFailed
+from cai_ray.errors import CaiError, ConfigError, StageFailed
+from cai_ray.training.lora import merged, merged_name, save_adapter
 
 if TYPE_CHECKING:
     from cai_ray.models.tokenization import Tokenizer
 
 _BUCKET = 50_000_000  # elements that are reduced or gathered together: 200 MB in float32, against DeepSpeed's 2 GB
-_TAG, _STATE = "shards", "state.json"  # in a checkpoint's folder: DeepSpeed's files; our own, written last
+# In a checkpoint's folder: DeepSpeed's files; the same for any number of ranks; our own file, written last.
+_TAG, _UNIVERSAL, _STATE = "shards", "universal", "state.json"
 
 
 def init_distributed(device: torch.device, timeout_s: float = 1800.0) -> None:
@@ -72,6 +77,80 @@ def learning_rate(optim: Optim, step: int, total_steps: int) -> float:
     return optim.lr
 
 
+@contextmanager
+def loading(sharding: Sharding, optim: Optim, device: torch.device) -> Iterator[None]:
+    """Under ZeRO-3, each weight of a transformers model that is loaded in this block is at once cut over the ranks.
+
+    Raises:
+        CaiError: what any rank raised, on every rank, so that none waits for another.
+    """
+    from transformers.integrations import deepspeed
+
+    error, config = None, None
+    if sharding.zero_stage == 3:
+        config = deepspeed.HfDeepSpeedConfig(_engine_config(sharding, optim, device))  # in force while it lives
+    try:
+        yield
+    except CaiError as raised:
+        error = raised
+    finally:
+        if config:
+            deepspeed.unset_hf_deepspeed_config()
+    errors: list[CaiError | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error)
+    for found in filter(None, errors):
+        raise found
+
+
+def _stage(sharding: Sharding) -> int:
+    # Below stage 2 DeepSpeed would accumulate bfloat16 gradients in bfloat16 or refuse; 2 gives the same numbers.
+    return 2 if sharding.dtype == "bfloat16" and sharding.zero_stage < 2 else sharding.zero_stage
+
+
+def _engine_config(sharding: Sharding, optim: Optim, device: torch.device) -> dict[str, Any]:
+    """DeepSpeed's configuration: our choices, under the user's own options, under what this code relies on."""
+    stage, gpu = _stage(sharding), device.type != "cpu"
+    zero: dict[str, Any] = {
+        "reduce_bucket_size": _BUCKET,
+        "allgather_bucket_size": _BUCKET,
+        "overlap_comm": gpu and stage > 1,
+    }
+    if sharding.offload_optimizer and stage:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": gpu}
+    if sharding.offload_parameters:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": gpu}
+    fixed: dict[str, Any] = {
+        "train_batch_size": dist.get_world_size(),
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,  # step() is the boundary, after any number of backward() calls
+        "gradient_clipping": optim.max_grad_norm if stage else 0.0,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # DeepSpeed's own CPU Adam would be compiled on first use
+        "bf16": {"enabled": sharding.dtype == "bfloat16"},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_optimization": {"stage": stage},
+    }
+    return _over(_over({"zero_optimization": zero}, sharding.deepspeed or {}), fixed)
+
+
+def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    out = dict(below)
+    for key, value in above.items():
+        out[key] = _over(out[key], value) if isinstance(value, dict) and isinstance(out.get(key), dict) else value
+    return out
+
+
+def steps_in(folder: Path) -> int | None:
+    """Steps behind a checkpoint; None where a file is missing or shorter or longer than it was written."""
+    try:
+        state = json.loads((folder / _STATE).read_text("utf-8"))
+        same = all((folder / name).stat().st_size == size for name, size in state["files"].items())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+    return state["steps_done"] if same else None
+
+
 class ShardedModel:
     """A model, its optimizer and schedule over all ranks; every method but `lr` is called by all ranks alike.
 
@@ -102,32 +181,13 @@ class ShardedModel:
         self.hf: Any = getattr(model, "hf", model)
         self._optim, self._total_steps = optim, total_steps
         self.rank, self.world_size, self.steps_done = dist.get_rank(), dist.get_world_size(), 0
-        bf16 = sharding.dtype == "bfloat16"
-        if not bf16 and sharding.dtype != "float32":
+        if sharding.dtype not in ("bfloat16", "float32"):
             raise ConfigError(f"training in {sharding.dtype} is not supported", "set dtype to bfloat16 or float32")
-        # Below stage 2 DeepSpeed would accumulate bfloat16 gradients in bfloat16 or refuse; 2 gives the same numbers.
-        self._stage: int = 2 if bf16 and sharding.zero_stage < 2 else sharding.zero_stage
+        self._stage = _stage(sharding)
         if sharding.gradient_checkpointing:
             self.hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.to(device).train()
-        config: dict[str, Any] = {
-            "train_micro_batch_size_per_gpu": 1,
-            "managed_gradient_accumulation": False,  # step() is the boundary, after any number of backward() calls
-            "gradient_clipping": optim.max_grad_norm if self._stage else 0.0,
-            "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,  # DeepSpeed's own CPU Adam would be compiled on first use
-            "bf16": {"enabled": bf16},
-            "data_types": {"grad_accum_dtype": "fp32"},
-            "zero_optimization": {
-                "stage": self._stage,
-                "reduce_bucket_size": _BUCKET,
-                "allgather_bucket_size": _BUCKET,
-                "overlap_comm": device.type != "cpu" and self._stage > 1,
-            },
-        }
-        if sharding.offload_optimizer and self._stage:
-            pinned = device.type != "cpu"
-            config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": pinned}
+        config = _engine_config(sharding, optim, device)
         self.module: Any = deepspeed.initialize(model=model, optimizer=_adamw(model, optim), config=config)[0]
         self.module.enable_backward_allreduce = self._stage > 0  # at stage 0 step() does it, and only where needed
 
@@ -177,30 +237,56 @@ class ShardedModel:
         return norm
 
     def save(self, folder: Path) -> None:
-        """Writes weights, optimizer state and step count; each rank writes its own part into the shared folder."""
-        self.module.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
+        """Writes weights, optimizer state and step count, each rank its part: into one shared folder, or each its own.
+
+        Where the folders are the ranks' own, their contents together are the checkpoint.
+        """
+        (folder / _TAG).mkdir(parents=True, exist_ok=True)
+        self.module.save_checkpoint(str(folder), tag=_TAG, save_latest=False)  # returns when all have written
+        mine = {str(p.relative_to(folder)): p.stat().st_size for p in (folder / _TAG).iterdir()}
+        parts: list[dict[str, int]] = [{}] * self.world_size
+        dist.all_gather_object(parts, mine)
         if self.rank == 0:
-            write_atomic(folder / _STATE, json.dumps({"steps_done": self.steps_done, **self._layout()}))
+            files = {name: size for part in parts for name, size in part.items()}
+            state = {"steps_done": self.steps_done, "zero_stage": self._stage, "ranks": self.world_size}
+            write_atomic(folder / _STATE, json.dumps({**state, "files": files}))
         dist.barrier()
 
     def load(self, folder: Path) -> None:
         """Continues from what `save` wrote; DeepSpeed reads pickles, so only folders of this run are given here.
 
-        Raises:
-            StageFailed: it was written by another number of ranks or ZeRO stage.
-        """
-        state = json.loads((folder / _STATE).read_text("utf-8"))
-        steps_done = state.pop("steps_done")
-        if state != self._layout():
-            raise StageFailed(
-                f"the checkpoint {folder} was written with {state}, this run has {self._layout()}",
-                "continue with the sharding it was begun with, or remove the folder to start the stage over",
-            )
-        self.module.load_checkpoint(str(folder), tag=_TAG)
-        self.steps_done = steps_done
+        With another number of ranks it goes through DeepSpeed's universal checkpoint: the same up to rounding.
 
-    def _layout(self) -> dict[str, int]:
-        return {"zero_stage": self._stage, "ranks": self.world_size}
+        Raises:
+            StageFailed: a file of it is missing or cut off, or it was written with another ZeRO stage.
+        """
+        if steps_in(folder) is None:
+            raise StageFailed(
+                f"the checkpoint {folder} is damaged: a file is missing or was cut off",
+                "remove the stage's checkpoints folder to start the stage over",
+            )
+        state = json.loads((folder / _STATE).read_text("utf-8"))
+        if state["zero_stage"] != self._stage:
+            raise StageFailed(
+                f"the checkpoint {folder} is of ZeRO stage {state['zero_stage']}, this run has stage {self._stage}",
+                "continue with the zero_stage it was begun with, or remove the folder to start the stage over",
+            )
+        universal = bool(self._stage) and state["ranks"] != self.world_size  # at stage 0 every rank has everything
+        if universal:
+            self._make_universal(folder)
+        self.module._config.load_universal_checkpoint = universal
+        self.module.load_checkpoint(str(folder), tag=_UNIVERSAL if universal else _TAG)
+        self.steps_done = state["steps_done"]
+
+    def _make_universal(self, folder: Path) -> None:
+        if self.rank == 0:
+            from deepspeed.checkpoint import ds_to_universal
+
+            where = {"input_folder": str(folder / _TAG), "output_folder": str(folder / _UNIVERSAL)}
+            workers = {"num_extract_workers": 1, "num_merge_workers": 1}
+            how = {"keep_temp_folder": False, "strict": True, "inject_missing_state": True}
+            ds_to_universal.main(Namespace(**where, **workers, **how))
+        dist.barrier()
 
     def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Every parameter whole, under its transformers name, gathered layer by layer; tied weights come once.
@@ -217,7 +303,7 @@ class ShardedModel:
                     yield name, parameter.detach()
 
     def export(self, tokenizer: "Tokenizer", out: Path, config_updates: Mapping[str, Any] | None = None) -> None:
-        """Writes a folder in Hugging Face format from rank 0; all ranks return when it is complete.
+        """Writes a folder in Hugging Face format from rank 0, layer by layer; all ranks return when it is complete.
 
         Args:
             tokenizer: saved beside the weights.
@@ -226,16 +312,27 @@ class ShardedModel:
         """
         from cai_ray.models.checkpoints import save_pretrained
 
-        state: dict[str, Tensor] = {}
-        for name, tensor in self.full_parameters():
-            if self.rank == 0:
-                state[name] = tensor.to("cpu", copy=True)  # ZeRO's tensors are parts of larger buffers
+        tensors = ((new, merged(self.hf, name, p)) for name, p in self.full_parameters() if (new := merged_name(name)))
         if self.rank == 0:
+            shapes = {
+                new: torch.empty(getattr(p, "ds_shape", p.shape), dtype=p.dtype, device="meta")
+                for name, p in self.hf.named_parameters()
+                if (new := merged_name(name))
+            }
             persistent = self.hf.state_dict().keys()
-            state |= {name: b.cpu() for name, b in self.hf.named_buffers() if name in persistent}
+            buffers = {name: b for name, b in self.hf.named_buffers() if name in persistent}
             config = copy.deepcopy(self.hf.config)
             config.update(config_updates or {})
-            save_pretrained(state, config, tokenizer, out)
+            save_pretrained(shapes | buffers, config, tokenizer, out, itertools.chain(buffers.items(), tensors))
+        deque(tensors, maxlen=0)  # on the other ranks; on rank 0 nothing is left
+        dist.barrier()
+
+    def export_adapter(self, config: Any, out: Path) -> None:
+        """Writes the adapters that `add_adapters` put in, with peft's `config`, from rank 0."""
+        trained = {name for name, p in self.hf.named_parameters() if p.requires_grad}
+        state = {name: p.to("cpu", copy=True) for name, p in self.full_parameters() if name in trained}
+        if self.rank == 0:
+            save_adapter(config, state, out)
         dist.barrier()
 
 

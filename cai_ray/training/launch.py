@@ -6,6 +6,7 @@ when a rank no longer answers.
 
 import json
 import os
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,10 +17,16 @@ from ray.exceptions import RayError
 
 from cai_ray.artifacts import StageDir
 from cai_ray.errors import CaiError, ResourceError, StageFailed
-from cai_ray.training.loop import RUN_NAME, Job, print_to, rank_log, train
+from cai_ray.models.shapes import find_shape, memory_sum, training_memory
+from cai_ray.training.checkpoints import RECORD, RUN_NAME, SCORE
+from cai_ray.training.loop import Job, print_to, rank_log, stacks, train
 
 MAX_FAILURES = 2  # restarts from the last checkpoint within one call
 POLL_S = 0.5
+# Without it a CPU's malloc keeps what gloo's threads free: two ranks that gather a model layer by layer grow past it.
+RETURN_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "1000000"}
+# Torch's own words on GPU and CPU, and Ray's when its monitor ends a worker.
+_OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|running low on memory|OutOfMemoryError")
 
 OnProgress = Callable[[float, float | None, str], None]  # epochs done, epochs in all, a few words
 
@@ -51,6 +58,20 @@ def run_training(job: Job, out: StageDir, on_progress: OnProgress | None = None)
                 f"training needs {ranks * each} {name}s ({ranks} ranks of {each}), there are {have.get(name, 0):g}",
                 "lower sharding.ranks or sharding.cpus_per_rank, or add machines",
             )
+    nodes = _nodes()
+    try:
+        return _run(job, out, on_progress)
+    except StageFailed as error:
+        if lost := sorted(nodes - _nodes()):
+            raise StageFailed(f"{error.message}\n    nodes lost meanwhile: {', '.join(lost)}", error.fix) from error
+        raise
+
+
+def _nodes() -> set[str]:
+    return {f"{node['NodeManagerHostname']} ({node['NodeID'][:8]})" for node in ray.nodes() if node["Alive"]}
+
+
+def _run(job: Job, out: StageDir, on_progress: OnProgress | None) -> dict[str, float]:
     watch, follow = _Watch(job), _Follow(out, job.config.epochs, on_progress)
     running = _fit.remote(job)
     finished = False
@@ -60,7 +81,7 @@ def run_training(job: Job, out: StageDir, on_progress: OnProgress | None = None)
             watch()
         outcome = ray.get(running)
     except RayError as error:
-        raise StageFailed(_cause(error), f"see {out.logs}/trainer.log; the same command continues") from error
+        raise _failed(error, job) from error
     finally:
         if not finished:  # takes Ray Train's controller and the ranks with it; a task that is done crashes Ray
             ray.cancel(running, force=True)
@@ -90,16 +111,27 @@ def _fit(job: Job) -> Any:
         def _create_default_callbacks(self):  # no annotations: Ray pickles this class with the names it uses only
             return [c for c in super()._create_default_callbacks() if not isinstance(c, PlacementGroupCleanerCallback)]
 
+    record = job.out / "checkpoints" / RUN_NAME / RECORD
+    try:
+        json.loads(record.read_text("utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):  # Ray Train, cut off while it wrote it, could not read it again
+        record.unlink(missing_ok=True)
     gpu, ranks = job.device == "gpu", job.config.sharding.ranks
     trainer = Trainer(
         train,
         train_loop_config={"job": job},
-        torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=int(job.step_timeout_s)),
+        # Longer than the driver waits: it names the rank, torch would only say that another one did not come.
+        torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=int(1.5 * job.step_timeout_s)),
         scaling_config=ScalingConfig(num_workers=ranks, use_gpu=gpu, resources_per_worker=job.resources),
         run_config=RunConfig(
             name=RUN_NAME,
             storage_path=str(job.out / "checkpoints"),
-            checkpoint_config=CheckpointConfig(num_to_keep=1),
+            checkpoint_config=CheckpointConfig(
+                num_to_keep=job.config.keep_checkpoints,
+                checkpoint_score_attribute=SCORE if job.config.keep_checkpoints > 1 else None,
+                checkpoint_score_order="min",
+            ),
+            worker_runtime_env={"env_vars": RETURN_MEMORY} if job.config.sharding.zero_stage == 3 and not gpu else None,
             failure_config=FailureConfig(max_failures=MAX_FAILURES, controller_failure_limit=1),
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
@@ -107,18 +139,37 @@ def _fit(job: Job) -> Any:
     try:
         return trainer.fit().return_value
     except TrainingFailedError as error:
-        return StageFailed(_cause(error), f"see {job.out}/logs; the same command continues")
+        return _failed(error, job)
 
 
-def _cause(error: Any) -> str:
-    """What ended the run, in one line per rank: the exception's own last line, without its traceback."""
+def _failed(error: Any, job: Job) -> StageFailed:
+    """What ended the run, in one line per rank: the exception's own last line; for want of memory, the arithmetic."""
     failures = getattr(error, "worker_failures", None) or {"Ray Train's driver": error}
-    lines = []
+    lines, fix = [], f"see {job.out}/logs; the same command continues"
     for rank, failure in failures.items():
         who = f"rank {rank}" if isinstance(rank, int) else rank
         text = str(failure).strip().splitlines() or [type(failure).__name__]
         lines.append(f"{who}: {text[-1][:300]}")
-    return "training failed, after restarts where they could help:\n    " + "\n    ".join(lines)
+    if any(_OUT_OF_MEMORY.search(str(failure)) for failure in failures.values()):
+        sharding = job.config.sharding
+        parts, host = training_memory(find_shape(str(job.model)), sharding, job.device, job.config.lora)
+        lines.append(f"memory of a rank: {memory_sum(parts)} = {sum(total / n for _, total, n in parts):.1f} GiB")
+        lines += [f"and in host memory {memory_sum(host)} GiB"] if host else []
+        fix = (
+            f"lower sharding.microbatch_tokens (it is {sharding.microbatch_tokens}), set "
+            f"sharding.gradient_checkpointing=true (it is {str(sharding.gradient_checkpointing).lower()}), or raise "
+            f"sharding.zero_stage (it is {sharding.zero_stage}) with more ranks or offload_optimizer; the same command "
+            "continues"
+        )
+    return StageFailed("training failed, after restarts where they could help:\n    " + "\n    ".join(lines), fix)
+
+
+def _waits(stack: Path) -> bool:
+    """Whether a rank that fell silent noted that it was waiting for the others."""
+    text = stack.read_text("utf-8") if stack.is_file() else ""
+    thread = next((part for part in text.split("\n\n") if "training/loop.py" in part), "")
+    inner = next((line for line in thread.splitlines() if line.lstrip().startswith("File ")), "")
+    return "torch/distributed/" in inner or "deepspeed/comm/" in inner
 
 
 class _Watch:
@@ -140,7 +191,8 @@ class _Watch:
                 silent.append((rank, began))
         if silent:
             began = silent[0][1]
-            ranks = ", ".join(str(rank) for rank, also in silent if also == began)
+            named = [rank for rank, also in silent if also == began]
+            ranks = ", ".join(map(str, [r for r in named if not _waits(stacks(self._logs[r]))] or named))
             raise StageFailed(
                 f"training ranks {ranks} have not {'answered' if began else 'started'} for {self._limits[began]:.0f} s",
                 f"see {self._logs[0].parent}; raise cluster.{'step' if began else 'start'}_timeout_s if they "

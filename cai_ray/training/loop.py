@@ -4,6 +4,7 @@ The row order is a hash, dropout is off and each step is seeded anew: the step c
 and a resumed run repeats an uninterrupted one.
 """
 
+import faulthandler
 import json
 import os
 import platform
@@ -19,16 +20,15 @@ from cai_ray.config import PreferenceModelConfig, SftConfig
 from cai_ray.errors import CaiError, DataError, StageFailed
 from cai_ray.records import Row, derive_seed
 from cai_ray.training.batches import epoch_order, layout, step_rows, total_steps
+from cai_ray.training.checkpoints import Checkpoints
 
 if TYPE_CHECKING:
     from cai_ray.models.tokenization import Tokenizer
-    from cai_ray.training.deepspeed import ShardedModel
 
 Kind = Literal["sft", "preference_model"]
 EVAL_ROWS = 1024  # held-out rows that are evaluated, the first by a hash of the id: accuracy to 1.6 points
 REWARD_ROWS = 8  # with fewer held-out pairs, mean and std of the reward come from training rows
 PULSE_S = 2.0
-RUN_NAME = "train"  # of Ray Train's run in checkpoints/: the same for every attempt, so each finds the last one
 
 
 @dataclass(frozen=True)
@@ -72,11 +72,12 @@ def _train(job: Job) -> dict[str, float]:
 
     out, config, sharding = StageDir(job.out, job.seed), job.config, job.config.sharding
     rank, world = ray.train.get_context().get_world_rank(), ray.train.get_context().get_world_size()
-    pulse = _own_log(rank_log(out, rank))
+    pulse = _own_log(rank_log(out, rank), job.step_timeout_s)
     print(f"rank {rank} of {world}: process {os.getpid()} on {platform.node()}", flush=True)
     from cai_ray.models.tokenization import Tokenizer
     from cai_ray.training import preference, sft
-    from cai_ray.training.deepspeed import ShardedModel, init_distributed
+    from cai_ray.training.deepspeed import ShardedModel, init_distributed, loading
+    from cai_ray.training.lora import add_adapters
 
     device = torch.device("cpu")
     if job.device == "gpu":
@@ -94,11 +95,16 @@ def _train(job: Job) -> dict[str, float]:
 
     # 3. The model, and where an earlier attempt left it.
     pulse()
-    module = task.load(job.model, sharding.dtype, derive_seed(job.seed, "head", job.kind))
+    adapters = None
+    with loading(sharding, config.optim, device):
+        module = task.load(job.model, sharding.dtype, derive_seed(job.seed, "head", job.kind))
+        if config.lora:
+            adapters = add_adapters(module.hf, config.lora, job.model, derive_seed(job.seed, "lora", job.kind))
     model = ShardedModel(module, config.optim, sharding, steps, device)
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint:
-        model.load(Path(checkpoint.path))
+    checkpoints = Checkpoints(job.out, rank, config)
+    if newest := checkpoints.newest():
+        model.load(newest)
+        print(f"continues after step {model.steps_done}", flush=True)
     if rank == 0:
         out.forget_from(model.steps_done)
 
@@ -129,8 +135,8 @@ def _train(job: Job) -> dict[str, float]:
             out.metrics(model.steps_done, summary)
         return found, summary
 
-    # 4. Held-out rows before the first step.
-    if model.steps_done == 0:
+    # 4. Held-out rows before the first step, or as the checkpoint saw them: the line of metrics was just dropped.
+    if model.steps_done == 0 or config.keep_checkpoints > 1:
         evaluate()
 
     # 5. The steps.
@@ -145,14 +151,16 @@ def _train(job: Job) -> dict[str, float]:
             model.backward(part)
             loss += part.detach()
         norm = model.step()
-        dist.all_reduce(loss)
+        told = torch.stack([loss, loss.new_tensor(checkpoints.overdue())])
+        dist.all_reduce(told)
+        loss, overdue = told
         line = {"train/loss": float(loss), "train/lr": lr, "train/grad_norm": norm, "train/epoch": epoch}
         line["perf/tokens_per_s"] = sum(trained[i].tokens for i in rows) / (time.monotonic() - began)
         if rank == 0:
             out.metrics(done, line)
         done = model.steps_done
-        if done % config.checkpoint_every == 0:
-            _checkpoint(model, job.out)
+        if done % config.checkpoint_every == 0 or overdue:
+            checkpoints.save(model, evaluate()[1] if config.keep_checkpoints > 1 else {})
 
     # 6. Held-out rows after the last step, and the reward's scale.
     after, summary = evaluate()
@@ -164,6 +172,8 @@ def _train(job: Job) -> dict[str, float]:
 
     # 7. The model's folder.
     pulse()
+    if adapters:
+        model.export_adapter(adapters, out.path / "adapter")
     model.export(tokenizer, out.path / "model", updates)
     return {**counts, "steps": done, **summary, **updates}
 
@@ -197,17 +207,26 @@ def print_to(path: Path) -> None:
         os.dup2(log, stream)
 
 
-def _own_log(path: Path) -> Callable[[], None]:
-    """`print_to(path)`; returns a function that touches the file as a sign of life."""
+def stacks(log: Path) -> Path:
+    """Where a rank that hangs notes what each of its threads was doing."""
+    return log.with_suffix(".stack")
+
+
+def _own_log(path: Path, limit_s: float) -> Callable[[], None]:
+    """`print_to(path)`; returns a function that touches the file as a sign of life.
+
+    Without one for nearly `limit_s` the rank notes its stacks, before the driver gives it up.
+    """
     print_to(path)
     os.utime(path)
-    last = time.monotonic()
+    last, notes = time.monotonic(), stacks(path).open("w")
 
     def pulse() -> None:
         nonlocal last
         if time.monotonic() - last > PULSE_S:
             os.utime(path)
             last = time.monotonic()
+        faulthandler.dump_traceback_later(0.8 * limit_s, file=notes)
 
     return pulse
 
@@ -265,17 +284,3 @@ def _rows(folders: Sequence[Path], columns: Sequence[str]) -> Iterator[Row]:
         data = pyarrow.dataset.dataset(folder, format="parquet")
         for batch in data.to_batches(columns=list(columns), batch_size=1024):
             yield from batch.to_pylist()
-
-
-def _checkpoint(model: "ShardedModel", out: Path) -> None:
-    """Writes the model's state where Ray Train keeps it, each rank its part, and reports it."""
-    import ray.train
-
-    folder = out / "checkpoints" / RUN_NAME / f"step-{model.steps_done:06d}"
-    model.save(folder)
-    # It lies in Ray Train's folder already: nothing is copied. The last but one is removed once this one is on record.
-    ray.train.report(
-        {"steps_done": model.steps_done},
-        checkpoint=ray.train.Checkpoint.from_directory(str(folder)),
-        checkpoint_upload_mode=ray.train.CheckpointUploadMode.NO_UPLOAD,
-    )

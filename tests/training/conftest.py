@@ -1,6 +1,7 @@
 """One Ray cluster, the tiny model, and rows for the training tests."""
 
 import os
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,23 @@ def ray_cluster() -> Iterator[None]:
     ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def one_rank() -> Iterator[None]:
+    """This process as the only rank of a process group."""
+    import torch
+
+    from cai_ray.training.deepspeed import init_distributed
+
+    with pytest.MonkeyPatch.context() as patch, socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+        for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+            patch.setenv(name, value)
+        free.close()
+        init_distributed(torch.device("cpu"))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -2,22 +2,28 @@
 
 import json
 import os
+import random
 import re
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from cai_ray.artifacts import StageDir
-from cai_ray.config import Optim, PreferenceModelConfig, SftConfig, Sharding
+from cai_ray.config import Lora, Optim, PreferenceModelConfig, SftConfig, Sharding
 from cai_ray.errors import DataError, ResourceError, StageFailed
 from cai_ray.records import Row
-from cai_ray.training.launch import _Follow, _Watch, run_training
+from cai_ray.training.checkpoints import RECORD
+from cai_ray.training.launch import _failed, _Follow, _Watch, run_training
 from cai_ray.training.loop import Job
 from tests.training.rows import pair, revision
 
@@ -84,24 +90,22 @@ def test_ranks_stage_and_micro_batches_do_not_change_the_curve(run: Any) -> None
 
 @pytest.mark.full
 def test_killed_driver_and_killed_rank_end_like_an_uninterrupted_run(run: Any) -> None:
-    # A checkpoint waits until Ray Train's controller polls, once a second: ten steps last long enough to interrupt.
-    config = sft_config(checkpoint_every=1, epochs=2)
-    reference, _ = run("whole", sft_config(epochs=2))
+    config = sft_config(checkpoint_every=4, epochs=8)  # 40 steps last long enough to be interrupted twice
+    reference, _ = run("whole", config)
     passed_on: list[int] = []
 
     class Crash(BaseException):
         pass
 
     def crash(epoch: float, epochs: float | None, words: str) -> None:
-        if epoch >= 0.4:
-            time.sleep(2)  # until the controller has put the checkpoint on record
+        if list((reference.path.parent / "broken" / "checkpoints" / "train").glob("checkpoint_2*/state.json")):
             raise Crash
 
     with pytest.raises(Crash):
         run("broken", config, on_progress=crash)
     out = StageDir(reference.path.parent / "broken", 7)
     assert not (out.path / "model").exists()
-    assert list((out.checkpoints / "train").glob("step-*"))
+    assert list((out.checkpoints / "train").glob("checkpoint_2*"))
 
     def kill(epoch: float, epochs: float | None, words: str) -> None:
         passed_on.append(round(epoch * 5))
@@ -116,6 +120,97 @@ def test_killed_driver_and_killed_rank_end_like_an_uninterrupted_run(run: Any) -
     weights, expected = (load_file(o.path / "model" / "model.safetensors") for o in (out, reference))
     for key, tensor in weights.items():
         torch.testing.assert_close(tensor, expected[key], rtol=0, atol=0)
+
+
+def test_after_a_kill_at_any_moment_the_losses_are_those_of_an_uninterrupted_run(run: Any) -> None:
+    today = date.today().isoformat()
+    draw = random.Random(today)
+    config = sft_config(2, draw.choice((1, 2, 3)), 256, checkpoint_every=4, epochs=5)
+    step, rank, delay = draw.randrange(1, 16), draw.randrange(2), draw.random() / 3  # of 25 steps
+    print(f"{today}: ZeRO {config.sharding.zero_stage}, rank {rank} is killed {delay:.2f} s after step {step}")
+    reference, _ = run("whole", config)
+    kills: list[int] = []
+    out = StageDir(reference.path.parent / "killed", 7)
+
+    def kill(epoch: float, epochs: float | None, words: str) -> None:
+        if round(epoch * 5) >= step and not kills:
+            time.sleep(delay)
+            kills.append(process_of(out, rank))
+            os.kill(kills[0], signal.SIGKILL)
+
+    run("killed", config, on_progress=kill)
+    assert kills
+    assert kills[0] != process_of(out, rank)  # another process has finished the work
+    for key in ("train/loss", "train/lr", "train/grad_norm", "eval/loss"):
+        assert curve(out, key) == curve(reference, key)
+    weights, expected = (load_file(o.path / "model" / "model.safetensors") for o in (out, reference))
+    torch.testing.assert_close(weights, expected, rtol=0, atol=0)
+
+
+def process_of(out: StageDir, rank: int) -> int:
+    return int(re.findall(r"process (\d+)", (out.logs / f"rank-{rank}.log").read_text())[-1])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("record_too", [False, True])
+def test_the_best_checkpoints_and_the_last_are_kept_and_a_damaged_one_is_passed_over(
+    record_too: bool, run: Any
+) -> None:
+    class Crash(BaseException):
+        pass
+
+    def crash(epoch: float, epochs: float | None, words: str) -> None:
+        if epoch == 2:
+            time.sleep(3)  # until the controller has put the last checkpoint on record
+            raise Crash
+
+    config = sft_config(checkpoint_every=2, keep_checkpoints=2, epochs=2)
+    reference, _ = run("whole", config)
+    with pytest.raises(Crash):
+        run("broken", config, on_progress=crash)
+    out = StageDir(reference.path.parent / "broken", 7)
+    kept = {
+        json.loads((f / "state.json").read_text())["steps_done"]: f for f in out.checkpoints.glob("train/checkpoint_2*")
+    }
+    losses = {
+        line["step"]: line["eval/loss"]
+        for line in lines(out)
+        if "eval/loss" in line and line["step"] in (2, 4, 6, 8, 10)
+    }
+    assert {*sorted(losses, key=lambda s: losses[s])[:2], max(kept)} == set(kept)
+    largest = max((kept[max(kept)] / "shards").iterdir(), key=lambda p: p.stat().st_size)
+    os.truncate(largest, 1000)
+    if record_too:
+        os.truncate(out.checkpoints / "train" / RECORD, 100)
+    run("broken", config)
+    log = (out.logs / "rank-0.log").read_text()
+    assert f"continues after step {sorted(kept)[-2]}" in log
+    assert curve(out) == curve(reference)
+
+
+@pytest.mark.full
+def test_a_clock_too_asks_for_checkpoints(run: Any) -> None:
+    out, _ = run("minutes", sft_config(checkpoint_minutes=1e-9, checkpoint_every=1000))
+    assert json.loads(next(out.checkpoints.glob("train/checkpoint_2*/state.json")).read_text())["steps_done"] == 5
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_another_number_of_ranks_goes_on_to_rounding(stage: int, run: Any) -> None:
+    class Crash(BaseException):
+        pass
+
+    def crash(epoch: float, epochs: float | None, words: str) -> None:
+        if epoch >= 0.6:
+            time.sleep(3)
+            raise Crash
+
+    with pytest.raises(Crash):
+        run("broken", sft_config(1, stage, checkpoint_every=1, epochs=2), on_progress=crash)
+    out, _ = run("broken", sft_config(2, stage, 256, epochs=2))
+    assert "continues after step" in (out.logs / "rank-0.log").read_text()
+    reference, _ = run("whole", sft_config(2, stage, 256, epochs=2))
+    assert curve(out) == pytest.approx(curve(reference), rel=1e-4)
 
 
 def test_a_preference_model_learns_and_carries_its_reward_scale(
@@ -136,6 +231,23 @@ def test_a_preference_model_learns_and_carries_its_reward_scale(
     assert saved.pad_token_id != saved.eos_token_id
 
 
+def test_adapters_lie_beside_the_merged_model(run: Any, tiny: Path) -> None:
+    from peft import PeftModel
+
+    from cai_ray.models.checkpoints import load_causal_lm
+
+    out, metrics = run("lora", sft_config(2, 3, 256, lora=Lora(rank=4), optim=Optim(lr=0.01)))
+    before, after = curve(out, "eval/loss")
+    assert after < before
+    assert metrics["eval/loss"] == after
+    base, merged = (load_causal_lm(folder, "float32").eval() for folder in (tiny, out.path / "model"))
+    ids = torch.arange(100, 140).reshape(2, 20)
+    with torch.no_grad():
+        expected, adapted = merged(ids).logits, PeftModel.from_pretrained(base, out.path / "adapter")(ids).logits
+    torch.testing.assert_close(adapted, expected, rtol=1e-5, atol=1e-5)
+    assert {"model/config.json", "adapter/adapter_config.json"} <= {entry["path"] for entry in out.outputs()}
+
+
 def test_what_can_never_run_is_refused_before_it_starts(run: Any) -> None:
     with pytest.raises(ResourceError, match=r"training needs 1000 CPUs \(1000 ranks"):
         run("huge", sft_config(ranks=1000))
@@ -147,6 +259,60 @@ def test_rows_without_a_train_split_are_an_error_that_is_not_retried(
     rows, out = write_rows([revision(i, split="test") for i in range(4)]), stage_dir(tmp_path / "sft")
     with pytest.raises(DataError, match="no training rows"):
         run_training(job(out.path, sft_config(), tiny, [rows]), out)
+
+
+@pytest.mark.full
+def test_a_rank_that_hangs_is_named_and_the_one_that_waits_for_it_is_not(
+    ray_cluster: None, rows: Path, tiny: Path, tmp_path: Path
+) -> None:
+    out = stage_dir(tmp_path / "hangs")
+
+    def stop(epoch: float, epochs: float | None, words: str) -> None:
+        os.kill(process_of(out, 1), signal.SIGSTOP)
+
+    with pytest.raises(StageFailed, match=r"training ranks 1 have not answered for 30 s"):
+        run_training(job(out.path, sft_config(2, 2, 256, epochs=20), tiny, [rows], (300.0, 30.0)), out, stop)
+
+
+@pytest.mark.full
+def test_a_lost_node_is_named(ray_cluster: None, rows: Path, tiny: Path, tmp_path: Path) -> None:
+    import ray
+
+    address = ray.get_runtime_context().gcs_address
+    started = [Path(sys.executable).with_name("ray"), "start", f"--address={address}", "--num-cpus=6", "--block"]
+    with subprocess.Popen(started, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as node:
+        out = stage_dir(tmp_path / "lost")
+
+        def lose(epoch: float, epochs: float | None, words: str) -> None:
+            for process in [*psutil.Process(node.pid).children(recursive=True), psutil.Process(node.pid)]:
+                process.kill()
+
+        try:
+            while sum(n["Alive"] for n in ray.nodes()) < 2:
+                time.sleep(0.5)
+            config = sft_config(2, 2, 256, epochs=20)  # 5 CPUs a rank: one on each node
+            sharding = config.sharding.model_copy(update={"cpus_per_rank": 5})
+            config = config.model_copy(update={"sharding": sharding})
+            with pytest.raises(StageFailed, match="nodes lost meanwhile: "):
+                run_training(job(out.path, config, tiny, [rows], (150.0, 40.0)), out, lose)
+        finally:
+            node.kill()
+
+
+def test_lack_of_memory_is_explained(tmp_path: Path, tiny: Path) -> None:
+    class Failed(Exception):
+        worker_failures: ClassVar = {1: RuntimeError("a trace\ntorch.OutOfMemoryError: CUDA out of memory. Tried …")}
+
+    config = sft_config(2, 2, 256)
+    error = _failed(Failed(), job(tmp_path, config, tiny, []))
+    assert "rank 1: torch.OutOfMemoryError: CUDA out of memory" in error.message
+    assert re.search(
+        r"weights 0\.01 \+ gradients 0\.01/2 \+ optimizer 0\.\d+/2 \+ activations .* = \d+\.\d GiB", error.message
+    )
+    for dial in ("microbatch_tokens (it is 256)", "gradient_checkpointing=true", "zero_stage (it is 2)"):
+        assert dial in error.fix
+    Failed.worker_failures = {1: RuntimeError("another\nreason")}
+    assert "memory of a rank" not in str(_failed(Failed(), job(tmp_path, config, tiny, [])))
 
 
 # ---- watching and following, without Ray ----------------------------------------------------------------------------

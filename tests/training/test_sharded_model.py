@@ -1,9 +1,8 @@
 """The sharded model on one rank: the same steps as plain torch at every ZeRO stage; what it refuses, saves, exports."""
 
 import copy
-import json
 import math
-import socket
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,23 +15,12 @@ from torch import Tensor, nn
 from cai_ray.config import Optim, Sharding
 from cai_ray.errors import ConfigError, StageFailed
 from cai_ray.training import sft
-from cai_ray.training.deepspeed import ShardedModel, init_distributed, learning_rate
+from cai_ray.training.deepspeed import ShardedModel, learning_rate, steps_in
 
 CPU = torch.device("cpu")
 OPTIM = Optim(lr=0.01, schedule="linear", weight_decay=0.1, max_grad_norm=0.5)
 STEPS = 4
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_rank() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch, socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-        for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
-            patch.setenv(name, value)
-        free.close()
-        init_distributed(CPU)
-        yield
+pytestmark = pytest.mark.usefixtures("one_rank")
 
 
 def small_model() -> nn.Module:
@@ -107,13 +95,46 @@ def test_a_loaded_model_goes_on_as_if_nothing_had_happened(stage: int, tmp_path:
     torch.testing.assert_close(weights(again), weights(model), rtol=0, atol=0)
 
 
-def test_a_checkpoint_of_another_layout_is_refused(tmp_path: Path) -> None:
-    model = sharded(small_model(), 0)
+def test_a_checkpoint_of_another_stage_is_refused(tmp_path: Path) -> None:
+    sharded(small_model(), 0).save(tmp_path)
+    with pytest.raises(StageFailed, match=r"ZeRO stage 0, this run has stage 2"):
+        sharded(small_model(), 2).load(tmp_path)
+
+
+@pytest.mark.parametrize("spoil", ["cut", "remove", "unfinished"])
+def test_a_damaged_checkpoint_is_refused(spoil: str, tmp_path: Path) -> None:
+    model = sharded(small_model(), 2)
+    take_step(model, 0)
     model.save(tmp_path)
-    state = json.loads((tmp_path / "state.json").read_text())
-    (tmp_path / "state.json").write_text(json.dumps({**state, "ranks": 2}))
-    with pytest.raises(StageFailed, match=r"'ranks': 2.*'ranks': 1"):
+    assert steps_in(tmp_path) == 1
+    largest = max((tmp_path / "shards").iterdir(), key=lambda p: p.stat().st_size)
+    if spoil == "cut":
+        os.truncate(largest, largest.stat().st_size - 1)
+    else:
+        (largest if spoil == "remove" else tmp_path / "state.json").unlink()
+    assert steps_in(tmp_path) is None
+    with pytest.raises(StageFailed, match="damaged"):
         model.load(tmp_path)
+
+
+def test_a_users_deepspeed_options_replace_ours_and_leave_the_rest() -> None:
+    given = {"zero_optimization": {"reduce_bucket_size": 12345, "stage": "auto"}, "steps_per_print": 7}
+    config = sharded(small_model(), 2, deepspeed=given).module._config
+    assert (config.zero_config.reduce_bucket_size, config.steps_per_print) == (12345, 7)
+    assert (config.zero_optimization_stage, config.gradient_clipping) == (2, 0.5)
+    assert config.zero_config.allgather_bucket_size == 50_000_000
+
+
+@pytest.mark.parametrize(
+    ("stage", "fields"), [(2, ("offload_optimizer",)), (3, ("offload_optimizer", "offload_parameters"))]
+)
+def test_offloading_changes_no_step(stage: int, fields: tuple[str, ...]) -> None:
+    plain, offloaded = sharded(small_model(), stage), sharded(small_model(), stage, **dict.fromkeys(fields, True))
+    config = offloaded.module._config.zero_config
+    assert config.offload_optimizer.device == "cpu"
+    assert (config.offload_param is not None) == ("offload_parameters" in fields)
+    for step in range(STEPS):
+        assert take_step(offloaded, step) == pytest.approx(take_step(plain, step), rel=1e-6)
 
 
 def test_float16_is_refused() -> None:
