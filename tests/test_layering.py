@@ -21,7 +21,7 @@ LAYERS = [
     {"rl", "report"},
     {"stages"},
     {"pipeline", "tracking", "progress", "cluster", "resources", "doctor"},
-    {"execution", "serving", "export"},
+    {"execution", "serving", "export", "model_card"},
     {"console"},
     {"cli"},
 ]
@@ -33,6 +33,8 @@ SAME_LAYER = {
     ("templates", "constitution"),
     ("constitution_checks", "constitution"),
     ("execution", "pipeline"),
+    ("execution", "model_card"),
+    ("model_card", "export"),
     ("resources", "pipeline"),
     ("resources", "cluster"),
     ("resources", "doctor"),
