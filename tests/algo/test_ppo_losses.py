@@ -113,6 +113,9 @@ def test_nll_loss_by_hand():
     close(loss, torch.tensor(1.5))
     close(stats["loss"], loss)
     close(nll_loss(row(-1.0, -2.0, NAN), torch.tensor([[True, True, False]]), total=6)[0], torch.tensor(0.5))
+    logprobs = row(-1.0, -2.0, NAN).requires_grad_()
+    nll_loss(logprobs, torch.tensor([[True, True, False]]))[0].backward()
+    close(logprobs.grad, row(-0.5, -0.5, 0.0))
 
 
 def test_importance_weights_by_hand():

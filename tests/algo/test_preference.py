@@ -150,3 +150,37 @@ def test_expected_calibration_error():
     close(expected_calibration_error(prob, label, bins=1), torch.tensor(0.75 - 0.55))
     close(expected_calibration_error(torch.tensor([0.0, 1.0]), torch.tensor([0.0, 1.0])), torch.tensor(0.0))
     assert expected_calibration_error(torch.zeros(0), torch.zeros(0)) == 0
+
+
+@quick
+@given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=12), st.integers(1, 12))
+def test_calibration_does_not_depend_on_order_or_repetition(pairs, bins):
+    prob, label = torch.tensor(pairs).T
+    whole = expected_calibration_error(prob, label, bins)
+    close(expected_calibration_error(prob.flip(0), label.flip(0), bins), whole, atol=1e-5, rtol=1e-5)
+    close(expected_calibration_error(prob.repeat(3), label.repeat(3), bins), whole, atol=1e-5, rtol=1e-5)
+    assert whole <= 1
+
+
+def test_bins_hold_their_lower_edge():
+    # 0.5 opens the upper of two bins: |0.25 - 1| / 2 + |0.5 - 0| / 2; together they would give |0.75 - 1| / 2
+    prob, label = torch.tensor([0.5, 0.25]), torch.tensor([0.0, 1.0])
+    close(expected_calibration_error(prob, label, bins=2), torch.tensor(0.625))
+
+
+@quick
+@given(st.floats(-30, 0), st.floats(-30, 0), st.floats(-5, 5))
+def test_a_choice_and_its_mirror_add_up_to_one(a, b, shift):
+    p = choice_probability(a, b)
+    assert choice_probability(b, a) == pytest.approx(1 - p, abs=1e-12)
+    assert choice_probability(a + shift, b + shift) == pytest.approx(p, abs=1e-9)
+    assert swap_average(p, 1 - p) == pytest.approx(p)
+    assert 0.4 <= clamp_probability(p, 0.4, 0.6) <= 0.6
+
+
+@quick
+@given(st.lists(st.floats(-20, 0), min_size=2, max_size=6), st.floats(-5, 5))
+def test_preference_loss_of_a_level_does_not_change_with_it(scores, level):
+    a = torch.tensor(scores)
+    b, p = a.flip(0), torch.linspace(0, 1, len(scores))
+    close(preference_loss(a + level, b + level, p)[0], preference_loss(a, b, p)[0], atol=1e-4, rtol=1e-4)

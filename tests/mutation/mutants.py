@@ -3,7 +3,8 @@
 import ast
 import copy
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 SWAPS: dict[type[ast.AST], type[ast.AST]] = {
     **{ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult},
@@ -17,8 +18,8 @@ NAMES |= {new: old for old, new in NAMES.items()} | {"exp": "expm1", "argmax": "
 SHOWN = 70  # characters of the changed expression in a mutant's name
 
 
-def mutants(source: str) -> Iterator[tuple[str, str]]:
-    """Yields (name, source) of every mutant; a name says where and what, without line numbers."""
+def mutants(source: str) -> Iterator[tuple[str, Callable[[], str]]]:
+    """Yields every mutant's name, which says where and what without line numbers, and what makes its source."""
     tree = ast.parse(source)
     seen: Counter[str] = Counter()
     for path in _paths(tree, []):
@@ -28,7 +29,7 @@ def mutants(source: str) -> Iterator[tuple[str, str]]:
             seen[name] += 1
             if seen[name] > 1:
                 name += f" #{seen[name]}"
-            yield name, ast.unparse(_replaced(tree, path, variant))
+            yield name, partial(_source, tree, path, variant)
 
 
 def _paths(node: ast.AST, above: list[ast.AST]) -> Iterator[list[ast.AST]]:
@@ -86,6 +87,10 @@ def _with(node: ast.AST, field: str, value: object) -> ast.AST:
     return new
 
 
+def _source(tree: ast.AST, path: list[ast.AST], variant: ast.AST) -> str:
+    return ast.unparse(_replaced(tree, path, variant))
+
+
 def _replaced(tree: ast.AST, path: list[ast.AST], variant: ast.AST) -> ast.AST:
     """A copy of the tree in which the node at the end of `path` is `variant`."""
     memo = {id(path[-1]): copy.deepcopy(variant)}
@@ -94,10 +99,13 @@ def _replaced(tree: ast.AST, path: list[ast.AST], variant: ast.AST) -> ast.AST:
 
 def _name(path: list[ast.AST], variant: ast.AST) -> str:
     where = [n.name for n in path if isinstance(n, ast.FunctionDef | ast.ClassDef)]
-    shown = path[-2] if len(path) > 1 else path[-1]  # an operator alone has no text
-    for node in reversed(path):
-        if isinstance(node, ast.expr | ast.arguments | ast.stmt) and len(ast.unparse(node)) <= SHOWN:
-            shown = node
+    shown = path[-1]
+    for node in reversed(path):  # as much around it as is still short
+        if isinstance(node, ast.keyword | ast.arg):
+            continue
+        if (hasattr(node, "body") and not isinstance(node, ast.expr)) or len(ast.unparse(node)) > SHOWN:
+            break
+        shown = node
     old = ast.unparse(shown)
-    new = ast.unparse(_replaced(shown, path, variant)) if shown is not path[-1] else ast.unparse(variant)
+    new = ast.unparse(_replaced(shown, path, variant))
     return f"{'.'.join(where)}: {old} -> {new}".replace("\n", " ")

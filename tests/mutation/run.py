@@ -1,21 +1,20 @@
 """Runs the tests of `cai_ray/algo` on mutants of one module: `python -m tests.mutation.run MODULE [PART/PARTS]`.
 
-torch, pytest and hypothesis are imported once; each mutant is a fork, which puts the changed module in the place of its
-own before a test sees it. Prints one JSON object: the mutants, and the names of those that no test noticed.
+torch, pytest and hypothesis are imported once. Each mutant is a fork, in which the changed module takes the place of
+the true one before a test sees it. Prints one JSON object: the mutants, and the names of those that no test noticed.
 """
 
-import importlib.util
 import json
 import os
 import signal
 import sys
 import types
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import hypothesis
 import pytest
 import torch
-from torch.testing import assert_close  # noqa: F401  (loads what the tests will need)
 
 from tests.mutation.mutants import mutants
 
@@ -23,13 +22,20 @@ ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 60  # for all tests on one mutant: an endless loop counts as noticed
 # The fastest tests first; whoever uses a module also tests it.
 TESTS = {
-    "kl": ["kl", "ppo_rewards"],
-    "masking": ["masking", "ppo_losses"],
-    "ppo": ["ppo_rewards", "ppo_losses", "ppo_logprobs"],
-    "preference": ["preference"],
+    "kl": ["kl", "gradients", "ppo_rewards"],
+    "masking": ["gradients", "masking", "ppo_losses"],
+    "ppo": ["gradients", "ppo_rewards", "ppo_losses", "ppo_logprobs"],
+    "preference": ["gradients", "preference"],
     "rating": ["rating"],
     "scores": ["scores"],
 }
+
+
+def tests_pass(module: str) -> bool:
+    """Runs a module's tests in this process, without a word."""
+    files = [str(ROOT / f"tests/algo/test_{name}.py") for name in TESTS[module]]
+    with open(os.devnull, "w") as null, redirect_stdout(null), redirect_stderr(null):
+        return pytest.main(["-x", "-q", "--assert=plain", "-p", "no:cacheprovider", *files]) == 0
 
 
 def unnoticed(module: str, source: str) -> bool:
@@ -37,14 +43,10 @@ def unnoticed(module: str, source: str) -> bool:
     pid = os.fork()
     if pid == 0:
         signal.alarm(SECONDS)
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, 1)
-        os.dup2(null, 2)
-        code = 99
+        code = 1
         try:
             _install(module, source)
-            files = [str(ROOT / f"tests/algo/test_{name}.py") for name in TESTS[module]]
-            code = int(pytest.main(["-x", "-q", "--assert=plain", "-p", "no:cacheprovider", *files]))
+            code = int(not tests_pass(module))
         finally:
             os._exit(code)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
@@ -65,15 +67,16 @@ def main(module: str, part: str = "1/1") -> None:
     quick = hypothesis.settings(derandomize=True, database=None, phases=[hypothesis.Phase.generate])
     hypothesis.settings.register_profile("mutants", quick)
     hypothesis.settings.load_profile("mutants")
-    file = ROOT / f"cai_ray/algo/{module}.py"
-    if not unnoticed(module, file.read_text("utf-8")):
+    if not tests_pass(module):
         sys.exit(f"the tests of {module} fail without any change: run tests/algo")
+    for name in [name for name in sys.modules if name.startswith(("cai_ray.algo", "tests.algo"))]:
+        del sys.modules[name]  # what they imported stays: it need not be loaded again
     number, parts = map(int, part.split("/"))
-    tried = list(mutants(file.read_text("utf-8")))[number - 1 :: parts]
-    survivors = [name for name, source in tried if unnoticed(module, source)]
+    tried = list(mutants((ROOT / f"cai_ray/algo/{module}.py").read_text("utf-8")))[number - 1 :: parts]
+    survivors = [name for name, source in tried if unnoticed(module, source())]
     print(json.dumps({"mutants": len(tried), "survivors": survivors}))
 
 
 if __name__ == "__main__":
-    assert importlib.util.find_spec("cai_ray")
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     main(*sys.argv[1:])
