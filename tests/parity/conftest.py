@@ -14,7 +14,7 @@ import pytest
 import torch
 
 PEERS = Path(sys.prefix) / "peers"
-# OpenRLHF imports these on its way to a handful of functions: kernels for GPUs, and its actors with their vLLM engines.
+# What OpenRLHF and TRL import on the way to a handful of functions: kernels for GPUs, actors and clients with vLLM.
 ABSENT = {
     "flash_attn": (),
     "flash_attn.bert_padding": ("index_first_axis", "pad_input", "rearrange", "unpad_input"),
@@ -22,6 +22,7 @@ ABSENT = {
     "flash_attn.utils.distributed": ("all_gather",),
     "openrlhf.trainer.ray": (),
     "openrlhf.trainer.ray.launcher": ("RayActorGroup",),
+    "trl.generation.vllm_generation": ("VLLMGeneration",),
 }
 
 
@@ -59,8 +60,13 @@ def run_block(function: Callable[..., Any], first: str, last: str, **names: Any)
 @pytest.fixture(scope="session")
 def trl() -> SimpleNamespace:
     """TRL 1.12.0. Its trainers compute inside long methods: `block` runs the lines in question."""
-    ppo, reward, utils = load("trl.experimental.ppo.ppo_trainer", "trl.trainer.reward_trainer", "trl.trainer.utils")
-    return SimpleNamespace(ppo=ppo, reward=reward, utils=utils, block=run_block, train=ppo.PPOTrainer.train)
+    trainers = load(*(f"trl.trainer.{name}" for name in ("reward_trainer", "rloo_trainer", "grpo_trainer", "utils")))
+    (ppo,), (reward, rloo, grpo, utils) = load("trl.experimental.ppo.ppo_trainer"), trainers
+    score = {"rloo": rloo.RLOOTrainer, "grpo": grpo.GRPOTrainer}
+    score = {kind: trainer._generate_and_score_completions for kind, trainer in score.items()}
+    return SimpleNamespace(
+        ppo=ppo, reward=reward, utils=utils, block=run_block, train=ppo.PPOTrainer.train, score=score
+    )
 
 
 @pytest.fixture(scope="session")

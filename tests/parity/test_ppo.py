@@ -194,6 +194,16 @@ def test_advantages_of_groups(openrlhf: Peer, verl: Peer, batch: Peer, kind: str
     agree(ours, function(rewards, batch.mask, np.array([0, 0, 1, 1]))[0])
 
 
+def test_advantages_of_trls_groups_and_the_difference_of_their_epsilon(trl: Peer, batch: Peer) -> None:
+    names = {"rewards": batch.scores[:4], "num_generations": 2, "self": Peer(scale_rewards="group")}
+    lines = "grouped_rewards = rewards.view", "advantages = torch.zeros_like"
+    agree(group_advantages(batch.scores[:4], 2, "rloo"), trl.block(trl.score["rloo"], *lines, **names).advantages)
+    lines = "mean_grouped_rewards = torch.nanmean(rewards.view", "advantages = advantages / (std_rewards"
+    theirs = trl.block(trl.score["grpo"], *lines, **names)
+    std = theirs.std_rewards  # which has 1e-4 added there, and 1e-6 here
+    agree(group_advantages(batch.scores[:4], 2, "grpo"), theirs.advantages * (std + 1e-4) / (std + 1e-6))
+
+
 # ---- losses ---------------------------------------------------------------------------------------------------------
 
 
