@@ -51,6 +51,8 @@ def test_clamped_numbers_keep_the_limits_exactly():
     # through float32, 0.6 would come back as 0.6000000238
     assert [clamp_probability(p, 0.4, 0.6) for p in (0.0, 0.5, 1.0)] == [0.4, 0.5, 0.6]
     close(clamp_probability(torch.tensor([0.0, 0.5, 1.0]), 0.4, 0.6), torch.tensor([0.4, 0.5, 0.6]))
+    assert clamp_probability(0.3, 0.0, 1.0) == 0.3
+    assert clamp_probability(0.3, 0.5, 0.5) == 0.5
     for low, high in ((0.6, 0.4), (-0.1, 0.5), (0.5, 1.1)):
         with pytest.raises(CaiError, match="clamp"):
             clamp_probability(0.5, low, high)
@@ -147,6 +149,9 @@ def test_expected_calibration_error():
     prob, label = torch.tensor([0.15, 0.15, 0.95, 0.95]), torch.tensor([0, 1, 1, 1])
     # |0.5 - 0.15| · 2/4 + |1 - 0.95| · 2/4
     close(expected_calibration_error(prob, label), torch.tensor(0.2))
+    # ten bins unless told: 0.19 and 0.21 are not together, 0.21 and 0.29 are
+    close(expected_calibration_error(torch.tensor([0.19, 0.21]), torch.tensor([0.0, 1.0])), torch.tensor(0.49))
+    close(expected_calibration_error(torch.tensor([0.21, 0.29]), torch.tensor([0.0, 1.0])), torch.tensor(0.25))
     close(expected_calibration_error(prob, label, bins=1), torch.tensor(0.75 - 0.55))
     close(expected_calibration_error(torch.tensor([0.0, 1.0]), torch.tensor([0.0, 1.0])), torch.tensor(0.0))
     assert expected_calibration_error(torch.zeros(0), torch.zeros(0)) == 0
