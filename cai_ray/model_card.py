@@ -53,7 +53,10 @@ def model_card(run: RunDir, config: Config, stage: Stage, key: StageKey, metrics
     made_by = {name: manifest for name in _before(config, stage) if (manifest := run.stage(name).manifest())}
     own = ", ".join(f"{role}: {identity}" for role, identity in key.parts.get("models", {}).items())
     packages = package_versions()
-    rows = [*provenance(made_by, run, config), [stage.name, own, "", str(key.parts["seed"]), packages["cai-ray"]]]
+    rows = [
+        *provenance(made_by, run, config),
+        [stage.name, own, "", str(key.parts["seed"]), packages.get("cai-ray", "")],
+    ]
     numbers = [[name, f"{value:.4g}"] for name, value in metrics.items() if isinstance(value, int | float)]
     limits = [*_LIMITS, *LIMITS, *cautions(collect(run), unfinished=False)]
     parts = [
