@@ -144,8 +144,9 @@ def test_soft_capped_logits_are_a_clear_error(tiny: Path, tmp_path: Path) -> Non
     shutil.copytree(tiny, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
     model = AutoModelForCausalLM.from_config(Gemma2Config(**GROUPED, final_logit_softcapping=30.0))
     model.save_pretrained(tmp_path / "model")
+    module, every = sft.load(tmp_path / "model", "float32", 0), torch.ones(1, 3, dtype=torch.bool)
     with pytest.raises(DataError, match="final_logit_softcapping"):
-        sft.load(tmp_path / "model", "float32", 0)(*[torch.ones(1, 3, dtype=torch.bool)] * 3)
+        module(every.long(), every, every)
 
 
 GENERATE = """
