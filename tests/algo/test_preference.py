@@ -81,6 +81,12 @@ def test_preference_loss(target, options, wanted):
     close(stats["loss"], loss)
 
 
+def test_centring_weighs_the_sum_of_the_scores():
+    # an even pair with an even label: ln 2 for any scores, and 0.1 · (1 + 1)²
+    loss, _ = preference_loss(torch.ones(1), torch.ones(1), torch.tensor([0.5]), center_coef=0.1)
+    close(loss, torch.tensor(math.log(2) + 0.4))
+
+
 def test_preference_gradient_by_hand():
     a, b = torch.tensor([LN3, LN3], requires_grad=True), torch.zeros(2, requires_grad=True)
     preference_loss(a, b, torch.tensor([1.0, 0.6]))[0].backward()
@@ -90,7 +96,7 @@ def test_preference_gradient_by_hand():
 
 def test_preference_stats():
     a, b = torch.tensor([3.0, 1.0, 2.0, 5.0]), torch.tensor([1.0, 2.0, 2.0, 1.0])
-    _, stats = preference_loss(a, b, torch.tensor([0.6, 0.9, 0.9, 0.5]))
+    _, stats = preference_loss(a.requires_grad_(), b, torch.tensor([0.6, 0.9, 0.9, 0.5]))
     close(stats["accuracy"], torch.tensor((1 + 0 + 0.5 + 0.5) / 4))  # right, wrong, tied scores, undecided label
     close(stats["margin"], torch.tensor((2 - 1 + 0 + 0) / 4))
     assert not any(value.requires_grad for value in stats.values())

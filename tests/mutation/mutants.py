@@ -15,7 +15,7 @@ SWAPS: dict[type[ast.AST], type[ast.AST]] = {
 TURNED: dict[type[ast.AST], type[ast.AST]] = {ast.Lt: ast.Gt, ast.LtE: ast.GtE, ast.Gt: ast.Lt, ast.GtE: ast.LtE}
 NAMES = {"maximum": "minimum", "max": "min", "expm1": "exp", "sum": "mean", "any": "all", "sub_": "add_"}
 NAMES |= {new: old for old, new in NAMES.items()} | {"exp": "expm1", "argmax": "argmin", "mean": "sum"}
-SHOWN = 70  # characters of the changed expression in a mutant's name
+SHOWN = 100  # characters of the changed expression in a mutant's name
 
 
 def mutants(source: str) -> Iterator[tuple[str, Callable[[], str]]]:
