@@ -71,9 +71,11 @@ def main(module: str, part: str = "1/1") -> None:
         sys.exit(f"the tests of {module} fail without any change: run tests/algo")
     for name in [name for name in sys.modules if name.startswith(("cai_ray.algo", "tests.algo"))]:
         del sys.modules[name]  # what they imported stays: it need not be loaded again
+    source = (ROOT / f"cai_ray/algo/{module}.py").read_text("utf-8")
+    assert unnoticed(module, source), "a fork with the true module fails"
     number, parts = map(int, part.split("/"))
-    tried = list(mutants((ROOT / f"cai_ray/algo/{module}.py").read_text("utf-8")))[number - 1 :: parts]
-    survivors = [name for name, source in tried if unnoticed(module, source())]
+    tried = list(mutants(source))[number - 1 :: parts]
+    survivors = [name for name, changed in tried if unnoticed(module, changed())]
     print(json.dumps({"mutants": len(tried), "survivors": survivors}))
 
 
