@@ -82,6 +82,7 @@ class StageDir:
         manifest_path: written last; its presence is what makes the stage finished.
         phases: wall seconds by name.
         on_metrics: is told (stage, step, values) of each line of metrics.
+        card: makes README.md of the published model from the stage's metrics.
     """
 
     def __init__(self, path: Path, seed: int = 0):
@@ -91,6 +92,7 @@ class StageDir:
         self.warnings: list[str] = []
         self.on_metrics: Callable[[str, int, Mapping[str, float]], None] | None = None
         self.on_warning: Callable[[str], None] | None = None
+        self.card: Callable[[Mapping[str, Any]], str] | None = None
         self._started = time.monotonic()
 
     def _folder(self, name: str) -> Path:
@@ -210,6 +212,8 @@ class StageDir:
     def commit(self, plan: "StageKey", metrics: Mapping[str, Any], **extra: Any) -> Manifest:
         """Writes the manifest, atomically and last; `extra` are further Manifest fields (workers, device_s)."""
         wall = time.monotonic() - self._started
+        if self.card:
+            write_atomic(self.model / "README.md", self.card(metrics))
         manifest = Manifest(
             stage=self.name,
             key=plan.key,

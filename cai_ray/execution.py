@@ -210,6 +210,10 @@ class Execution:
         start, tracker = time.monotonic(), StageTracker(config, out, self.run.path)
         out.on_metrics = tracker.log
         out.on_warning = lambda text: self.reporter.say(f"    {text}", style="bold red")
+        if stage.name in pipeline.STAGE_MODELS:
+            from cai_ray.model_card import model_card
+
+            out.card = lambda metrics: model_card(self.run, config, stage, key, metrics)
         try:
             function = getattr(import_module(f"cai_ray.stages.{stage.name}"), stage.name)
             manifest: Manifest = function(getattr(config, stage.name, None), self._inputs(stage, key), out)

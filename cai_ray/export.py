@@ -244,19 +244,20 @@ def _card(export: Export, counts: Counter[tuple[str, str]], run: RunDir, config:
     none = sum(n for (split, _), n in counts.items() if not split)
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n# {export.name}\n\n{export.about}",
-        _table(["split", "kind", "rows"], made),
+        table(["split", "kind", "rows"], made),
         *([f"Rows of `{export.stage}` that became none: {none:,}, because {export.nothing}."] if none else []),
         "## Where it comes from\n\nMade by cai-ray (Constitutional AI, Bai et al. 2022, arXiv 2212.08073).",
     ]
     manifests = {name: manifest for name in export.makers if (manifest := run.stage(name).manifest())}
-    parts.append(_table(["stage", "models", "constitution", "seed", "cai-ray"], _provenance(manifests, run, config)))
+    parts.append(table(["stage", "models", "constitution", "seed", "cai-ray"], provenance(manifests, run, config)))
     if label := manifests.get("label"):
         numbers = [[key, f"{value:.4g}"] for key, value in label.metrics.items() if isinstance(value, int | float)]
-        parts += ["## What the labels are like", _table(["of the stage label", "value"], numbers)]
+        parts += ["## What the labels are like", table(["of the stage label", "value"], numbers)]
     return "\n\n".join([*parts, "## Limits", "\n".join(f"- {limit}" for limit in limits)]) + "\n"
 
 
-def _provenance(manifests: Mapping[str, Manifest], run: RunDir, config: Config) -> Iterator[list[str]]:
+def provenance(manifests: Mapping[str, Manifest], run: RunDir, config: Config) -> Iterator[list[str]]:
+    """A card's lines about the stages that had a part in something: models, constitution, seed, version."""
     chosen = {"revise": config.constitution.critique, "label": config.constitution.feedback}
     for name, manifest in manifests.items():
         found = _constitution(run, name, chosen[name]) if name in chosen else None
@@ -267,6 +268,7 @@ def _provenance(manifests: Mapping[str, Manifest], run: RunDir, config: Config) 
         yield [name, models, constitution, str(manifest.seed), manifest.packages.get("cai-ray", "")]
 
 
-def _table(head: list[str], rows: Iterable[list[str]]) -> str:
+def table(head: list[str], rows: Iterable[list[str]]) -> str:
+    """A Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

@@ -4,6 +4,7 @@ import copy
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -123,6 +124,11 @@ def _load(auto: Any, folder: Path, dtype: "str | torch.dtype", **kwargs: Any) ->
     quiet()
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, use_cache=False, **kwargs)
+        if config.is_encoder_decoder or type(config) not in auto._model_mapping:
+            raise DataError(
+                f"{folder} holds {config.architectures or config.model_type}, which {auto.__name__} cannot serve",
+                "take a decoder-only language model, such as Llama, Qwen or Mistral",
+            )
         text = config.get_text_config()
         vars(text).update({name: 0.0 for name in vars(text) if name.endswith(("dropout", "_pdrop"))})
         model, info = auto.from_pretrained(  # scaled-dot-product attention is transformers' default
@@ -131,8 +137,18 @@ def _load(auto: Any, folder: Path, dtype: "str | torch.dtype", **kwargs: Any) ->
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise DataError(f"the model in {folder} cannot be loaded: {error!r}", "download or save it again") from None
     missing = set(info["missing_keys"])
-    if lost := sorted(missing - {"score.weight"}):
+    if lost := sorted(name for name in missing if not name.startswith(("score.", "classifier."))):  # heads are new
         raise DataError(f"{type(model).__name__} in {folder} lacks weights: {lost[:3]}", "download or save it again")
+    layers = re.compile(r".*?\.\d+(?=\.)")
+    there, named = (
+        {found[0] for name in names if (found := layers.match(name))}
+        for names in (info["unexpected_keys"], model.state_dict())
+    )
+    if strange := sorted(there - named):
+        raise DataError(
+            f"{folder} has weights of layers that its config.json does not name: {strange[:3]}",
+            "put configuration and weights of the same model together",
+        )
     model.config.architectures = [type(model).__name__]
     return model, bool(missing)
 

@@ -37,24 +37,26 @@ def hidden_states(model: PreTrainedModel, ids_BT: torch.Tensor, attention_mask_B
     return model.base_model(input_ids=ids_BT, attention_mask=mask, position_ids=positions, use_cache=False)[0]
 
 
-def lm_head_weight(model: PreTrainedModel) -> torch.Tensor:
-    """The vocabulary projection weight_VH, so that logits are exactly `hidden @ weight.T`.
+def lm_head(model: PreTrainedModel, hidden_NH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The two factors of the logits: exactly `hidden @ weight.T`, for log-probs without the logits themselves.
+
+    A bias, such as Phi's, is a last column of the weight that meets a one in each hidden state.
 
     Raises:
-        DataError: the model does more than that: a bias, soft-capped or scaled logits.
+        DataError: the model does more than that: soft-capped or scaled logits.
     """
     head: Any = model.get_output_embeddings()
     config = model.config.get_text_config()
     scales = ("final_logit_softcapping", "logit_scale", "logits_scaling")
-    found = [name for name in scales if getattr(config, name, 1) not in (None, 1)]
-    if getattr(head, "bias", None) is not None:
-        found.append("a bias")
-    if found:
+    if found := [name for name in scales if getattr(config, name, 1) not in (None, 1)]:
         raise DataError(
             f"{type(model).__name__} computes its logits by more than one matrix product: {found}",
             "train a model with a plain output layer, such as Llama, Qwen or Mistral",
         )
-    return head.weight
+    if getattr(head, "bias", None) is None:
+        return hidden_NH, head.weight
+    ones_N1 = hidden_NH.new_ones(len(hidden_NH), 1)
+    return torch.cat([hidden_NH, ones_N1], 1), torch.cat([head.weight, head.bias[:, None]], 1)
 
 
 def scores_at_end(model: PreTrainedModel, ids_BT: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:

@@ -183,10 +183,12 @@ def _series(lines: list[dict[str, Any] | None]) -> dict[str, tuple[list[float], 
     return {key: (sorted(p), [p[step] for step in sorted(p)]) for key, p in points.items()}
 
 
-def cautions(record: Record) -> list[str]:
-    """What limits the run's numbers, in plain words."""
+def cautions(record: Record, unfinished: bool = True) -> list[str]:
+    """What limits the run's numbers, in plain words; with `unfinished` also that some are still to come."""
     out = []
-    if waiting := [f"{s.name} ({s.state})" for s in record.stages if s.state in ("unfinished", "not begun")]:
+    if unfinished and (
+        waiting := [f"{s.name} ({s.state})" for s in record.stages if s.state in ("unfinished", "not begun")]
+    ):
         out.append(f"The run is not finished: {', '.join(waiting)}. Everything below is what exists so far.")
     out += [text for s in record.stages for text in s.metrics.get("warnings", ())]
     out += [*_label_cautions(record.stage("label").metrics), *_model_cautions(record)]

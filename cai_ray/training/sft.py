@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from cai_ray.algo.ppo import logprobs_from_hidden, nll_loss
 from cai_ray.config import SftConfig
 from cai_ray.models.checkpoints import load_causal_lm
-from cai_ray.models.scalar import hidden_states, lm_head_weight
+from cai_ray.models.scalar import hidden_states, lm_head
 from cai_ray.models.tokenization import Tokenizer, sft_example
 from cai_ray.records import Row, answers
 
@@ -63,9 +63,8 @@ class TokenLogprobs(nn.Module):
         """(logprobs_N, entropy_N) in float32 nats of the wanted tokens, row by row; the first token is never wanted."""
         hidden_BTH = hidden_states(self.hf, ids_BT, attention_mask_BT)
         wanted = wanted_BT[:, 1:]
-        return logprobs_from_hidden(
-            hidden_BTH[:, :-1][wanted], lm_head_weight(self.hf), ids_BT[:, 1:][wanted], temperature
-        )
+        hidden_NH, weight_VH = lm_head(self.hf, hidden_BTH[:, :-1][wanted])
+        return logprobs_from_hidden(hidden_NH, weight_VH, ids_BT[:, 1:][wanted], temperature)
 
 
 def load(folder: Path, dtype: str, seed: int) -> TokenLogprobs:

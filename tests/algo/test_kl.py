@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cai_ray.algo.kl import AdaptiveKL, FixedKL, kl_estimate
 from cai_ray.errors import CaiError
@@ -92,3 +94,15 @@ def test_an_update_that_would_ruin_the_coefficient_is_refused(kl, n):
 def test_adaptive_parameters_are_positive(arguments):
     with pytest.raises(CaiError, match="positive"):
         AdaptiveKL(*arguments)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.tuples(st.floats(-5, 5), st.floats(-5, 5)), min_size=1, max_size=8), st.integers(0, 8))
+def test_estimates_know_only_their_own_token(pairs, cut):
+    logprobs, ref_logprobs = torch.tensor(pairs).T
+    for kind in ("k1", "k2", "k3", "abs"):
+        whole = kl_estimate(logprobs, ref_logprobs, kind)
+        parts = [kl_estimate(logprobs[part], ref_logprobs[part], kind) for part in (slice(cut), slice(cut, None))]
+        torch.testing.assert_close(torch.cat(parts), whole)
+        torch.testing.assert_close(kl_estimate(logprobs.flip(0), ref_logprobs.flip(0), kind).flip(0), whole)
+        assert kind == "k1" or (whole >= -1e-6).all()

@@ -127,3 +127,29 @@ def test_what_lies_under_the_mask_reaches_no_value_and_no_gradient(seed, batch, 
     close(masked_mean(padded, padded_mask), masked_mean(clean, mask))
     close(masked_var(padded, padded_mask), masked_var(clean, mask))
     close(masked_whiten(padded, padded_mask)[:, :tokens], masked_whiten(clean, mask))
+
+
+def test_the_smallest_variance_has_1e_8_added():
+    # unbiased variance 2e-8: √(2e-8 + 1e-8) = √3·1e-4
+    x, mask = torch.tensor([1e-4, -1e-4]), torch.tensor([True, True])
+    close(masked_whiten(x, mask), torch.tensor([1.0, -1.0]) / math.sqrt(3))
+
+
+def test_one_true_of_many_parts_counts_once():
+    # one token of a step of one: the divisor is 1, not 2; without any it is 1 as well
+    x = torch.tensor([3.0, NAN])
+    close(partial_mean(x, torch.tensor([True, False]), None), torch.tensor(3.0))
+    close(partial_mean(x, torch.tensor([True, False]), 1), torch.tensor(3.0))
+    close(partial_mean(x, torch.tensor([False, False]), 0), torch.tensor(0.0))
+    close(masked_var(torch.tensor([1.0, 3.0]), torch.tensor([True, True])), torch.tensor(2.0))
+    close(masked_whiten(torch.tensor([1.0, 3.0]), torch.tensor([True, True])).square().sum(), torch.tensor(1.0))
+    assert combine_moments([(1.0, 5.0, 0.0)]) == (1, 5, 0)
+    assert combine_moments([(0.0, 0.0, 0.0)]) == (0, 0, 0)
+
+
+@quick
+@given(seeds, st.integers(1, 20))
+def test_moments_do_not_depend_on_the_order(seed, n):
+    x, mask = draw(seed, n)
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    close(masked_moments(x[order], mask[order]), masked_moments(x, mask), atol=1e-5, rtol=1e-5)

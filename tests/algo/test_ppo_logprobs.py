@@ -144,6 +144,16 @@ def test_no_tensor_is_as_large_as_all_logits():
         (logprobs * a + entropy * b).sum().backward()
     assert plain.elements == 64 * 512
     assert chunked.elements == 512 * 8  # the weight and its gradient; a chunk has 4 · 512
+    with Largest() as default:
+        logprobs_from_hidden(hidden, weight, labels)
+    assert default.elements == 64 * 512  # a chunk longer than the tokens takes no more than they do
+
+
+def test_the_temperature_is_1_unless_given():
+    hidden, weight, labels, *_ = draw(7, 5, 4, 11)
+    close(logprobs_from_hidden(hidden, weight, labels), reference(hidden, weight, labels, 1.0))
+    logits = hidden @ weight.T
+    close(logprobs_from_logits(logits, labels), logprobs_from_logits(logits, labels, 1.0))
 
 
 @pytest.mark.parametrize("change", [{"temperature": 0.0}, {"chunk": 0}, {"labels": 3}, {"weight": 5}])

@@ -90,6 +90,10 @@ def test_a_wild_log_ratio_stays_finite():
     loss, stats = policy_loss(row(0.0), row(-500.0), row(-1.0), torch.tensor([[True]]), 0.2)
     close(loss, torch.tensor(math.exp(20)))
     assert stats["approx_kl"].isfinite()
+    # the other way e^-20 - 1 + 20
+    close(
+        policy_loss(row(-500.0), row(0.0), row(-1.0), torch.tensor([[True]]), 0.2)[1]["approx_kl"], torch.tensor(19.0)
+    )
     assert importance_weights(row(0.0), row(-500.0), torch.tensor([[True]]), 4.0) == 4.0
 
 
@@ -113,6 +117,9 @@ def test_nll_loss_by_hand():
     close(loss, torch.tensor(1.5))
     close(stats["loss"], loss)
     close(nll_loss(row(-1.0, -2.0, NAN), torch.tensor([[True, True, False]]), total=6)[0], torch.tensor(0.5))
+    logprobs = row(-1.0, -2.0, NAN).requires_grad_()
+    nll_loss(logprobs, torch.tensor([[True, True, False]]))[0].backward()
+    close(logprobs.grad, row(-0.5, -0.5, 0.0))
 
 
 def test_importance_weights_by_hand():

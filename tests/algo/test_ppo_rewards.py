@@ -150,3 +150,41 @@ def test_group_advantages():
 def test_group_misuse_is_refused(size, kind):
     with pytest.raises(CaiError):
         group_advantages(torch.zeros(6), size, kind)
+
+
+@quick
+@given(seeds, st.integers(1, 4), st.integers(1, 6), st.sampled_from([NAN, math.inf]))
+def test_padding_and_the_order_of_rows_change_no_reward_and_no_advantage(seed, batch, tokens, poison):
+    logprobs, values, mask = draw(seed, batch, tokens)
+    scores, ended = values[:, 0].clone(), logprobs[:, 0] > 0
+    order = torch.randperm(batch, generator=torch.Generator().manual_seed(seed))
+
+    def run(scores, logprobs, values, mask, ended):
+        rewards = shaped_rewards(scores, logprobs, values, mask, 0.3, "k3", 1.0, 0.5, ended)
+        return torch.stack([rewards, *gae(rewards, values, mask, 0.9, 0.8)])
+
+    plain = run(scores, logprobs, values, mask, ended)
+    close(run(*(x[order] for x in (scores, logprobs, values, mask, ended))), plain[:, order])
+    wide = [torch.nn.functional.pad(x, (2, 3), value=poison) for x in (logprobs, values)]
+    wide_mask = torch.nn.functional.pad(mask, (2, 3), value=False)
+    padded = run(scores, *wide, wide_mask, ended)
+    close(padded[:, :, 2:-3], plain)
+    assert (padded[:, ~wide_mask] == 0).all()
+
+
+@quick
+@given(seeds, st.integers(1, 4), st.integers(2, 5), st.sampled_from(["rloo", "grpo"]), st.floats(-5, 5))
+def test_group_advantages_know_only_their_group_and_no_common_level(seed, groups, size, kind, level):
+    scores = torch.randn(groups, size, generator=torch.Generator().manual_seed(seed))
+    whole = group_advantages(scores.flatten(), size, kind).reshape(groups, size)
+    tolerance = {"atol": 1e-4, "rtol": 1e-4}
+    close(whole.sum(1), torch.zeros(groups), **tolerance)
+    for group in range(groups):
+        close(group_advantages(scores[group] + level, size, kind), whole[group], **tolerance)
+    close(group_advantages(scores.flip(1).flatten(), size, kind).reshape(groups, size).flip(1), whole, **tolerance)
+
+
+def test_the_smallest_spread_is_divided_by_its_standard_deviation_and_1e_6():
+    # mean 0, unbiased standard deviation √2·1e-6: 1e-6 / ((1 + √2)·1e-6)
+    got = group_advantages(torch.tensor([1e-6, -1e-6]), 2, "grpo")
+    close(got, torch.tensor([1.0, -1.0]) / (1 + math.sqrt(2)))

@@ -51,6 +51,8 @@ def test_clamped_numbers_keep_the_limits_exactly():
     # through float32, 0.6 would come back as 0.6000000238
     assert [clamp_probability(p, 0.4, 0.6) for p in (0.0, 0.5, 1.0)] == [0.4, 0.5, 0.6]
     close(clamp_probability(torch.tensor([0.0, 0.5, 1.0]), 0.4, 0.6), torch.tensor([0.4, 0.5, 0.6]))
+    assert clamp_probability(0.3, 0.0, 1.0) == 0.3
+    assert clamp_probability(0.3, 0.5, 0.5) == 0.5
     for low, high in ((0.6, 0.4), (-0.1, 0.5), (0.5, 1.1)):
         with pytest.raises(CaiError, match="clamp"):
             clamp_probability(0.5, low, high)
@@ -79,6 +81,12 @@ def test_preference_loss(target, options, wanted):
     close(stats["loss"], loss)
 
 
+def test_centring_weighs_the_sum_of_the_scores():
+    # an even pair with an even label: ln 2 for any scores, and 0.1 · (1 + 1)²
+    loss, _ = preference_loss(torch.ones(1), torch.ones(1), torch.tensor([0.5]), center_coef=0.1)
+    close(loss, torch.tensor(math.log(2) + 0.4))
+
+
 def test_preference_gradient_by_hand():
     a, b = torch.tensor([LN3, LN3], requires_grad=True), torch.zeros(2, requires_grad=True)
     preference_loss(a, b, torch.tensor([1.0, 0.6]))[0].backward()
@@ -88,7 +96,7 @@ def test_preference_gradient_by_hand():
 
 def test_preference_stats():
     a, b = torch.tensor([3.0, 1.0, 2.0, 5.0]), torch.tensor([1.0, 2.0, 2.0, 1.0])
-    _, stats = preference_loss(a, b, torch.tensor([0.6, 0.9, 0.9, 0.5]))
+    _, stats = preference_loss(a.requires_grad_(), b, torch.tensor([0.6, 0.9, 0.9, 0.5]))
     close(stats["accuracy"], torch.tensor((1 + 0 + 0.5 + 0.5) / 4))  # right, wrong, tied scores, undecided label
     close(stats["margin"], torch.tensor((2 - 1 + 0 + 0) / 4))
     assert not any(value.requires_grad for value in stats.values())
@@ -147,6 +155,43 @@ def test_expected_calibration_error():
     prob, label = torch.tensor([0.15, 0.15, 0.95, 0.95]), torch.tensor([0, 1, 1, 1])
     # |0.5 - 0.15| · 2/4 + |1 - 0.95| · 2/4
     close(expected_calibration_error(prob, label), torch.tensor(0.2))
+    # ten bins unless told: 0.19 and 0.21 are not together, 0.21 and 0.29 are
+    close(expected_calibration_error(torch.tensor([0.19, 0.21]), torch.tensor([0.0, 1.0])), torch.tensor(0.49))
+    close(expected_calibration_error(torch.tensor([0.21, 0.29]), torch.tensor([0.0, 1.0])), torch.tensor(0.25))
     close(expected_calibration_error(prob, label, bins=1), torch.tensor(0.75 - 0.55))
     close(expected_calibration_error(torch.tensor([0.0, 1.0]), torch.tensor([0.0, 1.0])), torch.tensor(0.0))
     assert expected_calibration_error(torch.zeros(0), torch.zeros(0)) == 0
+
+
+@quick
+@given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=12), st.integers(1, 12))
+def test_calibration_does_not_depend_on_order_or_repetition(pairs, bins):
+    prob, label = torch.tensor(pairs).T
+    whole = expected_calibration_error(prob, label, bins)
+    close(expected_calibration_error(prob.flip(0), label.flip(0), bins), whole, atol=1e-5, rtol=1e-5)
+    close(expected_calibration_error(prob.repeat(3), label.repeat(3), bins), whole, atol=1e-5, rtol=1e-5)
+    assert whole <= 1
+
+
+def test_bins_hold_their_lower_edge():
+    # 0.5 opens the upper of two bins: |0.25 - 1| / 2 + |0.5 - 0| / 2; together they would give |0.75 - 1| / 2
+    prob, label = torch.tensor([0.5, 0.25]), torch.tensor([0.0, 1.0])
+    close(expected_calibration_error(prob, label, bins=2), torch.tensor(0.625))
+
+
+@quick
+@given(st.floats(-30, 0), st.floats(-30, 0), st.floats(-5, 5))
+def test_a_choice_and_its_mirror_add_up_to_one(a, b, shift):
+    p = choice_probability(a, b)
+    assert choice_probability(b, a) == pytest.approx(1 - p, abs=1e-12)
+    assert choice_probability(a + shift, b + shift) == pytest.approx(p, abs=1e-9)
+    assert swap_average(p, 1 - p) == pytest.approx(p)
+    assert 0.4 <= clamp_probability(p, 0.4, 0.6) <= 0.6
+
+
+@quick
+@given(st.lists(st.floats(-20, 0), min_size=2, max_size=6), st.floats(-5, 5))
+def test_preference_loss_of_a_level_does_not_change_with_it(scores, level):
+    a = torch.tensor(scores)
+    b, p = a.flip(0), torch.linspace(0, 1, len(scores))
+    close(preference_loss(a + level, b + level, p)[0], preference_loss(a, b, p)[0], atol=1e-4, rtol=1e-4)

@@ -110,3 +110,26 @@ def test_alone_with_the_anchor():
 def test_misuse_is_refused(players, comparisons, anchor, message):
     with pytest.raises(CaiError, match=message):
         fit_elo(players, comparisons, anchor)
+
+
+def test_the_prior_holds_an_undefeated_player():
+    # ten wins in ten: at the maximum 10 · P(loss) = 1e-6 · s, with P(loss) = e^-s / (1 + e^-s); s = 13.51 nats
+    elo = elos(fit_elo("ab", [("a", "b", 1.0)] * 10, "b", samples=2))["a"]
+    s = elo * math.log(10) / 400
+    assert 10 / (1 + math.exp(s)) == pytest.approx(1e-6 * s, rel=1e-3)
+    assert elo == pytest.approx(2347, abs=1)
+
+
+def test_a_thousand_samples_95_percent_and_seed_0_unless_told():
+    comparisons = [("a", "b", float(i % 3 > 0)) for i in range(9)]
+    assert fit_elo("ab", comparisons, "b") == fit_elo("ab", comparisons, "b", 0.0, 1000, 0.95, 0)
+
+
+def test_every_sample_counts():
+    # of two samples the whole interval has them as its ends, and the 95% one leaves 2.5% of the way at each
+    comparisons = [("a", "b", float(i % 2)) for i in range(20)]
+    whole = fit_elo("ab", comparisons, "b", samples=2, confidence=1.0)["a"]
+    part = fit_elo("ab", comparisons, "b", samples=2)["a"]
+    assert whole.low < whole.high
+    margin = 0.025 * (whole.high - whole.low)
+    assert (part.low, part.high) == pytest.approx((whole.low + margin, whole.high - margin))

@@ -1,6 +1,8 @@
 import math
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cai_ray.algo.scores import choice_distribution, expected_score, probability_higher
 from cai_ray.errors import DataError
@@ -36,3 +38,14 @@ def test_which_of_two_scores_is_higher():
     assert probability_higher(b, a) == pytest.approx(0.525)
     assert probability_higher(a, a) == pytest.approx(0.5)
     assert probability_higher([0, 0, 1], [1, 0, 0]) == 1.0
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.floats(-30, 0), min_size=2, max_size=8), st.floats(-100, 100))
+def test_distributions_add_up_to_one_and_know_no_common_factor(logprobs, shift):
+    p = choice_distribution(logprobs)
+    assert sum(p) == pytest.approx(1)
+    assert choice_distribution([x + shift for x in logprobs]) == pytest.approx(p, abs=1e-9)
+    assert choice_distribution(logprobs[::-1]) == pytest.approx(p[::-1])
+    assert expected_score(p[::-1]) == pytest.approx(-expected_score(p), abs=1e-12)
+    assert probability_higher(p, p[::-1]) + probability_higher(p[::-1], p) == pytest.approx(1)

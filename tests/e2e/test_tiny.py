@@ -7,6 +7,7 @@ from typing import Any
 import pyarrow.dataset as pads
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -104,6 +105,13 @@ def test_models_load_differ_from_their_inputs_and_answer(tiny_run: Path) -> None
             [{"role": "user", "content": "Hi"}], add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
         assert model.generate(**ids, max_new_tokens=4, do_sample=False).shape[1] > ids["input_ids"].shape[1]
+    for stage in ("sft", "preference_model", "ppo"):
+        card = ModelCard.load(tiny_run / stage / "model" / "README.md")
+        assert card.data.library_name == "transformers"
+        assert f": {stage}\n" in card.text
+        assert "| starter:" in card.text
+        said = [m["content"] for row in rows(tiny_run, "prompts") for m in row["messages"]]
+        assert not any(text in card.text for text in said)
     scorer = AutoModelForSequenceClassification.from_pretrained(tiny_run / "preference_model" / "model")
     assert scorer.config.num_labels == 1
     assert scorer.config.reward_std > 0

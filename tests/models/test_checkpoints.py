@@ -8,7 +8,15 @@ import torch
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BartConfig,
+    BertConfig,
+    T5Config,
+    ViTConfig,
+)
 
 from cai_ray.errors import DataError
 from cai_ray.models import checkpoints, resolve_model
@@ -100,6 +108,56 @@ def test_corrupt_and_missing_weights_are_refused(copy_of_tiny):
     save_file({**state, "model.layers.1.mlp.up_proj.weight": lost[:5]}, weights, metadata={"format": "pt"})
     with pytest.raises(DataError, match="cannot be loaded"):
         load_causal_lm(copy_of_tiny, "float32")
+
+
+def test_a_shard_that_is_cut_short_or_gone_is_refused(tiny, copy_of_tiny):
+    (copy_of_tiny / "model.safetensors").unlink()
+    AutoModelForCausalLM.from_pretrained(tiny).save_pretrained(copy_of_tiny, max_shard_size="200KB")
+    shards = sorted(copy_of_tiny.glob("*.safetensors"))
+    assert len(shards) > 2
+    load_causal_lm(copy_of_tiny, "float32")
+    content = shards[1].read_bytes()
+    shards[1].unlink()
+    with pytest.raises(DataError, match="cannot be loaded"):
+        load_causal_lm(copy_of_tiny, "float32")
+    shards[1].write_bytes(content[:-100])
+    with pytest.raises(DataError, match="cannot be loaded"):
+        load_causal_lm(copy_of_tiny, "float32")
+
+
+def test_weights_of_another_model_are_refused(tiny, copy_of_tiny, write_json):
+    config = json.loads((tiny / "config.json").read_text())
+    for changes, message in (
+        ({"num_hidden_layers": 1}, r"does not name.*layers\.1"),  # would be left aside without a word
+        ({"num_hidden_layers": 3}, r"lacks weights.*layers\.2"),
+        ({"hidden_size": 32, "num_attention_heads": 1, "num_key_value_heads": 1}, "cannot be loaded"),
+        ({"vocab_size": 300}, "cannot be loaded"),
+        ({"model_type": "gpt_neox", "architectures": ["GPTNeoXForCausalLM"]}, "lacks weights"),
+    ):
+        write_json(copy_of_tiny / "config.json", {**config, **changes})
+        for load in (load_causal_lm, load_scalar_model):
+            with pytest.raises(DataError, match=message):
+                load(copy_of_tiny, "float32")
+
+
+@pytest.mark.parametrize(
+    ("config", "models"),
+    [
+        (T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2), ("causal", "scalar")),
+        (BartConfig(vocab_size=64, d_model=16, encoder_layers=1, decoder_layers=1), ("causal", "scalar")),
+        (ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2), ("causal", "scalar")),
+        (BertConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2), ("scalar",)),
+    ],
+    ids=lambda x: getattr(x, "model_type", ""),
+)
+def test_an_architecture_that_cannot_serve_is_named(tiny, tmp_path, config, models):
+    folder = tmp_path / "other"
+    shutil.copytree(tiny, folder)
+    AutoModel.from_config(config).save_pretrained(folder)
+    loads = {"causal": load_causal_lm, "scalar": load_scalar_model}
+    for name in models:
+        with pytest.raises(DataError, match=r"decoder-only"):
+            loads[name](folder, "float32")
 
 
 def test_a_language_model_loads_without_dropout_and_cache(copy_of_tiny, write_json):

@@ -5,7 +5,7 @@ from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2LMH
 
 from cai_ray.errors import DataError
 from cai_ray.models.checkpoints import load_causal_lm, load_scalar_model, save_pretrained
-from cai_ray.models.scalar import hidden_states, lm_head_weight, scores_at_end, values_at
+from cai_ray.models.scalar import hidden_states, lm_head, scores_at_end, values_at
 from cai_ray.models.tokenization import Tokenizer, preference_input
 
 PROMPTS = ["Hello?", "How do plants grow in the dark, and for how long?", "Why"]
@@ -122,7 +122,9 @@ def test_hidden_states_times_the_head_are_the_logits_and_the_head_itself_does_no
     hidden = hidden_states(model, ids, mask)
     assert hidden.shape == (*ids.shape, 64)
     real = mask.bool()
-    assert torch.allclose((hidden @ lm_head_weight(model).T)[real], logits[real], atol=1e-5, rtol=0)
+    factor, weight = lm_head(model, hidden[real])
+    assert factor.shape == (int(real.sum()), 64)
+    assert torch.allclose(factor @ weight.T, logits[real], atol=1e-5, rtol=0)
 
 
 @torch.no_grad()
@@ -137,16 +139,26 @@ def test_positions_count_real_tokens_where_they_are_absolute():
 
 
 def test_models_whose_logits_are_more_than_a_product_are_refused():
+    hidden = torch.randn(3, 8)
     model = LlamaForCausalLM(
         LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     )
-    assert lm_head_weight(model).shape == (8, 8)
+    assert lm_head(model, hidden) == (hidden, model.lm_head.weight)
     model.config.final_logit_softcapping = 30.0
     with pytest.raises(DataError, match="final_logit_softcapping"):
-        lm_head_weight(model)
+        lm_head(model, hidden)
     model.config.final_logit_softcapping = None
     model.config.logit_scale = 1.0
-    assert lm_head_weight(model).shape == (8, 8)
-    model.lm_head.bias = nn.Parameter(torch.zeros(8))
-    with pytest.raises(DataError, match="bias"):
-        lm_head_weight(model)
+    assert lm_head(model, hidden) == (hidden, model.lm_head.weight)
+
+
+def test_a_bias_of_the_head_is_a_column_with_its_gradient():
+    head, hidden = nn.Linear(4, 6), torch.randn(3, 4)
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=6, hidden_size=4, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    )
+    model.lm_head = head
+    factor, weight = lm_head(model, hidden)
+    assert torch.allclose(factor @ weight.T, head(hidden), atol=1e-6, rtol=0)
+    (factor @ weight.T).sum().backward()
+    assert torch.equal(head.bias.grad, torch.full((6,), 3.0))

@@ -1,0 +1,101 @@
+"""The card of a model that a run publishes: what it learned from, how, how well, and what it is not. Quotes no data."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import yaml
+
+from cai_ray.artifacts import RunDir, StageKey, package_versions
+from cai_ray.config import Config
+from cai_ray.export import LIMITS, provenance, table
+from cai_ray.models.embedded import HUB_ID
+from cai_ray.pipeline import STAGES, Stage, model_spec
+from cai_ray.report.collect import cautions, collect
+
+_BY_NAME = {stage.name: stage for stage in STAGES}
+# Stage -> what transformers calls its use, the class that loads it, and what it is.
+_ABOUT = {
+    "sft": (
+        "text-generation",
+        "AutoModelForCausalLM",
+        "A language model fine-tuned on revised answers to red-team prompts and on helpful answers.",
+    ),
+    "preference_model": (
+        "text-classification",
+        "AutoModelForSequenceClassification",
+        "A preference model: one score for a conversation that ends with an answer and the EOS token; the higher the "
+        "better. `reward_mean` and `reward_std` in config.json are those of held-out answers.",
+    ),
+    "ppo": (
+        "text-generation",
+        "AutoModelForCausalLM",
+        "A language model trained by PPO against a preference model, held near the model it began as.",
+    ),
+}
+_LIMITS = (
+    "A score or a lower loss is no safety case: nobody has tested here how the model behaves in use.",
+    "It keeps the faults and the licence of the model it began as.",
+)
+
+
+def model_card(run: RunDir, config: Config, stage: Stage, key: StageKey, metrics: Mapping[str, Any]) -> str:
+    """README.md of the model folder of `sft`, `preference_model` or `ppo`, in the Hugging Face hub's form."""
+    use, auto, about = _ABOUT[stage.name]
+    head: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": use}
+    if base := _hub_id(config, stage):
+        head["base_model"] = base
+    head["tags"] = ["constitutional-ai", "rlaif", "cai-ray", stage.name.replace("_", "-")]
+    folders = [run.stage(name).path / "data" for name in (*stage.data(config), stage.name)]
+    made_by = {name: manifest for name in _before(config, stage) if (manifest := run.stage(name).manifest())}
+    own = ", ".join(f"{role}: {identity}" for role, identity in key.parts.get("models", {}).items())
+    packages = package_versions()
+    rows = [
+        *provenance(made_by, run, config),
+        [stage.name, own, "", str(key.parts["seed"]), packages.get("cai-ray", "")],
+    ]
+    numbers = [[name, f"{value:.4g}"] for name, value in metrics.items() if isinstance(value, int | float)]
+    limits = [*_LIMITS, *LIMITS, *cautions(collect(run), unfinished=False)]
+    parts = [
+        f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n# {config.run.name}: {stage.name}\n\n{about}",
+        f'```python\nfrom transformers import {auto}\n\nmodel = {auto}.from_pretrained("PATH/TO/THIS/FOLDER")\n```',
+        "## Data\n\nRows that the stage was given; those of the split `test` are held out.",
+        table(["source", "kind", "split", "rows"], _counts(folders)),
+        "## Where it comes from\n\nMade by cai-ray (Constitutional AI, Bai et al. 2022, arXiv 2212.08073).",
+        table(["stage", "models", "constitution", "seed", "cai-ray"], rows),
+        "Packages: " + ", ".join(f"{name} {version}" for name, version in packages.items()) + ".",
+        f"## Hyperparameters\n\n```yaml\n{yaml.safe_dump(key.config, sort_keys=False)}```",
+        "## Metrics",
+        table(["metric", "value"], numbers),
+        "## Limits",
+        "\n".join(f"- {limit}" for limit in limits),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _before(config: Config, stage: Stage) -> list[str]:
+    """Every stage that had a part in what this one reads, in order."""
+    found = [name for read in stage.reads(config) for name in (*_before(config, _BY_NAME[read]), read)]
+    return [name for name in _BY_NAME if name in found]
+
+
+def _hub_id(config: Config, stage: Stage) -> str | None:
+    """The hub id of the model at the beginning of it all, where it has one."""
+    name = stage.models(config)[0]
+    if name in _BY_NAME:
+        return _hub_id(config, _BY_NAME[name])
+    path = model_spec(config, name).path
+    path = HUB_ID if path == "embedded" else path
+    return path if re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not Path(path).exists() else None
+
+
+def _counts(folders: Iterable[Path]) -> list[list[str]]:
+    """Rows by source, kind and split, as lines of a table."""
+    counts: Counter[tuple[str, str, str]] = Counter()
+    for file in (file for folder in folders for file in sorted(folder.rglob("*.parquet"))):
+        for batch in pq.ParquetFile(file).iter_batches(columns=["source", "kind", "split"]):
+            counts.update((row["source"], row["kind"], row["split"]) for row in batch.to_pylist())
+    return [[*key, f"{n:,}"] for key, n in sorted(counts.items())]

@@ -1,0 +1,103 @@
+"""The card in a published model's folder: where the model comes from, and no word of the data."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from cai_ray.artifacts import RunDir, StageKey
+from cai_ray.config import load_config
+from cai_ray.constitution import load_constitution
+from cai_ray.model_card import model_card
+from cai_ray.pipeline import STAGES
+from cai_ray.records import LABELED_PAIR, PROMPT, REVISION, to_table
+from tests.test_export import DANGER, PAIRS, REVISIONS
+
+BY_NAME = {stage.name: stage for stage in STAGES}
+CONFIG = {"run": {"name": "mine"}, "models": {"helpful": "tiny", "pretrained": "embedded"}}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    """Everything before a training stage is finished, and `sft` too."""
+    run = RunDir(tmp_path / "run")
+    run.path.mkdir()
+    (run.path / "config.yaml").write_text(yaml.safe_dump(CONFIG), "utf-8")
+    sha = load_constitution("default").sha256
+    for name, rows, schema, parts in (
+        ("prompts", REVISIONS, PROMPT, {}),
+        ("revise", REVISIONS, REVISION, {"models": {"helpful": "tiny@main"}, "principles": sha}),
+        ("sft", [], None, {"models": {"pretrained": "embedded@main"}}),
+        ("sample_pairs", [], None, {}),
+        ("label", PAIRS, LABELED_PAIR, {"models": {"pretrained": "embedded@main"}, "principles": sha}),
+        ("preference_model", PAIRS[:1], LABELED_PAIR, {}),  # its own rows: human comparisons
+    ):
+        out = run.stage(name, 7)
+        if schema:
+            pq.write_table(to_table(rows, schema), out.data / "part-00000.parquet")
+        out.path.mkdir(exist_ok=True)
+        out.commit(StageKey({}, {"seed": 7, **parts}, {}), {"rows": len(rows), "note": DANGER})
+    return run
+
+
+def card(run: RunDir, name: str, metrics: dict[str, Any]) -> ModelCard:
+    config = load_config(str(run.path / "config.yaml"))
+    section = getattr(config, name).model_dump(mode="json")
+    key = StageKey(section, {"seed": 7, "models": {"pretrained": "embedded@main"}}, {})
+    return ModelCard(model_card(run, config, BY_NAME[name], key, metrics))
+
+
+def test_a_card_says_what_the_model_is_made_of(run: RunDir) -> None:
+    made = card(run, "sft", {"eval/loss": 1.23456, "train_examples": 3, "note": DANGER})
+    assert (made.data.library_name, made.data.pipeline_tag) == ("transformers", "text-generation")
+    assert made.data.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert made.text.lstrip().startswith("# mine: sft\n")
+    assert "| starter:x | harmful | train | 2 |" in made.text
+    assert "| starter:x | harmful | test | 1 |" in made.text
+    assert "| starter:x | helpful | train | 2 |" in made.text
+    constitution = load_constitution("default")
+    (line,) = (line for line in made.text.splitlines() if line.startswith("| revise |"))
+    assert f"{constitution.name}, version {constitution.version}, sha256 {constitution.sha256}" in line
+    assert "| eval/loss | 1.235 |" in made.text
+    (block,) = re.findall(r"```yaml\n(.*?)```", made.text, re.DOTALL)
+    assert yaml.safe_load(block)["optim"]["lr"] == 1e-5
+    assert "## Limits" in made.text
+    assert "safety case" in made.text
+    assert "not finished" not in made.text  # what is still to come says nothing about this model
+
+
+def test_a_card_never_quotes_data(run: RunDir) -> None:
+    for name in ("sft", "preference_model", "ppo"):
+        text = card(run, name, {"note": DANGER, "eval/loss": 1.0}).content
+        assert DANGER not in text
+        assert "from_pretrained" in text
+
+
+def test_a_preference_model_counts_labels_and_its_own_comparisons(run: RunDir) -> None:
+    made = card(run, "preference_model", {"eval/accuracy": 0.7})
+    assert made.data.pipeline_tag == "text-classification"
+    assert "| starter:x | harmful | train | 3 |" in made.text  # two labelled pairs, and one of its own
+    assert [line.split(" ")[1] for line in made.text.splitlines() if line.startswith(("| sft", "| label", "| sample"))]
+    assert made.data.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct"  # where its beginning, the SL model, began
+    assert "reward_mean" in made.text
+
+
+def test_a_local_beginning_is_no_hub_id(run: RunDir) -> None:
+    folder = run.path / "own"
+    folder.mkdir()
+    (run.path / "config.yaml").write_text(
+        yaml.safe_dump({**CONFIG, "models": {"helpful": "tiny", "pretrained": str(folder)}})
+    )
+    assert card(run, "ppo", {}).data.base_model is None
+
+
+def test_the_card_is_part_of_what_a_stage_commits(tmp_path: Path) -> None:
+    out = RunDir(tmp_path).stage("sft", 7)
+    out.card = lambda metrics: f"loss {metrics['eval/loss']}"
+    manifest = out.commit(StageKey({}, {"seed": 7}, {}), {"eval/loss": 1.5})
+    assert (out.model / "README.md").read_text("utf-8") == "loss 1.5"
+    assert [entry["path"] for entry in manifest.outputs] == ["model/README.md"]
