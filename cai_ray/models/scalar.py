@@ -1,6 +1,6 @@
 """Scores, values and hidden states of transformers' models, without the logits that nobody reads.
 
-Shapes: B sequences, T tokens, H hidden, V vocabulary. Heads run in float32 whatever the model's dtype.
+Shapes: B sequences, N pairs, T tokens, H hidden, V vocabulary. Heads run in float32 whatever the model's dtype.
 """
 
 from typing import Any
@@ -11,6 +11,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from cai_ray.errors import DataError
+
+# Every attention layer of these obeys a mask [B, 1, T, T] as it is given and takes positions apart from it.
+_ANY_MASK = {"gemma", "gpt_neox", "llama", "mistral", "phi", "phi3", "qwen2", "qwen3"}
 
 
 class ScalarHead(nn.Linear):
@@ -70,6 +73,40 @@ def scores_at_end(model: PreTrainedModel, ids_BT: torch.Tensor, lengths_B: torch
     columns_T = torch.arange(ids_BT.shape[1], device=ids_BT.device)
     last_BT = columns_T == lengths_B[:, None] - 1
     return values_at(model, ids_BT, columns_T < lengths_B[:, None], last_BT)[last_BT]
+
+
+def shares_prompt(model: PreTrainedModel) -> bool:
+    """Whether `pair_scores` can be used: a family known to obey any mask, without a sliding window (a mask that is
+    given would replace the window's)."""
+    config = model.config.get_text_config()
+    full = set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
+    return config.model_type in _ANY_MASK and full and getattr(config, "sliding_window", None) is None
+
+
+def pair_scores(model: PreTrainedModel, ids_NT: torch.Tensor, parts_N3: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """(score_a_N, score_b_N) of two answers to one prompt in float32; the prompt is computed once.
+
+    The second answer sees the prompt and itself, and its positions go on from the prompt's: both scores are those of
+    `scores_at_end` on the answers apart.
+
+    Args:
+        model: from `load_scalar_model`, and `shares_prompt`.
+        ids_NT: prompt, first answer, second answer, padded on the right.
+        parts_N3: tokens of each of the three; an answer has at least 1.
+    """
+    columns_T = torch.arange(ids_NT.shape[1], device=ids_NT.device)
+    prompt_N1, second_N1, end_N1 = parts_N3.cumsum(dim=1).split(1, dim=1)
+    in_second_NT = columns_T >= second_N1
+    in_first_NT = (columns_T >= prompt_N1) & ~in_second_NT
+    causal_TT = columns_T[:, None] >= columns_T
+    mask_NTT = causal_TT & ~(in_second_NT[:, :, None] & in_first_NT[:, None, :])
+    positions_NT = columns_T - in_second_NT * parts_N3[:, 1:2]
+    hidden_NTH = model.base_model(
+        input_ids=ids_NT, attention_mask=mask_NTT[:, None], position_ids=positions_NT, use_cache=False
+    )[0]
+    ends_N2 = torch.cat((second_N1, end_N1), dim=1) - 1
+    chosen_N2H = hidden_NTH[torch.arange(len(ids_NT), device=ids_NT.device)[:, None], ends_N2]
+    return model.get_submodule("score")(chosen_N2H)[..., 0].unbind(1)
 
 
 def values_at(

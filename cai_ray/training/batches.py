@@ -5,9 +5,13 @@ holds, and the layout changes nothing about its loss but rounding.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
 
 from cai_ray.errors import ConfigError
 from cai_ray.records import derive_seed
+
+Example = TypeVar("Example", bound=Any)
 
 
 def epoch_order(ids: Sequence[str], seed: int, epoch: int) -> list[int]:
@@ -42,6 +46,18 @@ def step_rows(
         start = max(0, start - -(-count // batch_size))
 
 
+def copies(example: Example, seed: int) -> list[Example]:
+    """An example as often as its weight says; 2.5 is twice, and a third time for half of all ids, by a hash.
+
+    Args:
+        example: a data class with the fields `id` and `weight`; copies have ids of their own.
+        seed: the run's.
+    """
+    whole, part = divmod(example.weight, 1)
+    count = int(whole) + (derive_seed(seed, example.id, "weight") < part * 2**31)
+    return [example] * min(count, 1) + [replace(example, id=f"{example.id}+{k}") for k in range(1, count)]
+
+
 def layout(rows: Sequence[int], lengths: Sequence[int], ranks: int, microbatch_tokens: int) -> list[list[list[int]]]:
     """One step's rows as [rank][micro-batch][row]; every rank gets as many micro-batches, the missing ones empty.
 
@@ -50,7 +66,7 @@ def layout(rows: Sequence[int], lengths: Sequence[int], ranks: int, microbatch_t
 
     Args:
         rows: indices into `lengths`.
-        lengths: tokens of each row; for a pair, of both sequences padded to the longer.
+        lengths: tokens of each row; for a pair, of its prompt and both answers.
         ranks: data-parallel ranks.
         microbatch_tokens: most tokens in one micro-batch.
 
@@ -62,7 +78,7 @@ def layout(rows: Sequence[int], lengths: Sequence[int], ranks: int, microbatch_t
     if longest > microbatch_tokens:
         raise ConfigError(
             f"a row of {longest} tokens does not fit microbatch_tokens={microbatch_tokens}",
-            "raise sharding.microbatch_tokens or lower max_tokens (a preference pair counts as two sequences)",
+            "raise sharding.microbatch_tokens or lower max_tokens (a preference pair counts with both answers)",
         )
     fewest = len(_cut(order, lengths, microbatch_tokens))
     count = min(len(order), -(-fewest // ranks) * ranks)  # as few as the budget allows, but work for every rank

@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from cai_ray.artifacts import StageDir, write_atomic
 from cai_ray.config import PreferenceModelConfig, SftConfig
 from cai_ray.errors import CaiError, DataError, StageFailed
 from cai_ray.records import Row, derive_seed
-from cai_ray.training.batches import epoch_order, layout, step_rows, total_steps
+from cai_ray.training.batches import copies, epoch_order, layout, step_rows, total_steps
 
 if TYPE_CHECKING:
     from cai_ray.models.tokenization import Tokenizer
@@ -107,7 +108,7 @@ def _train(job: Job) -> dict[str, float]:
         for micro in layout(rows, [e.length for e in batch], world, sharding.microbatch_tokens)[rank]:
             pulse()
             chosen = [batch[i] for i in micro]
-            yield micro, chosen, task.collate(chosen, tokenizer.pad_id, device)
+            yield micro, chosen, task.collate(chosen, tokenizer.pad_id, device, config)
 
     def scores(batch: Sequence[Any]) -> list[Any]:
         """`task.score` of every example, on every rank."""
@@ -158,6 +159,10 @@ def _train(job: Job) -> dict[str, float]:
     after, summary = evaluate()
     updates = {}
     if job.kind == "preference_model":
+        blind = preference.leaks(held_out, scores)
+        if rank == 0 and blind:
+            out.metrics(done, blind)
+        summary |= blind
         if len(held_out) < REWARD_ROWS:
             after = scores([trained[i] for i in epoch_order(ids, job.seed, 0)[:EVAL_ROWS]])
         updates = reward_scale([s for pair in after for s in pair])
@@ -228,7 +233,10 @@ def _examples(
             bad.append({"id": row["id"], "reason": error.message})
             continue
         without += not new
-        made["test" if row["split"] == "test" else "train"] += new
+        if row["split"] == "test":
+            made["test"] += new
+        else:
+            made["train"] += [copy for e in new for copy in copies(e, job.seed)]
     if out:
         known = out.quarantine_path.read_text("utf-8") if out.quarantine_path.is_file() else ""
         lines = [json.dumps(b, ensure_ascii=False) + "\n" for b in bad]
@@ -254,6 +262,7 @@ def _examples(
         "train_examples": len(trained),
         "test_examples": len(held_out),
         "truncated": sum(e.truncated for e in trained),
+        **{f"train_examples/{name}": n for name, n in sorted(Counter(e.source for e in trained).items())},
     }
     return trained, held_out, counts
 
