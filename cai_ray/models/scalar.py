@@ -3,6 +3,8 @@
 Shapes: B sequences, N pairs, T tokens, H hidden, V vocabulary. Heads run in float32 whatever the model's dtype.
 """
 
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -11,9 +13,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from cai_ray.errors import DataError
+from cai_ray.models.packed import packed_hidden_states
 
-# Every attention layer of these obeys a mask [B, 1, T, T] as it is given and takes positions apart from it.
-_ANY_MASK = {"gemma", "gpt_neox", "llama", "mistral", "phi", "phi3", "qwen2", "qwen3"}
+# Their layers pass on what `packed_hidden_states` tells them, and position comes in by the position ids alone.
+_FORKING = {"gemma", "gpt_neox", "llama", "mistral", "phi", "phi3", "qwen2", "qwen3"}
 
 
 class ScalarHead(nn.Linear):
@@ -76,37 +79,30 @@ def scores_at_end(model: PreTrainedModel, ids_BT: torch.Tensor, lengths_B: torch
 
 
 def shares_prompt(model: PreTrainedModel) -> bool:
-    """Whether `pair_scores` can be used: a family known to obey any mask, without a sliding window (a mask that is
-    given would replace the window's)."""
+    """Whether `pair_scores` can be used: a family known to tell its layers where documents fork, and no sliding window
+    (which counts columns, in which the second answer stands too far from the prompt)."""
     config = model.config.get_text_config()
     full = set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
-    return config.model_type in _ANY_MASK and full and getattr(config, "sliding_window", None) is None
+    return config.model_type in _FORKING and full and getattr(config, "sliding_window", None) is None
 
 
-def pair_scores(model: PreTrainedModel, ids_NT: torch.Tensor, parts_N3: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def pair_scores(
+    model: PreTrainedModel, ids_1T: torch.Tensor, parts: Sequence[tuple[int, int, int]]
+) -> tuple[torch.Tensor, ...]:
     """(score_a_N, score_b_N) of two answers to one prompt in float32; the prompt is computed once.
 
-    The second answer sees the prompt and itself, and its positions go on from the prompt's: both scores are those of
-    `scores_at_end` on the answers apart.
+    The second answer goes on from the prompt and does not see the first: both scores are those of `scores_at_end` on
+    the answers apart.
 
     Args:
         model: from `load_scalar_model`, and `shares_prompt`.
-        ids_NT: prompt, first answer, second answer, padded on the right.
-        parts_N3: tokens of each of the three; an answer has at least 1.
+        ids_1T: prompt, first answer, second answer of each pair, without padding.
+        parts: tokens of each of the three; an answer has at least 1.
     """
-    columns_T = torch.arange(ids_NT.shape[1], device=ids_NT.device)
-    prompt_N1, second_N1, end_N1 = parts_N3.cumsum(dim=1).split(1, dim=1)
-    in_second_NT = columns_T >= second_N1
-    in_first_NT = (columns_T >= prompt_N1) & ~in_second_NT
-    causal_TT = columns_T[:, None] >= columns_T
-    mask_NTT = causal_TT & ~(in_second_NT[:, :, None] & in_first_NT[:, None, :])
-    positions_NT = columns_T - in_second_NT * parts_N3[:, 1:2]
-    hidden_NTH = model.base_model(
-        input_ids=ids_NT, attention_mask=mask_NTT[:, None], position_ids=positions_NT, use_cache=False
-    )[0]
-    ends_N2 = torch.cat((second_N1, end_N1), dim=1) - 1
-    chosen_N2H = hidden_NTH[torch.arange(len(ids_NT), device=ids_NT.device)[:, None], ends_N2]
-    return model.get_submodule("score")(chosen_N2H)[..., 0].unbind(1)
+    lengths, forks = [sum(pair) for pair in parts], [(prompt, second) for prompt, _, second in parts]
+    hidden_1TH = packed_hidden_states(model, ids_1T, lengths, forks)
+    ends = [(end - 1 - second, end - 1) for end, (_, second) in zip(accumulate(lengths), forks, strict=True)]
+    return model.get_submodule("score")(hidden_1TH[0, torch.tensor(ends)])[..., 0].unbind(1)
 
 
 def values_at(

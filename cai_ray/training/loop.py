@@ -105,7 +105,8 @@ def _train(job: Job) -> dict[str, float]:
 
     def micro_batches(batch: Sequence[Any], rows: Sequence[int]) -> Iterator[tuple[list[int], list[Any], Any]]:
         """This rank's micro-batches of `rows`, indices into `batch`: (indices, examples, tensors)."""
-        for micro in layout(rows, [e.length for e in batch], world, sharding.microbatch_tokens)[rank]:
+        packed = getattr(config, "packing", True)
+        for micro in layout(rows, [e.length for e in batch], world, sharding.microbatch_tokens, packed)[rank]:
             pulse()
             chosen = [batch[i] for i in micro]
             yield micro, chosen, task.collate(chosen, tokenizer.pad_id, device, config)

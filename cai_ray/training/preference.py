@@ -1,6 +1,6 @@
 """The preference model: what a labeled pair teaches, and its loss. Knows nothing of ranks, steps or Ray.
 
-Shapes: N pairs, B = 2N sequences (all first answers, then all second ones), T tokens.
+Shapes: N pairs, T tokens.
 """
 
 from collections import defaultdict
@@ -23,7 +23,7 @@ from cai_ray.models.tokenization import Tokenizer, preference_inputs
 from cai_ray.records import Row
 
 COLUMNS = ("id", "messages", "source", "split", "response_a", "response_b", "label_prob", "votes")
-Batch = Mapping[str, Tensor]
+Batch = Mapping[str, Any]
 Score = tuple[float, float]  # of the first and of the second answer
 
 
@@ -45,34 +45,34 @@ class Example:
         """Tokens that are read: the prompt once, and both answers."""
         return len(self.prompt_T) + len(self.a_T) + len(self.b_T)
 
-    length = tokens  # that the pair takes in a micro-batch where it is the longest
+    length = tokens  # that the pair takes in a micro-batch
     units = 1  # what the loss is averaged over: pairs
 
 
 class PairScores(nn.Module):
-    """Both scores of each pair, from one forward pass in which the prompt is computed once.
+    """Both scores of each pair, from one forward pass in which the prompt is computed once and nothing is padding.
 
     A model that `shares_prompt` refuses makes two passes over whole sequences, the longer half of them and then the
-    shorter; each is at most as large as the one would be.
+    shorter, each padded to its longest.
     """
 
     def __init__(self, hf: Any):
         super().__init__()
         self.hf, self.shared = hf, shares_prompt(hf)
 
-    def forward(self, ids_NT: Tensor, parts_N3: Tensor) -> tuple[Tensor, ...]:
-        """(score_a_N, score_b_N) in float32 of rows as `collate` makes them."""
+    def forward(self, ids_1T: Tensor, parts: Sequence[tuple[int, int, int]]) -> tuple[Tensor, ...]:
+        """(score_a_N, score_b_N) in float32 of what `collate` makes."""
         if self.shared:
-            return pair_scores(self.hf, ids_NT, parts_N3)
-        pairs = [row[: sum(parts)].split(parts) for row, parts in zip(ids_NT, parts_N3.tolist(), strict=True)]
-        sequences = [torch.cat((pair[0], pair[k])) for k in (1, 2) for pair in pairs]
+            return pair_scores(self.hf, ids_1T, parts)
+        pieces = ids_1T[0].split([n for pair in parts for n in pair])
+        sequences = [torch.cat(pair) for k in (1, 2) for pair in zip(pieces[::3], pieces[k::3], strict=True)]
         order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
         found = []
-        for half in (order[: len(pairs)], order[len(pairs) :]):
-            lengths_N = torch.tensor([len(sequences[i]) for i in half], device=ids_NT.device)
-            ids = pad_sequence([sequences[i] for i in half], batch_first=True)
-            found.append(scores_at_end(self.hf, ids, lengths_N))
-        return torch.cat(found)[torch.tensor(order).argsort().to(ids_NT.device)].chunk(2)
+        for half in (order[: len(parts)], order[len(parts) :]):
+            lengths_N = torch.tensor([len(sequences[i]) for i in half], device=ids_1T.device)
+            ids_NT = pad_sequence([sequences[i] for i in half], batch_first=True)
+            found.append(scores_at_end(self.hf, ids_NT, lengths_N))
+        return torch.cat(found)[torch.tensor(order).argsort().to(ids_1T.device)].chunk(2)
 
 
 def load(folder: Path, dtype: str, seed: int) -> PairScores:
@@ -106,15 +106,13 @@ def examples(row: Row, tokenizer: Tokenizer, config: PreferenceModelConfig) -> l
 
 
 def collate(batch: Sequence[Example], pad_id: int, device: torch.device, config: PreferenceModelConfig) -> Batch:
-    """Right-padded rows of prompt, first and second answer, and the length of each part.
+    """A micro-batch as one row of prompt, first and second answer, pair after pair, and the lengths of the three.
 
-    An empty micro-batch becomes a pair of single padding tokens.
+    An empty one becomes a pair of single padding tokens.
     """
-    nothing = torch.full((2,), pad_id, dtype=torch.int32)
-    rows = [torch.from_numpy(np.concatenate((e.prompt_T, e.a_T, e.b_T))) for e in batch] or [nothing]
-    parts = [[len(e.prompt_T), len(e.a_T), len(e.b_T)] for e in batch] or [[0, 1, 1]]
-    ids_NT = pad_sequence(rows, batch_first=True, padding_value=pad_id).long()
-    return {"ids_NT": ids_NT.to(device), "parts_N3": torch.tensor(parts, device=device)}
+    pairs = [(e.prompt_T, e.a_T, e.b_T) for e in batch] or [np.full((3, 1), pad_id, np.int32)]
+    ids_T = torch.from_numpy(np.concatenate([x for pair in pairs for x in pair])).long()
+    return {"ids_1T": ids_T[None].to(device), "parts": [tuple(map(len, pair)) for pair in pairs]}
 
 
 def loss(

@@ -1,6 +1,7 @@
 """A pair in one row: the scores and gradients of two rows, in every family that shares the prompt, and in those that do
 not."""
 
+from itertools import accumulate
 from typing import Any
 
 import pytest
@@ -37,19 +38,15 @@ def make(family: str, **fields: Any) -> Any:
     return model
 
 
-def batch() -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(1, 97, (3, max(map(sum, PARTS))), generator=generator)
-    for row, parts in zip(ids, PARTS, strict=True):
-        row[sum(parts) :] = 0
-    return ids, torch.tensor(PARTS)
+def batch() -> torch.Tensor:
+    return torch.randint(1, 97, (1, sum(map(sum, PARTS))), generator=torch.Generator().manual_seed(1))
 
 
-def apart(model: Any, ids: torch.Tensor, parts: torch.Tensor) -> torch.Tensor:
-    """scores_N2 of each sequence by itself, without padding."""
-    scores = []
-    for row, (p, a, b) in zip(ids, parts.tolist(), strict=True):
-        for sequence in (row[: p + a], torch.cat((row[:p], row[p + a : p + a + b]))):
+def apart(model: Any, ids_1T: torch.Tensor) -> torch.Tensor:
+    """scores_N2 of each sequence by itself."""
+    pieces, scores = ids_1T[0].split([n for parts in PARTS for n in parts]), []
+    for prompt, *answers in zip(pieces[::3], pieces[1::3], pieces[2::3], strict=True):
+        for sequence in (torch.cat((prompt, answer)) for answer in answers):
             scores.append(scores_at_end(model, sequence[None], torch.tensor([len(sequence)])))
     return torch.cat(scores).view(-1, 2)
 
@@ -62,9 +59,9 @@ def gradients(model: Any, scores_N2: torch.Tensor) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("family", SHARING)
 def test_a_shared_prompt_changes_neither_scores_nor_gradients(family: str) -> None:
-    model, (ids, parts) = make(family), batch()
+    model, ids = make(family), batch()
     assert shares_prompt(model)
-    expected, found = apart(model, ids, parts), torch.stack(pair_scores(model, ids, parts), dim=1)
+    expected, found = apart(model, ids), torch.stack(pair_scores(model, ids, PARTS), dim=1)
     assert expected.std() > 0.1  # else the comparison would prove nothing
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     wanted, got = gradients(model, expected), gradients(model, found)
@@ -74,26 +71,36 @@ def test_a_shared_prompt_changes_neither_scores_nor_gradients(family: str) -> No
         torch.testing.assert_close(got[name] / scale, gradient / scale, atol=1e-5, rtol=0)
 
 
+def test_recomputed_activations_give_the_same_gradients() -> None:
+    model, ids = make("llama").train(), batch()
+    wanted = gradients(model, torch.stack(pair_scores(model, ids, PARTS), dim=1))
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    got = gradients(model, torch.stack(pair_scores(model, ids, PARTS), dim=1))
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(got[name], gradient, atol=1e-6, rtol=1e-5)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("family", SHARING)
-def test_no_answer_sees_the_other(family: str) -> None:
-    model, (ids, parts) = make(family), batch()
-    first, second = pair_scores(model, ids, parts)
-    for name, part, kept in (("first", 1, second), ("second", 2, first)):
-        other = ids.clone()
-        for row, (p, a, b) in zip(other, PARTS, strict=True):
-            row[slice(p, p + a) if part == 1 else slice(p + a, p + a + b)] = 55
-        scores = pair_scores(model, other, parts)
-        assert torch.equal(scores[2 - part], kept), name
-        assert not torch.allclose(scores[part - 1], (first, second)[part - 1], atol=1e-2)
+def test_no_answer_sees_the_other_or_another_pair(family: str) -> None:
+    model, ids = make(family), batch()
+    before = torch.stack(pair_scores(model, ids, PARTS), dim=1)
+    starts = list(accumulate(n for parts in PARTS for n in parts))
+    for pair in range(3):
+        for answer in (0, 1):
+            first = starts[3 * pair + answer]
+            other = ids.clone()
+            other[0, first : first + PARTS[pair][1 + answer]] = 55
+            moved = torch.stack(pair_scores(model, other, PARTS), dim=1) != before
+            assert moved.nonzero().tolist() == [[pair, answer]]
 
 
 @torch.no_grad()
 def test_a_score_without_an_answer_tells_nothing_of_the_other() -> None:
     """The preference model that sees prompts only: both scores are one number, its accuracy is 1/2."""
-    model, (ids, _) = make("llama"), batch()
-    ids[:, 7:9] = 5  # two answers of EOS alone
-    first, second = pair_scores(model, ids[:, :9], torch.tensor([[7, 1, 1]] * 3))
+    ids = batch()[:, :27]
+    ids[:, [7, 8, 16, 17, 25, 26]] = 5  # EOS alone, twice for each of three prompts
+    first, second = pair_scores(make("llama"), ids, [(7, 1, 1)] * 3)
     torch.testing.assert_close(first, second, atol=1e-5, rtol=0)
 
 
@@ -102,11 +109,11 @@ def test_a_score_without_an_answer_tells_nothing_of_the_other() -> None:
     ("family", "fields"), [("mistral", {"sliding_window": 4}), ("gemma2", {"sliding_window": 4}), ("gpt2", {})]
 )
 def test_other_models_read_two_sequences(family: str, fields: dict[str, Any]) -> None:
-    model, (ids, parts) = make(family, **fields), batch()
+    model, ids = make(family, **fields), batch()
     assert not shares_prompt(model)
-    expected, found = apart(model, ids, parts), torch.stack(PairScores(model)(ids, parts), dim=1)
+    expected, found = apart(model, ids), torch.stack(PairScores(model)(ids, PARTS), dim=1)
     assert expected.std() > 0.1
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-    if "sliding_window" in fields:  # what the rule prevents: a mask without the window
-        shared = torch.stack(pair_scores(model, ids, parts), dim=1)
+    if "sliding_window" in fields:  # what the rule prevents: windows over columns
+        shared = torch.stack(pair_scores(model, ids, PARTS), dim=1)
         assert not torch.allclose(shared, expected, atol=1e-2)

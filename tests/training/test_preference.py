@@ -14,7 +14,6 @@ from cai_ray.config import Comparisons, Optim, PreferenceModelConfig, Sharding
 from cai_ray.errors import DataError
 from cai_ray.records import Row
 from cai_ray.training import preference
-from cai_ray.training.batches import layout
 from cai_ray.training.launch import run_training
 from cai_ray.training.loop import Job
 from tests.training.rows import pair
@@ -112,16 +111,6 @@ def test_margin_and_centering_reach_the_loss(
         expected = p * nats(a - b - margin) + (1 - p) * nats(b - a - margin) + center * (a + b) ** 2
         found = preference.loss(module, batch, tensors, config, 10)
         assert float(found.detach()) == pytest.approx(expected.sum() / 10, rel=1e-4)
-
-
-def test_pairs_of_a_step_hardly_pad() -> None:
-    """Lengths like HH's: medians of 100 (prompt) and 50 (answer) tokens, at most 256 a sequence."""
-    random = np.random.default_rng(0)
-    prompt, a, b = (np.clip(random.lognormal(math.log(m), 0.7, 32), 2, 128).astype(int) for m in (100, 50, 50))
-    lengths = (prompt + a + b).tolist()
-    (plan,) = layout(range(32), lengths, 1, 2048)
-    padded = sum(len(micro) * max(lengths[i] for i in micro) for micro in plan)
-    assert padded < 1.1 * sum(lengths)
 
 
 # ---- held-out numbers -----------------------------------------------------------------------------------------------
