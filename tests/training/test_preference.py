@@ -1,7 +1,9 @@
 """The preference model: what a pair becomes, what it weighs, its held-out numbers by hand, and planted labels."""
 
+import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,11 @@ import torch
 
 from cai_ray.artifacts import StageDir
 from cai_ray.config import Comparisons, Optim, PreferenceModelConfig, Sharding
-from cai_ray.errors import DataError
+from cai_ray.errors import DataError, StageFailed
 from cai_ray.records import Row
 from cai_ray.training import preference
 from cai_ray.training.launch import run_training
-from cai_ray.training.loop import Job
+from cai_ray.training.loop import Job, _examples
 from tests.training.rows import pair
 
 CPU = torch.device("cpu")
@@ -62,6 +64,26 @@ def test_weights_follow_where_a_pair_comes_from(tokenizer: Any) -> None:
     for votes, source, weight in ([VOTE], "file", 0.5), ([], "file", 2.25), ([], "another", 1.0):
         (example,) = preference.examples({**row, "votes": votes, "source": source}, tokenizer, config)
         assert example.weight == weight
+
+
+def test_bad_labels_are_quarantined_and_equal_answers_and_copies_counted(
+    write_rows: Callable[[list[Row]], Path], tokenizer: Any, tmp_path: Path
+) -> None:
+    rows = [pair(i, split="train") for i in range(8)]
+    rows[1] |= {"label_prob": math.nan}
+    rows[2] |= {"label_prob": 1.5}
+    rows[3] |= {"response_a": "no", "response_b": "no"}
+    config = PreferenceModelConfig(data=(Comparisons(path="s0", weight=2), Comparisons(path="s1")))
+    folder, out = write_rows(rows), StageDir(tmp_path)
+    job = Job("preference_model", config, tmp_path, "auto", (folder,), tmp_path, 7, "cpu", 0.3, 1.0, 1.0)
+    trained, _, counts = _examples(job, preference, tokenizer, out, lambda: None)
+    bad = [json.loads(line) for line in out.quarantine_path.read_text().splitlines()]
+    assert sorted(b["id"] for b in bad) == sorted(row["id"] for row in rows[1:3])
+    assert (counts["quarantined"], counts["rows_without_example"]) == (2, 1)
+    assert (counts["train_examples/s0"], counts["train_examples/s1"]) == (2, 4)  # row 0 twice, rows 4 to 7
+    assert len({e.id for e in trained}) == counts["train_examples"] == 6
+    with pytest.raises(StageFailed, match="2 of 8 rows are bad, the first for: label_prob is"):
+        _examples(replace(job, max_bad_fraction=0.1), preference, tokenizer, out, lambda: None)
 
 
 # ---- scores and loss ------------------------------------------------------------------------------------------------
