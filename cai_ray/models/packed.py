@@ -82,12 +82,12 @@ def _attention(
         start, end = end, end + n
         part, last = slice(start, end - tail), slice(end - tail, end)
         mask = None if attention_mask is None else attention_mask[..., part, part]
-        inputs = (x[:, :, part] for x in (query, key, value))
-        outputs.append(sdpa_attention_forward(module, *inputs, mask, **how)[0])
+        q, k, v = (x[:, :, part] for x in (query, key, value))
+        outputs.append(sdpa_attention_forward(module, q, k, v, mask, **how)[0])
         if tail:
-            seen = (torch.cat((x[:, :, start : start + head], x[:, :, last]), dim=2) for x in (key, value))
+            k, v = (torch.cat((x[:, :, start : start + head], x[:, :, last]), dim=2) for x in (key, value))
             mask = torch.ones(tail, head + tail, dtype=torch.bool, device=query.device).tril(head)
-            outputs.append(sdpa_attention_forward(module, query[:, :, last], *seen, mask, **how)[0])
+            outputs.append(sdpa_attention_forward(module, query[:, :, last], k, v, mask, **how)[0])
     return torch.cat(outputs, dim=1), None
 
 
