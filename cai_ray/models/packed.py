@@ -87,6 +87,8 @@ def _attention(
         if tail:
             k, v = (torch.cat((x[:, :, start : start + head], x[:, :, last]), dim=2) for x in (key, value))
             mask = torch.ones(tail, head + tail, dtype=torch.bool, device=query.device).tril(head)
+            if window := how.get("sliding_window"):
+                mask = mask.triu(head + 1 - window)
             outputs.append(sdpa_attention_forward(module, query[:, :, last], k, v, mask, **how)[0])
     return torch.cat(outputs, dim=1), None
 

@@ -16,7 +16,7 @@ from cai_ray.errors import DataError
 from cai_ray.models.packed import packed_hidden_states
 
 # Their layers pass on what `packed_hidden_states` tells them, and position comes in by the position ids alone.
-_FORKING = {"gemma", "gpt_neox", "llama", "mistral", "phi", "phi3", "qwen2", "qwen3"}
+_FORKING = {"gemma", "gemma2", "gemma3_text", "gpt_neox", "llama", "mistral", "phi", "phi3", "qwen2", "qwen3"}
 
 
 class ScalarHead(nn.Linear):
@@ -79,11 +79,8 @@ def scores_at_end(model: PreTrainedModel, ids_BT: torch.Tensor, lengths_B: torch
 
 
 def shares_prompt(model: PreTrainedModel) -> bool:
-    """Whether `pair_scores` can be used: a family known to tell its layers where documents fork, and no sliding window
-    (which counts columns, in which the second answer stands too far from the prompt)."""
-    config = model.config.get_text_config()
-    full = set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
-    return config.model_type in _FORKING and full and getattr(config, "sliding_window", None) is None
+    """Whether `pair_scores` can be used: a family known to tell its layers where documents fork."""
+    return model.config.get_text_config().model_type in _FORKING
 
 
 def pair_scores(

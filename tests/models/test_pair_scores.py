@@ -24,15 +24,22 @@ SMALL: dict[str, Any] = {
     "pad_token_id": 0,
     "num_labels": 1,
 }
-SHARING = ("gemma", "gpt_neox", "llama", "mistral", "phi", "phi3", "qwen2", "qwen3")
+WINDOW = {"sliding_window": 4}  # shorter than the sequences
+SHARING: dict[str, tuple[str, dict[str, Any]]] = {
+    **{family: (family, {}) for family in ("gemma", "gpt_neox", "llama", "phi", "qwen2", "qwen3")},
+    **{family: (family, {"sliding_window": None}) for family in ("mistral", "phi3")},
+    **{f"{family}-window": (family, WINDOW) for family in ("mistral", "phi3", "gemma2")},
+    "gemma3-window": ("gemma3_text", WINDOW | {"layer_types": ["sliding_attention", "full_attention"]}),
+    "qwen2-window": ("qwen2", WINDOW | {"use_sliding_window": True, "max_window_layers": 1}),
+}
 PARTS = ((9, 4, 7), (3, 8, 1), (0, 2, 5))  # prompt, first answer, second answer
 
 
-def make(family: str, **fields: Any) -> Any:
-    full = {"sliding_window": None} if family in ("mistral", "phi3") else {}
-    one_head_each = {"num_key_value_heads": 2} if family == "phi3" else {}
+def make(name: str) -> Any:
+    family, fields = SHARING.get(name, (name, {}))
+    heads = {"num_key_value_heads": 2} if family == "phi3" else {}
     torch.manual_seed(3)
-    config = AutoConfig.for_model(family, **{**SMALL, **full, **one_head_each, **fields})
+    config = AutoConfig.for_model(family, **{**SMALL, **heads, **fields})
     model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32).eval()
     torch.nn.init.normal_(model.score.weight)
     return model
@@ -105,15 +112,19 @@ def test_a_score_without_an_answer_tells_nothing_of_the_other() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(
-    ("family", "fields"), [("mistral", {"sliding_window": 4}), ("gemma2", {"sliding_window": 4}), ("gpt2", {})]
-)
-def test_other_models_read_two_sequences(family: str, fields: dict[str, Any]) -> None:
-    model, ids = make(family, **fields), batch()
+def test_a_window_matters_here() -> None:
+    model, ids = make("mistral-window"), batch()
+    with_window = apart(model, ids)
+    model.config.sliding_window = None
+    for layer in model.model.layers:
+        layer.self_attn.config.sliding_window = None
+    assert not torch.allclose(apart(model, ids), with_window, atol=1e-2)
+
+
+@torch.no_grad()
+def test_other_models_read_two_sequences() -> None:
+    model, ids = make("gpt2"), batch()
     assert not shares_prompt(model)
     expected, found = apart(model, ids), torch.stack(PairScores(model)(ids, PARTS), dim=1)
     assert expected.std() > 0.1
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-    if "sliding_window" in fields:  # what the rule prevents: windows over columns
-        shared = torch.stack(pair_scores(model, ids, PARTS), dim=1)
-        assert not torch.allclose(shared, expected, atol=1e-2)
