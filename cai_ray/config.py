@@ -171,7 +171,16 @@ class Source(Section):
     """Column of the prompt; none looks for messages, prompt, chosen."""
 
 
+class Comparisons(Source):
+    """Where comparisons come from, and how much they count."""
+
+    weight: PositiveFloat = 1.0
+    """Times that a training row comes in an epoch; of a fraction, the share of rows that come once more, by a hash of
+    the id."""
+
+
 SourceItem = Annotated[Source, _from_string("path")]
+ComparisonsItem = Annotated[Comparisons, _from_string("path")]
 
 
 class Sampling(Section):
@@ -424,12 +433,14 @@ class PreferenceModelConfig(Training):
 
     init: str = "auto"
     """`auto` is models.preference_base, else the SL model; or a key of `models`, or a path."""
-    data: tuple[SourceItem, ...] = (Source(path="label"), Source(path="starter:helpful_comparisons"))
+    data: tuple[ComparisonsItem, ...] = (Comparisons(path="label"), Comparisons(path="starter:helpful_comparisons"))
     """`label` and files of comparisons."""
     batch_size: PositiveInt = 32
     """Pairs of one optimizer step over all ranks."""
     center_coef: NonNegativeFloat = 0.0
-    """Weight of the squared mean score, which keeps scores near 0."""
+    """Weight of the squared sum of a pair's scores, which keeps scores near 0."""
+    margin: NonNegativeFloat = 0.0
+    """Lead of the better answer's score that the loss asks for."""
     optim: Optim = Optim(lr=1e-5, schedule="linear", warmup_fraction=0.03)
     """Optimizer and schedule."""
 

@@ -172,7 +172,8 @@ def stage_rows(config: Config) -> dict[str, tuple[float, float]]:
     rounds, k = config.sft.rounds, s.responses_per_prompt
     revisions = revised * ({"all": r.rounds, "last": 1}[rounds] if isinstance(rounds, str) else len(rounds))
     compared = of_pairs * harmful * (k if s.pairs == "ring" and k > 2 else k * (k - 1) / 2)
-    pairs = sum(compared if source.path == "label" else source_rows(source) for source in config.preference_model.data)
+    data = config.preference_model.data
+    pairs = sum(d.weight * (compared if d.path == "label" else source_rows(d)) for d in data)
     asked = f.principles_per_pair * (2 if f.swap else 1) * f.samples_per_pair
     gold = 0 if f.judge_gate == "off" else source_rows(f.gold)
     question = PROMPT_TOKENS + 2 * s.max_new_tokens + (f.max_rationale_tokens if f.reasons else 0)
@@ -184,7 +185,7 @@ def stage_rows(config: Config) -> dict[str, tuple[float, float]]:
         "sft": (TRAIN_SHARE * (revisions + samples), min(config.sft.max_tokens, answer)),
         "sample_pairs": (of_pairs * harmful, PROMPT_TOKENS + k * s.max_new_tokens),
         "label": (compared, asked * question * (1 + gold / max(1, compared))),
-        "preference_model": (TRAIN_SHARE * pairs, 2 * (PROMPT_TOKENS + s.max_new_tokens)),
+        "preference_model": (TRAIN_SHARE * pairs, PROMPT_TOKENS + 2 * s.max_new_tokens),
         "ppo": (p.steps * p.rollout_batch_size, PROMPT_TOKENS + p.max_new_tokens),
         "evaluate": (len(pipeline.evaluated(config)) * 2 * e.prompts, PROMPT_TOKENS + e.max_new_tokens),
         "report": (0, 0),
@@ -261,7 +262,7 @@ def check_lengths(config: Config) -> None:
             if tokens > limit:
                 message = f"{stage.name}: prompt and response may have {tokens} tokens, the model {name} takes {limit}"
                 raise ResourceError(message, fix)
-        row = tokens * (2 if stage.name == "preference_model" else 1)  # a pair counts as two sequences
+        row = tokens * (2 if stage.name == "preference_model" else 1)  # a pair holds two answers, each up to that long
         for size in (learner.sharding.microbatch_tokens for learner in learners.get(stage.name, ())):
             if size < row:
                 message = f"{stage.name}: a row may have {row} tokens, but sharding.microbatch_tokens is {size}"

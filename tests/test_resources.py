@@ -118,6 +118,8 @@ def test_rows_follow_the_sources() -> None:
         "evaluate": 24,
         "report": 0,
     }
+    weighted = "preference_model.data=[{path: label, weight: 2.5}]"
+    assert needs(tiny(weighted))["preference_model"].rows == pytest.approx(0.9 * 2.5 * 24)
     assert needs(tiny("sft.rounds=last"))["sft"].rows == pytest.approx(0.9 * (24 + 12))
     assert needs(tiny("sft.rounds=[1]"))["sft"].rows == pytest.approx(0.9 * (24 + 12))
 

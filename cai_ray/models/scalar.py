@@ -1,8 +1,10 @@
 """Scores, values and hidden states of transformers' models, without the logits that nobody reads.
 
-Shapes: B sequences, T tokens, H hidden, V vocabulary. Heads run in float32 whatever the model's dtype.
+Shapes: B sequences, N pairs, T tokens, H hidden, V vocabulary. Heads run in float32 whatever the model's dtype.
 """
 
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -11,6 +13,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from cai_ray.errors import DataError
+from cai_ray.models.packed import packed_hidden_states
+
+# Their layers pass on what `packed_hidden_states` tells them, and position comes in by the position ids alone.
+_FORKING = {"gemma", "gemma2", "gemma3_text", "gpt_neox", "llama", "mistral", "phi", "phi3", "qwen2", "qwen3"}
 
 
 class ScalarHead(nn.Linear):
@@ -72,6 +78,30 @@ def scores_at_end(model: PreTrainedModel, ids_BT: torch.Tensor, lengths_B: torch
     columns_T = torch.arange(ids_BT.shape[1], device=ids_BT.device)
     last_BT = columns_T == lengths_B[:, None] - 1
     return values_at(model, ids_BT, columns_T < lengths_B[:, None], last_BT)[last_BT]
+
+
+def shares_prompt(model: PreTrainedModel) -> bool:
+    """Whether `pair_scores` can be used: a family known to tell its layers where documents fork."""
+    return model.config.get_text_config().model_type in _FORKING
+
+
+def pair_scores(
+    model: PreTrainedModel, ids_1T: torch.Tensor, parts: Sequence[tuple[int, int, int]]
+) -> tuple[torch.Tensor, ...]:
+    """(score_a_N, score_b_N) of two answers to one prompt in float32; the prompt is computed once.
+
+    The second answer goes on from the prompt and does not see the first: both scores are those of `scores_at_end` on
+    the answers apart.
+
+    Args:
+        model: from `load_scalar_model`, and `shares_prompt`.
+        ids_1T: prompt, first answer, second answer of each pair, without padding.
+        parts: tokens of each of the three; an answer has at least 1.
+    """
+    lengths, forks = [sum(pair) for pair in parts], [(prompt, second) for prompt, _, second in parts]
+    hidden_1TH = packed_hidden_states(model, ids_1T, lengths, forks)
+    ends = [(end - 1 - second, end - 1) for end, (_, second) in zip(accumulate(lengths), forks, strict=True)]
+    return model.get_submodule("score")(hidden_1TH[0, torch.tensor(ends)])[..., 0].unbind(1)
 
 
 def values_at(

@@ -246,20 +246,30 @@ def sft_example(
 def preference_input(
     prompt_ids: Sequence[int], response_ids: Sequence[int], eos_id: int, max_tokens: int
 ) -> tuple[list[int], bool]:
-    """What a preference model reads: `prompt + response + EOS`; the one function for training, PPO and evaluation.
-
-    A response's own EOS is not doubled, a response cut short gets one. Beyond `max_tokens` the prompt loses its left,
-    then the response its right; EOS always stays, for the score is read there.
+    """What a preference model reads of one answer: `prompt + response + EOS`; see `preference_inputs`.
 
     Returns:
         ids, and whether anything was cut.
     """
-    prompt, response = list(prompt_ids), list(response_ids)
-    if response[-1:] == [eos_id]:
-        response.pop()
-    answer = [*response[: max_tokens - 1], eos_id]
-    kept = prompt[max(0, len(prompt + answer) - max_tokens) :]
-    return kept + answer, len(kept + answer) <= len(prompt + response)
+    prompt, (answer,), cut = preference_inputs(prompt_ids, [response_ids], eos_id, max_tokens)
+    return prompt + answer, cut
+
+
+def preference_inputs(
+    prompt_ids: Sequence[int], responses: Sequence[Sequence[int]], eos_id: int, max_tokens: int
+) -> tuple[list[int], list[list[int]], bool]:
+    """What a preference model reads of answers to one prompt; the one function for training, PPO and evaluation.
+
+    A response's own EOS is not doubled, a response cut short gets one. Beyond `max_tokens` the left is lost: the
+    prompt's, as much as the longest answer needs and for all alike, then the response's. Its end and the EOS always
+    stay, for the score is read there.
+
+    Returns:
+        the prompt, each `response + EOS`, and whether anything was cut.
+    """
+    answers = [[*(r[:-1] if r[-1:] == [eos_id] else r), eos_id] for r in map(list, responses)]
+    excess = len(prompt_ids) + max(map(len, answers)) - max_tokens
+    return list(prompt_ids)[max(0, excess) :], [answer[-max_tokens:] for answer in answers], excess > 0
 
 
 def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:

@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from cai_ray.artifacts import StageDir, write_atomic
 from cai_ray.config import PreferenceModelConfig, SftConfig
 from cai_ray.errors import CaiError, DataError, StageFailed
 from cai_ray.records import Row, derive_seed
-from cai_ray.training.batches import epoch_order, layout, step_rows, total_steps
+from cai_ray.training.batches import copies, epoch_order, layout, step_rows, total_steps
 from cai_ray.training.checkpoints import Checkpoints
 
 if TYPE_CHECKING:
@@ -110,10 +111,11 @@ def _train(job: Job) -> dict[str, float]:
 
     def micro_batches(batch: Sequence[Any], rows: Sequence[int]) -> Iterator[tuple[list[int], list[Any], Any]]:
         """This rank's micro-batches of `rows`, indices into `batch`: (indices, examples, tensors)."""
-        for micro in layout(rows, [e.length for e in batch], world, sharding.microbatch_tokens)[rank]:
+        packed = getattr(config, "packing", True)
+        for micro in layout(rows, [e.length for e in batch], world, sharding.microbatch_tokens, packed)[rank]:
             pulse()
             chosen = [batch[i] for i in micro]
-            yield micro, chosen, task.collate(chosen, tokenizer.pad_id, device)
+            yield micro, chosen, task.collate(chosen, tokenizer.pad_id, device, config)
 
     def scores(batch: Sequence[Any]) -> list[Any]:
         """`task.score` of every example, on every rank."""
@@ -166,6 +168,10 @@ def _train(job: Job) -> dict[str, float]:
     after, summary = evaluate()
     updates = {}
     if job.kind == "preference_model":
+        blind = preference.leaks(held_out, scores)
+        if rank == 0 and blind:
+            out.metrics(done, blind)
+        summary |= blind
         if len(held_out) < REWARD_ROWS:
             after = scores([trained[i] for i in epoch_order(ids, job.seed, 0)[:EVAL_ROWS]])
         updates = reward_scale([s for pair in after for s in pair])
@@ -247,7 +253,10 @@ def _examples(
             bad.append({"id": row["id"], "reason": error.message})
             continue
         without += not new
-        made["test" if row["split"] == "test" else "train"] += new
+        if row["split"] == "test":
+            made["test"] += new
+        else:
+            made["train"] += [copy for e in new for copy in copies(e, job.seed)]
     if out:
         known = out.quarantine_path.read_text("utf-8") if out.quarantine_path.is_file() else ""
         lines = [json.dumps(b, ensure_ascii=False) + "\n" for b in bad]
@@ -273,6 +282,7 @@ def _examples(
         "train_examples": len(trained),
         "test_examples": len(held_out),
         "truncated": sum(e.truncated for e in trained),
+        **{f"train_examples/{name}": n for name, n in sorted(Counter(e.source for e in trained).items())},
     }
     return trained, held_out, counts
 

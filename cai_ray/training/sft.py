@@ -33,6 +33,7 @@ class Example:
     ids_T: np.ndarray  # int32
     loss_mask_T: np.ndarray  # bool: the answer and its EOS
     truncated: bool
+    source, weight = "sft", 1.0
 
     @property
     def tokens(self) -> int:
@@ -87,7 +88,7 @@ def examples(row: Row, tokenizer: Tokenizer, config: SftConfig) -> list[Example]
     return out
 
 
-def collate(batch: Sequence[Example], pad_id: int, device: torch.device) -> Batch:
+def collate(batch: Sequence[Example], pad_id: int, device: torch.device, config: SftConfig) -> Batch:
     """Right-padded tensors of a micro-batch; an empty one becomes a row of padding whose one token has no loss."""
     ids = [torch.from_numpy(e.ids_T) for e in batch] or [torch.full((2,), pad_id)]
     wanted = [torch.from_numpy(e.loss_mask_T) for e in batch] or [torch.tensor([False, True])]

@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cai_ray.errors import ConfigError, DataError
-from cai_ray.models.tokenization import Tokenizer, preference_input, sft_example
+from cai_ray.models.tokenization import Tokenizer, preference_input, preference_inputs, sft_example
 from cai_ray.templates import ASSISTANT, render_turns
 
 CHAT = ["embedded", "metaspace-first", "metaspace-always", "legacy", "tagged"]
@@ -281,8 +281,8 @@ def test_long_examples_lose_the_prompts_left_then_the_answers_right(load):
         ([4, 5, 0], 6, ([1, 2, 3, 4, 5, 0], False)),
         ([4, 5], 5, ([2, 3, 4, 5, 0], True)),
         ([4, 5], 3, ([4, 5, 0], True)),
-        ([4, 5], 2, ([4, 0], True)),
-        ([4, 5, 0], 2, ([4, 0], True)),
+        ([4, 5], 2, ([5, 0], True)),  # its end stays: the score is read there
+        ([4, 5, 0], 2, ([5, 0], True)),
         ([], 9, ([1, 2, 3, 0], False)),
     ],
 )
@@ -290,3 +290,12 @@ def test_preference_input(response, limit, expected):
     prompt = [1, 2, 3]
     assert preference_input(prompt, response, 0, limit) == expected
     assert prompt == [1, 2, 3]
+
+
+def test_answers_to_one_prompt_keep_the_same_of_it():
+    prompt, answers = [1, 2, 3], [[4], [5, 6, 7, 0]]
+    assert preference_inputs(prompt, answers, 0, 9) == (prompt, [[4, 0], [5, 6, 7, 0]], False)
+    assert preference_inputs(prompt, answers, 0, 7) == (prompt, [[4, 0], [5, 6, 7, 0]], False)
+    assert preference_inputs(prompt, answers, 0, 6) == ([2, 3], [[4, 0], [5, 6, 7, 0]], True)
+    assert preference_inputs(prompt, answers, 0, 4) == ([], [[4, 0], [5, 6, 7, 0]], True)
+    assert preference_inputs(prompt, answers, 0, 3) == ([], [[4, 0], [6, 7, 0]], True)

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from cai_ray.config import PreferenceModelConfig, SftConfig
-from cai_ray.errors import DataError, StageFailed
+from cai_ray.errors import StageFailed
 from cai_ray.training import preference, sft
 from cai_ray.training.loop import reward_scale
-from tests.training.rows import pair, revision
+from tests.training.rows import revision
 
 CPU = torch.device("cpu")
 
@@ -45,20 +45,10 @@ def test_a_helpful_row_teaches_its_sample(tokenizer: Any) -> None:
     assert sft.examples({**row, "initial_response": "  "}, tokenizer, SftConfig()) == []
 
 
-def test_a_pair_reads_prompt_answer_and_eos(tokenizer: Any) -> None:
-    row = pair(1, response_a="yes", response_b="certainly not")
-    (example,) = preference.examples(row, tokenizer, PreferenceModelConfig())
-    prompt = tokenizer.prompt(row["messages"])
-    assert example.a_T.tolist() == [*prompt, *tokenizer.response("yes"), tokenizer.eos_id]
-    assert example.length == 2 * len(example.b_T)
-    with pytest.raises(DataError, match="label_prob"):
-        preference.examples({**row, "label_prob": None}, tokenizer, PreferenceModelConfig())
-
-
 def test_sft_log_probs_are_those_of_the_answer(tiny: Path, tokenizer: Any) -> None:
     examples = [e for i in range(3) for e in sft.examples(revision(i), tokenizer, SftConfig())]
     module = sft.load(tiny, "float32", 0)
-    tensors = sft.collate(examples, tokenizer.pad_id, CPU)
+    tensors = sft.collate(examples, tokenizer.pad_id, CPU, SftConfig())
     with torch.no_grad():
         scores = sft.score(module, examples, tensors)
         for example, (logprob, tokens) in zip(examples, scores, strict=True):
@@ -71,7 +61,7 @@ def test_sft_log_probs_are_those_of_the_answer(tiny: Path, tokenizer: Any) -> No
 @pytest.mark.parametrize("task", [sft, preference])
 def test_an_empty_micro_batch_has_no_loss_and_no_gradient(task: Any, tiny: Path, tokenizer: Any) -> None:
     module, config = task.load(tiny, "float32", 0), SftConfig() if task is sft else PreferenceModelConfig()
-    tensors = task.collate([], tokenizer.pad_id, CPU)
+    tensors = task.collate([], tokenizer.pad_id, CPU, config)
     assert task.score(module, [], tensors) == []
     loss = task.loss(module, [], tensors, config, 5)
     loss.backward()
@@ -83,22 +73,6 @@ def test_an_empty_micro_batch_has_no_loss_and_no_gradient(task: Any, tiny: Path,
 def test_sft_summary_by_hand() -> None:
     out = sft.summary([], [(-2.0, 2.0), (-4.0, 1.0)])  # 6 nats over 3 tokens
     assert out == {"eval/loss": 2.0, "eval/perplexity": pytest.approx(math.exp(2.0))}
-
-
-def test_preference_summary_by_hand() -> None:
-    nothing = np.zeros(1, np.int32)
-    batch = [
-        preference.Example(str(i), nothing, nothing, prob, source, False)
-        for i, (prob, source) in enumerate([(1.0, "human"), (0.0, "human"), (0.7, "ai"), (0.5, "ai")])
-    ]
-    scores = [(2.0, 1.0), (3.0, 1.0), (0.5, 0.0), (9.0, 0.0)]  # right, wrong, right, no better side
-    out = preference.summary(batch, scores)
-    assert out["eval/accuracy"] == pytest.approx(2 / 3)
-    assert (out["eval/accuracy/human"], out["eval/accuracy/ai"]) == (0.5, 1.0)
-    log_sigmoid = [-math.log1p(math.exp(-x)) for x in (1, -2, 0.5, -0.5, 9, -9)]
-    expected = log_sigmoid[0] + log_sigmoid[1] + 0.7 * log_sigmoid[2] + 0.3 * log_sigmoid[3]
-    expected += 0.5 * (log_sigmoid[4] + log_sigmoid[5])
-    assert out["eval/loss"] == pytest.approx(-expected / 4, rel=1e-6)
 
 
 def test_reward_scale() -> None:

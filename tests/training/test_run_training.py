@@ -225,6 +225,8 @@ def test_a_preference_model_learns_and_carries_its_reward_scale(
     before, after = curve(out, "eval/loss")
     assert after < before
     assert {"eval/accuracy", "eval/accuracy/s0", "eval/accuracy/s1", "eval/calibration_error"} <= metrics.keys()
+    assert curve(out, "eval/accuracy_response_only") == [metrics["eval/accuracy_response_only"]]  # once, after training
+    assert metrics["train_examples/s0"] + metrics["train_examples/s1"] == metrics["train_examples"] == 30
     saved = load_scalar_model(out.path / "model", "float32").config
     assert (saved.reward_mean, saved.reward_std) == (metrics["reward_mean"], metrics["reward_std"])
     assert saved.reward_std > 0
@@ -246,6 +248,24 @@ def test_adapters_lie_beside_the_merged_model(run: Any, tiny: Path) -> None:
         expected, adapted = merged(ids).logits, PeftModel.from_pretrained(base, out.path / "adapter")(ids).logits
     torch.testing.assert_close(adapted, expected, rtol=1e-5, atol=1e-5)
     assert {"model/config.json", "adapter/adapter_config.json"} <= {entry["path"] for entry in out.outputs()}
+
+
+@pytest.mark.full
+def test_ranks_and_stage_do_not_change_a_preference_model(
+    ray_cluster: None, write_rows: Write, tiny: Path, tmp_path: Path
+) -> None:
+    rows, found = write_rows([pair(i) for i in range(24)]), []
+    for name, layout in {"plain": (1, 0, 4096), "zero-3": (2, 3, 256)}.items():
+        sharding = Sharding(ranks=layout[0], zero_stage=layout[1], dtype="float32", microbatch_tokens=layout[2])  # type: ignore[arg-type]
+        config = PreferenceModelConfig(batch_size=6, max_tokens=128, optim=OPTIM, sharding=sharding)
+        out = stage_dir(tmp_path / name)
+        metrics = run_training(job(out.path, config, tiny, [rows]), out)
+        found.append(
+            (curve(out), curve(out, "eval/loss"), metrics["reward_std"], metrics["eval/accuracy_response_only"])
+        )
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-5)
+    assert found[1][1] == pytest.approx(found[0][1], rel=1e-5)
+    assert found[1][2:] == pytest.approx(found[0][2:], rel=1e-3)
 
 
 def test_what_can_never_run_is_refused_before_it_starts(run: Any) -> None:
