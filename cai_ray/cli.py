@@ -65,7 +65,7 @@ def _quote(text: str) -> str:
 
 
 def _load(config: str, overrides: tuple[str, ...], name: str | None = None) -> Any:
-    from cai_ray.config import load_config
+    from cai_ray.config_files import load_config
 
     return load_config(config, (*overrides, f"run.name={name}") if name else overrides)
 
@@ -140,7 +140,7 @@ def config_group() -> None:
 def show(config: str, overrides: tuple[str, ...]) -> None:
     """Prints CONFIG resolved: every default spelled out, overrides applied."""
     with _readable_errors():
-        from cai_ray.config import to_yaml
+        from cai_ray.config_files import to_yaml
 
         click.echo(to_yaml(_load(config, overrides)), nl=False)
 

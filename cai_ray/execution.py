@@ -15,7 +15,8 @@ from filelock import FileLock, Timeout
 from cai_ray import pipeline
 from cai_ray.artifacts import Manifest, RunDir, StageDir, StageKey, write_atomic
 from cai_ray.cluster import start_ray
-from cai_ray.config import Config, to_yaml
+from cai_ray.config import Config
+from cai_ray.config_files import to_yaml
 from cai_ray.errors import CaiError, ConfigError, ResourceError, StageFailed
 from cai_ray.progress import Reporter, quiet_libraries
 from cai_ray.resources import check_here, context_tokens

@@ -15,7 +15,8 @@ import pyarrow.parquet as pq
 import yaml
 
 from cai_ray.artifacts import Manifest, RunDir, StageDir
-from cai_ray.config import Config, Principles, load_config
+from cai_ray.config import Config, Principles
+from cai_ray.config_files import load_config
 from cai_ray.constitution import Constitution, Principle
 from cai_ray.errors import ConfigError, DataError
 from cai_ray.pipeline import constitution_of

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cai_ray.config import Config, Section, load_config, parse_config, to_yaml
+from cai_ray.config import Config, Section
+from cai_ray.config_files import load_config, parse_config, to_yaml
 from cai_ray.errors import ConfigError
 
 MODELS = {"helpful": "embedded", "pretrained": "embedded"}

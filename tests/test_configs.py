@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from cai_ray.artifacts import RunDir
-from cai_ray.config import Config, load_config, to_yaml
+from cai_ray.config import Config
+from cai_ray.config_files import load_config, to_yaml
 from cai_ray.pipeline import NAMES, needed, plan
 from cai_ray.resources import check, check_lengths, estimate
 from cai_ray.shipped import shipped_file, shipped_names

@@ -237,7 +237,7 @@ def test_the_rayjob_is_what_kuberay_defines(rayjob_schema: dict[str, Any]) -> No
 
 
 def test_the_rayjob_gives_its_run_what_the_configuration_needs() -> None:
-    from cai_ray.config import load_config
+    from cai_ray.config_files import load_config
     from cai_ray.resources import check
 
     spec = load(LAUNCH / "kuberay" / "rayjob.yaml")["spec"]

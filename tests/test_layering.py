@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "cai_ray"
 LAYERS = [
     {"errors", "shipped"},
     {"records", "published", "deepspeed_options"},
-    {"constitution", "constitution_checks", "config", "templates", "artifacts"},
+    {"constitution", "constitution_checks", "config", "config_files", "templates", "artifacts"},
     {"algo", "models", "sources"},
     {"generation", "training", "evaluation"},
     {"rl", "report"},
@@ -31,6 +31,7 @@ SAME_LAYER = {
     ("shipped", "errors"),
     ("published", "records"),
     ("templates", "constitution"),
+    ("config_files", "config"),
     ("constitution_checks", "constitution"),
     ("execution", "pipeline"),
     ("execution", "model_card"),
@@ -43,8 +44,8 @@ KNOW_RAY = {"generation", "training", "rl", "stages", "cluster", "execution", "s
 KNOW_VLLM = {"generation", "rl"}
 KNOW_DEEPSPEED = {"training", "rl"}
 # The core was to fit 6,000 lines. With every feedback format, prompt expansion, exports, checks of constitutions,
-# adapters, resuming with other ranks, model cards and rows that hold several documents it holds more; this figure may go down, and up only with a feature that is
-# worth it.
+# adapters, resuming with other ranks, model cards and documents that share a row it holds more; this figure may go
+# down, and up only with a feature that is worth it.
 CORE_LINES, REST_LINES, MODULE_LINES, FUNCTION_LINES, LOOP_LINES = 8200, 2500, 350, 60, 120
 REST = {"evaluation", "report", "world"}
 

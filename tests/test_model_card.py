@@ -10,7 +10,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from cai_ray.artifacts import RunDir, StageKey
-from cai_ray.config import load_config
+from cai_ray.config_files import load_config
 from cai_ray.constitution import load_constitution
 from cai_ray.model_card import model_card
 from cai_ray.pipeline import STAGES

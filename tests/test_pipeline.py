@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from cai_ray.artifacts import RunDir, StageDir, write_atomic
-from cai_ray.config import Config, load_config
+from cai_ray.config import Config
+from cai_ray.config_files import load_config
 from cai_ray.errors import ConfigError, DataError
 from cai_ray.execution import Request, _settle_changes, _take_over
 from cai_ray.pipeline import STAGES, downstream, model_identity, model_spec, needed, plan, stage_key, stage_of_path

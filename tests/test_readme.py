@@ -8,7 +8,7 @@ import click
 import pytest
 
 from cai_ray.cli import main
-from cai_ray.config import load_config, parse_config
+from cai_ray.config_files import load_config, parse_config
 from cai_ray.shipped import shipped_names
 
 ROOT = Path(__file__).resolve().parent.parent

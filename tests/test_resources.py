@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from cai_ray.config import Config, Source, load_config
+from cai_ray.config import Config, Source
+from cai_ray.config_files import load_config
 from cai_ray.errors import ResourceError
 from cai_ray.models.shapes import GIB, KNOWN, UNKNOWN, find_shape
 from cai_ray.resources import StageNeed, check, check_here, check_lengths, estimate, source_rows

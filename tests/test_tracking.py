@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from cai_ray.artifacts import StageDir
-from cai_ray.config import parse_config
+from cai_ray.config_files import parse_config
 from cai_ray.tracking import StageTracker
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -202,7 +203,7 @@ def _feed(
         context.execution_no_progress_timeout_s = -1  # it counts blocks, which may take long; _run watches tokens
         with ray.data.DataContext.current(context), _quiet():
             rows = ray.data.read_parquet(str(inputs), partitioning=None)
-            rows = rows.map_batches(_among, batch_size=None, batch_format="pyarrow", fn_args=(wanted,))
+            rows = rows.map_batches(partial(_among, wanted), batch_size=None, batch_format="pyarrow")
             done = rows.repartition(target_num_rows_per_block=settings.rows_per_block).map_batches(
                 _Client,
                 batch_size=None,
@@ -220,8 +221,8 @@ def _feed(
     return job
 
 
-def _among(block: pa.Table, wanted: Any) -> pa.Table:
-    """The rows of a block whose ids are in a set, given by reference: Ray Data would carry it in every task."""
+def _among(wanted: Any, block: pa.Table) -> pa.Table:
+    """The rows of a block whose ids are in a set, given by reference lest every task carry it."""
     ids = ray.get(wanted, timeout=ANSWER_S)
     return block.filter(pa.array([i in ids for i in block["id"].to_pylist()]))
 

@@ -102,7 +102,8 @@ def stage(task: str, rows: int, folder: Path) -> dict[str, float]:
 
     from cai_ray.artifacts import StageDir
     from cai_ray.cluster import start_ray
-    from cai_ray.config import LabelConfig, ReviseConfig, load_config
+    from cai_ray.config import LabelConfig, ReviseConfig
+    from cai_ray.config_files import load_config
     from cai_ray.constitution import load_constitution
     from cai_ray.generation.data_plane import MapSettings, map_rows
     from cai_ray.generation.pool import EnginePool
@@ -205,7 +206,7 @@ def rates(requests: list[tuple[Any, int]], seconds: float) -> dict[str, float]:
 
 def alone(task: str, how: str, folder: Path) -> dict[str, float]:
     """The same requests through `vllm.LLM.generate`: all at once, step after step, or without a prefix cache."""
-    from cai_ray.config import load_config
+    from cai_ray.config_files import load_config
     from cai_ray.generation.engine import Engine, _set_environment
     from cai_ray.models import embedded_model
 

@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from cai_ray.config import load_config
+from cai_ray.config_files import load_config
 from cai_ray.models import tiny_model
 from cai_ray.pipeline import STAGES
 from cai_ray.records import derive_seed, row_id

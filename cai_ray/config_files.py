@@ -1,0 +1,107 @@
+"""Configuration files: YAML that is read, overridden from the command line, and checked against the schema."""
+
+import contextlib
+import difflib
+import json
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import ValidationError
+
+from cai_ray.config import Config, Section
+from cai_ray.errors import ConfigError
+from cai_ray.shipped import shipped_file, shipped_names
+
+
+def load_config(name_or_path: str, overrides: tuple[str, ...] = ()) -> Config:
+    """Reads a shipped config by name or a YAML file by path and applies `key.sub=value` overrides (values are YAML).
+
+    Raises:
+        ConfigError: no such file, bad YAML, an unknown key (with the nearest known one) or a value out of range.
+    """
+    path = shipped_file("configs", name_or_path) or Path(name_or_path)
+    if not path.is_file():
+        raise ConfigError(
+            f"no config {name_or_path!r}: neither a file nor one of {', '.join(shipped_names('configs'))}",
+            "give the path of a YAML file or a shipped name",
+        )
+    try:
+        tree = yaml.safe_load(path.read_text("utf-8"))
+        tree = json.loads(json.dumps(tree, default=str))  # sections that share a YAML anchor become separate ones
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise ConfigError(f"{path} is not readable YAML: {e}", "mend the line that is named") from e
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} holds {type(tree).__name__}, expected keys such as models and ppo")
+    if path.stem and not (tree.get("run") or {}).get("name"):
+        tree["run"] = {**(tree.get("run") or {}), "name": path.stem}
+    for item in overrides:
+        _override(tree, item)
+    return parse_config(tree, str(path))
+
+
+def parse_config(tree: dict[str, Any], where: str = "config") -> Config:
+    """Checks a tree of plain values against the schema; raises ConfigError naming each bad key."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as e:
+        raise ConfigError(f"{where}:\n" + "\n".join("  " + _explain(err) for err in e.errors())) from None
+
+
+def _override(tree: dict[str, Any], item: str) -> None:
+    key, sep, text = item.partition("=")
+    if not sep or not key:
+        raise ConfigError(f"override {item!r} is not of the form key.sub=value", "for instance ppo.kl_coef=0.1")
+    *parents, last = key.split(".")
+    node: dict[str, Any] = tree
+    for p in parents:
+        child: Any = node.get(p)
+        if isinstance(child, str):  # the short form of a model, source or constitution
+            child = {"file" if parents[0] == "constitution" else "path": child}
+        node[p] = child = {} if child is None else child
+        if not isinstance(child, dict):
+            raise ConfigError(f"override {item!r}: {p} is not a section")
+        node = child
+    value: Any
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as e:
+        raise ConfigError(f"override {item!r}: the value is not YAML: {e}") from e
+    if isinstance(value, str):  # YAML 1.1 reads 1e-5 as text; a number is what people mean
+        with contextlib.suppress(ValueError):
+            value = float(value)
+    node[last] = value
+
+
+def _explain(err: Any) -> str:
+    loc = [str(p) for p in err["loc"]]
+    key = ".".join(loc)
+    if err["type"] == "extra_forbidden":
+        known = _known_keys(loc[:-1])
+        near = difflib.get_close_matches(loc[-1], known, 1, 0.5)
+        hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
+        return f"{key}: unknown key{hint}"
+    if err["type"] == "missing":
+        return f"{key}: is required"
+    return f"{key}: {err['msg']} (got {err['input']!r})"
+
+
+def _known_keys(loc: list[str]) -> list[str]:
+    section: Any = Config
+    for part in loc:
+        if part.isdigit():  # the place in a list
+            continue
+        info = section.model_fields.get(part) if isinstance(section, type) and issubclass(section, Section) else None
+        if info is None:
+            return []
+        candidates = [info.annotation, *get_args(info.annotation)]
+        candidates += [a for c in candidates for a in get_args(c)]
+        section = next((c for c in candidates if isinstance(c, type) and issubclass(c, Section)), None)
+        if section is None:
+            return []
+    return list(section.model_fields)
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration as YAML, every default spelled out."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
