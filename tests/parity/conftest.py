@@ -1,4 +1,4 @@
-"""The peers' own packages, which `launch/setup.sh` puts in a folder of their own: only these tests see them."""
+"""The peers' own packages, which `launch/test.sh` puts in a folder of their own: only these tests see them."""
 
 import importlib
 import inspect
@@ -29,7 +29,7 @@ ABSENT = {
 def load(*names: str) -> list[ModuleType]:
     """Imports modules of the peers, with stand-ins for what they would draw in, which are gone afterwards."""
     if not PEERS.is_dir():
-        pytest.fail(f"{PEERS} is missing: run launch/setup.sh cpu, which installs OpenRLHF and verl there")
+        pytest.fail(f"{PEERS} is missing: run launch/test.sh, which installs OpenRLHF and verl there")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "path", [*sys.path, str(PEERS)])
         for name, members in ABSENT.items():

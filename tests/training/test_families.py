@@ -30,7 +30,8 @@ from cai_ray.models.checkpoints import load_causal_lm
 from cai_ray.models.tokenization import Tokenizer
 from cai_ray.training import preference, sft
 from cai_ray.training.deepspeed import ShardedModel
-from tests.training.test_sharded_model import CPU, one_rank  # noqa: F401  (a fixture that every test here needs)
+
+CPU = torch.device("cpu")
 
 SIZES = {
     "vocab_size": 49152,  # the tiny model's tokenizer
