@@ -32,6 +32,7 @@ from cai_ray.training import preference, sft
 from cai_ray.training.deepspeed import ShardedModel
 
 CPU = torch.device("cpu")
+pytestmark = pytest.mark.usefixtures("one_rank")
 
 SIZES = {
     "vocab_size": 49152,  # the tiny model's tokenizer
