@@ -42,7 +42,7 @@ KNOW_VLLM = {"generation", "rl"}
 KNOW_DEEPSPEED = {"training", "rl"}
 # The core was to fit 6,000 lines. With every feedback format, prompt expansion, exports and checks of constitutions it
 # holds more; this figure may go down, and up only with a feature that is worth it.
-CORE_LINES, REST_LINES, MODULE_LINES, FUNCTION_LINES, LOOP_LINES = 7450, 2500, 350, 60, 120
+CORE_LINES, REST_LINES, MODULE_LINES, FUNCTION_LINES, LOOP_LINES = 7540, 2500, 350, 60, 120
 REST = {"evaluation", "report", "world"}
 
 

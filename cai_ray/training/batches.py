@@ -5,9 +5,13 @@ holds, and the layout changes nothing about its loss but rounding.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
 
 from cai_ray.errors import ConfigError
 from cai_ray.records import derive_seed
+
+Example = TypeVar("Example", bound=Any)
 
 
 def epoch_order(ids: Sequence[str], seed: int, epoch: int) -> list[int]:
@@ -42,7 +46,21 @@ def step_rows(
         start = max(0, start - -(-count // batch_size))
 
 
-def layout(rows: Sequence[int], lengths: Sequence[int], ranks: int, microbatch_tokens: int) -> list[list[list[int]]]:
+def copies(example: Example, seed: int) -> list[Example]:
+    """An example as often as its weight says; 2.5 is twice, and a third time for half of all ids, by a hash.
+
+    Args:
+        example: a data class with the fields `id` and `weight`; copies have ids of their own.
+        seed: the run's.
+    """
+    whole, part = divmod(example.weight, 1)
+    count = int(whole) + (derive_seed(seed, example.id, "weight") < part * 2**31)
+    return [example] * min(count, 1) + [replace(example, id=f"{example.id}+{k}") for k in range(1, count)]
+
+
+def layout(
+    rows: Sequence[int], lengths: Sequence[int], ranks: int, microbatch_tokens: int, packed: bool = False
+) -> list[list[list[int]]]:
     """One step's rows as [rank][micro-batch][row]; every rank gets as many micro-batches, the missing ones empty.
 
     Rows are sorted by length, so that little is padding, and cut into micro-batches whose token counts, padding
@@ -53,6 +71,7 @@ def layout(rows: Sequence[int], lengths: Sequence[int], ranks: int, microbatch_t
         lengths: tokens of each row; for a pair, of both sequences padded to the longer.
         ranks: data-parallel ranks.
         microbatch_tokens: most tokens in one micro-batch.
+        packed: rows of a micro-batch stand one after the other, and nothing is padded.
 
     Raises:
         ConfigError: a row alone is longer than that.
@@ -64,23 +83,25 @@ def layout(rows: Sequence[int], lengths: Sequence[int], ranks: int, microbatch_t
             f"a row of {longest} tokens does not fit microbatch_tokens={microbatch_tokens}",
             "raise sharding.microbatch_tokens or lower max_tokens (a preference pair counts as two sequences)",
         )
-    fewest = len(_cut(order, lengths, microbatch_tokens))
+    fewest = len(_cut(order, lengths, microbatch_tokens, packed))
     count = min(len(order), -(-fewest // ranks) * ranks)  # as few as the budget allows, but work for every rank
     low, high = longest, microbatch_tokens
     while low < high:  # the smallest budget that needs no more micro-batches than that
         middle = (low + high) // 2
-        low, high = (low, middle) if len(_cut(order, lengths, middle)) <= count else (middle + 1, high)
-    micro = _cut(order, lengths, high)
+        low, high = (low, middle) if len(_cut(order, lengths, middle, packed)) <= count else (middle + 1, high)
+    micro = _cut(order, lengths, high, packed)
     micro += [[] for _ in range(-len(micro) % ranks)]
     return [micro[rank::ranks] for rank in range(ranks)]
 
 
-def _cut(order: Sequence[int], lengths: Sequence[int], tokens: int) -> list[list[int]]:
-    """`order`, longest first, in as few consecutive groups of at most `tokens` padded tokens as there can be."""
+def _cut(order: Sequence[int], lengths: Sequence[int], tokens: int, packed: bool) -> list[list[int]]:
+    """`order`, longest first, in as few consecutive groups of at most `tokens` tokens as there can be."""
     groups: list[list[int]] = []
+    size, longest = tokens, 1  # of the last group, which is full: the first row begins one
     for i in order:
-        if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= tokens:
-            groups[-1].append(i)
-        else:
-            groups.append([i])
+        size += lengths[i] if packed else longest
+        if size > tokens:
+            groups.append([])
+            size = longest = lengths[i]
+        groups[-1].append(i)
     return groups

@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from cai_ray.artifacts import StageDir, write_atomic
 from cai_ray.config import PreferenceModelConfig, SftConfig
 from cai_ray.errors import CaiError, DataError, StageFailed
 from cai_ray.records import Row, derive_seed
-from cai_ray.training.batches import epoch_order, layout, step_rows, total_steps
+from cai_ray.training.batches import copies, epoch_order, layout, step_rows, total_steps
 
 if TYPE_CHECKING:
     from cai_ray.models.tokenization import Tokenizer
@@ -104,10 +105,11 @@ def _train(job: Job) -> dict[str, float]:
 
     def micro_batches(batch: Sequence[Any], rows: Sequence[int]) -> Iterator[tuple[list[int], list[Any], Any]]:
         """This rank's micro-batches of `rows`, indices into `batch`: (indices, examples, tensors)."""
-        for micro in layout(rows, [e.length for e in batch], world, sharding.microbatch_tokens)[rank]:
+        packed = isinstance(config, SftConfig) and config.packing
+        for micro in layout(rows, [e.length for e in batch], world, sharding.microbatch_tokens, packed)[rank]:
             pulse()
             chosen = [batch[i] for i in micro]
-            yield micro, chosen, task.collate(chosen, tokenizer.pad_id, device)
+            yield micro, chosen, task.collate(chosen, tokenizer.pad_id, device, config)
 
     def scores(batch: Sequence[Any]) -> list[Any]:
         """`task.score` of every example, on every rank."""
@@ -144,8 +146,16 @@ def _train(job: Job) -> dict[str, float]:
             part = task.loss(model.module, chosen, tensors, config, total)
             model.backward(part)
             loss += part.detach()
-        norm = model.step()
         dist.all_reduce(loss)
+        try:
+            if not loss.isfinite():
+                raise StageFailed(f"the loss of step {done + 1} is {float(loss)}", "lower optim.lr or look at its rows")
+            norm = model.step()
+        except StageFailed as error:  # on every rank alike, and before the weights change
+            saved = out.logs / f"step-{done + 1:06d}.json"
+            if rank == 0:
+                save_batch(saved, [trained[i] for i in rows])
+            raise StageFailed(f"{error.message}; the tokens of its rows are in {saved}", error.fix) from None
         line = {"train/loss": float(loss), "train/lr": lr, "train/grad_norm": norm, "train/epoch": epoch}
         line["perf/tokens_per_s"] = sum(trained[i].tokens for i in rows) / (time.monotonic() - began)
         if rank == 0:
@@ -190,6 +200,14 @@ def reward_scale(scores: Sequence[float]) -> dict[str, float]:
     return {"reward_mean": mean, "reward_std": std}
 
 
+def save_batch(path: Path, batch: Sequence[Any]) -> None:
+    """Writes the examples of a step as JSON, a list of their fields: ids, token ids, masks, labels; no text."""
+    import numpy as np
+
+    rows = [{k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in vars(e).items()} for e in batch]
+    write_atomic(path, json.dumps(rows))
+
+
 def print_to(path: Path) -> None:
     """Sends all that this process prints to the end of a file."""
     log = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
@@ -228,7 +246,10 @@ def _examples(
             bad.append({"id": row["id"], "reason": error.message})
             continue
         without += not new
-        made["test" if row["split"] == "test" else "train"] += new
+        if row["split"] == "test":
+            made["test"] += new
+        else:
+            made["train"] += [copy for e in new for copy in copies(e, job.seed)]
     if out:
         known = out.quarantine_path.read_text("utf-8") if out.quarantine_path.is_file() else ""
         lines = [json.dumps(b, ensure_ascii=False) + "\n" for b in bad]
@@ -254,17 +275,22 @@ def _examples(
         "train_examples": len(trained),
         "test_examples": len(held_out),
         "truncated": sum(e.truncated for e in trained),
+        **{f"train_examples/{name}": n for name, n in sorted(Counter(e.source for e in trained).items())},
     }
     return trained, held_out, counts
 
 
 def _rows(folders: Sequence[Path], columns: Sequence[str]) -> Iterator[Row]:
+    import pyarrow
     import pyarrow.dataset
 
     for folder in folders:
-        data = pyarrow.dataset.dataset(folder, format="parquet")
-        for batch in data.to_batches(columns=list(columns), batch_size=1024):
-            yield from batch.to_pylist()
+        try:
+            data = pyarrow.dataset.dataset(folder, format="parquet")
+            for batch in data.to_batches(columns=list(columns), batch_size=1024):
+                yield from batch.to_pylist()
+        except (pyarrow.ArrowException, OSError) as error:
+            raise DataError(f"the rows in {folder} cannot be read: {error}", "write them again") from None
 
 
 def _checkpoint(model: "ShardedModel", out: Path) -> None:

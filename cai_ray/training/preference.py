@@ -49,6 +49,7 @@ class Example:
         return 2 * max(len(self.a_T), len(self.b_T))
 
     units = 1  # what the loss is averaged over: pairs
+    weight = 1.0  # each is trained on once in an epoch
 
 
 class EndScores(nn.Module):
@@ -85,7 +86,7 @@ def examples(row: Row, tokenizer: Tokenizer, config: PreferenceModelConfig) -> l
     return [Example(row["id"], a_T, b_T, row["label_prob"], row["source"], a_cut or b_cut)]
 
 
-def collate(batch: Sequence[Example], pad_id: int, device: torch.device) -> Batch:
+def collate(batch: Sequence[Example], pad_id: int, device: torch.device, config: PreferenceModelConfig) -> Batch:
     """Right-padded tensors of a micro-batch; an empty one becomes a pair of single padding tokens."""
     answers = [*(e.a_T for e in batch), *(e.b_T for e in batch)] or [np.full(1, pad_id)] * 2
     rows = [torch.from_numpy(ids_T) for ids_T in answers]
