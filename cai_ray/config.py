@@ -339,6 +339,15 @@ class Training(Section):
         return self
 
 
+class Mix(Section):
+    """How often a row is trained on in an epoch: 2 is twice, 0.5 takes half of all rows, by a hash of their ids."""
+
+    revisions: NonNegativeFloat | tuple[NonNegativeFloat, ...] = 1.0
+    """Weight of the revisions, or one for each round; rounds beyond take the last."""
+    helpful: NonNegativeFloat = 1.0
+    """Weight of the helpful samples."""
+
+
 class SftConfig(Training):
     """`sft`: fine-tunes the pretrained model on revisions and helpful samples."""
 
@@ -346,6 +355,10 @@ class SftConfig(Training):
     """Key of `models`, or a path."""
     rounds: Literal["all", "last"] | tuple[int, ...] = "all"
     """Which revisions are trained on, counted from 1."""
+    mix: Mix = Mix()
+    """Weights of revisions and helpful samples."""
+    packing: Op[bool] = True
+    """Rows of a micro-batch stand in one row without padding, and none sees another; false pads rows of like length."""
     batch_size: PositiveInt = 32
     """Rows of one optimizer step over all ranks."""
     optim: Optim = Optim(lr=1e-5, schedule="cosine", warmup_fraction=0.03)

@@ -111,7 +111,7 @@ def _train(job: Job) -> dict[str, float]:
 
     def micro_batches(batch: Sequence[Any], rows: Sequence[int]) -> Iterator[tuple[list[int], list[Any], Any]]:
         """This rank's micro-batches of `rows`, indices into `batch`: (indices, examples, tensors)."""
-        packed = getattr(config, "packing", True)
+        packed = getattr(config, "packing", True)  # a preference model always packs
         for micro in layout(rows, [e.length for e in batch], world, sharding.microbatch_tokens, packed)[rank]:
             pulse()
             chosen = [batch[i] for i in micro]
@@ -152,10 +152,18 @@ def _train(job: Job) -> dict[str, float]:
             part = task.loss(model.module, chosen, tensors, config, total)
             model.backward(part)
             loss += part.detach()
-        norm = model.step()
         told = torch.stack([loss, loss.new_tensor(checkpoints.overdue())])
         dist.all_reduce(told)
         loss, overdue = told
+        try:
+            if not loss.isfinite():
+                raise StageFailed(f"the loss of step {done + 1} is {float(loss)}", "lower optim.lr or look at its rows")
+            norm = model.step()
+        except StageFailed as error:  # on every rank alike, and before the weights change
+            saved = out.logs / f"step-{done + 1:06d}.json"
+            if rank == 0:
+                save_batch(saved, [trained[i] for i in rows])
+            raise StageFailed(f"{error.message}; the tokens of its rows are in {saved}", error.fix) from None
         line = {"train/loss": float(loss), "train/lr": lr, "train/grad_norm": norm, "train/epoch": epoch}
         line["perf/tokens_per_s"] = sum(trained[i].tokens for i in rows) / (time.monotonic() - began)
         if rank == 0:
@@ -204,6 +212,14 @@ def reward_scale(scores: Sequence[float]) -> dict[str, float]:
             "train it longer or with another rate: it does not tell answers apart",
         )
     return {"reward_mean": mean, "reward_std": std}
+
+
+def save_batch(path: Path, batch: Sequence[Any]) -> None:
+    """Writes the examples of a step as JSON, a list of their fields: ids, token ids, masks, labels; no text."""
+    import numpy as np
+
+    rows = [{k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in vars(e).items()} for e in batch]
+    write_atomic(path, json.dumps(rows))
 
 
 def print_to(path: Path) -> None:
@@ -288,9 +304,13 @@ def _examples(
 
 
 def _rows(folders: Sequence[Path], columns: Sequence[str]) -> Iterator[Row]:
+    import pyarrow
     import pyarrow.dataset
 
     for folder in folders:
-        data = pyarrow.dataset.dataset(folder, format="parquet")
-        for batch in data.to_batches(columns=list(columns), batch_size=1024):
-            yield from batch.to_pylist()
+        try:
+            data = pyarrow.dataset.dataset(folder, format="parquet")
+            for batch in data.to_batches(columns=list(columns), batch_size=1024):
+                yield from batch.to_pylist()
+        except (pyarrow.ArrowException, OSError) as error:
+            raise DataError(f"the rows in {folder} cannot be read: {error}", "write them again") from None

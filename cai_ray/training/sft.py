@@ -16,12 +16,13 @@ from torch.nn.utils.rnn import pad_sequence
 from cai_ray.algo.ppo import logprobs_from_hidden, nll_loss
 from cai_ray.config import SftConfig
 from cai_ray.models.checkpoints import load_causal_lm
+from cai_ray.models.packed import packed_hidden_states
 from cai_ray.models.scalar import hidden_states, lm_head
 from cai_ray.models.tokenization import Tokenizer, sft_example
-from cai_ray.records import Row, answers
+from cai_ray.records import Row, answers, check_messages
 
 COLUMNS = ("id", "messages", "kind", "split", "initial_response", "rounds")
-Batch = Mapping[str, Tensor]
+Batch = Mapping[str, Any]
 Score = tuple[float, float]  # summed log-prob, its tokens
 
 
@@ -33,7 +34,8 @@ class Example:
     ids_T: np.ndarray  # int32
     loss_mask_T: np.ndarray  # bool: the answer and its EOS
     truncated: bool
-    source, weight = "sft", 1.0
+    source: str  # helpful | round-1 | round-2 | …
+    weight: float  # how often it is trained on in an epoch
 
     @property
     def tokens(self) -> int:
@@ -45,7 +47,7 @@ class Example:
     @property
     def units(self) -> int:
         """What the loss is averaged over: tokens with loss."""
-        return int(self.loss_mask_T[1:].sum())
+        return int(self.loss_mask_T.sum())
 
 
 class TokenLogprobs(nn.Module):
@@ -59,10 +61,22 @@ class TokenLogprobs(nn.Module):
         self.hf = hf
 
     def forward(
-        self, ids_BT: Tensor, attention_mask_BT: Tensor, wanted_BT: Tensor, temperature: float = 1.0
+        self,
+        ids_BT: Tensor,
+        attention_mask_BT: Tensor | None,
+        wanted_BT: Tensor,
+        temperature: float = 1.0,
+        lengths: Sequence[int] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """(logprobs_N, entropy_N) in float32 nats of the wanted tokens, row by row; the first token is never wanted."""
-        hidden_BTH = hidden_states(self.hf, ids_BT, attention_mask_BT)
+        """(logprobs_N, entropy_N) in float32 nats of the wanted tokens, row by row; the first token is never wanted.
+
+        With `lengths` there is one row of documents of so many tokens, and no attention mask.
+        """
+        if lengths:
+            hidden_BTH = packed_hidden_states(self.hf, ids_BT, lengths)
+        else:
+            assert attention_mask_BT is not None
+            hidden_BTH = hidden_states(self.hf, ids_BT, attention_mask_BT)
         wanted = wanted_BT[:, 1:]
         hidden_NH, weight_VH = lm_head(self.hf, hidden_BTH[:, :-1][wanted])
         return logprobs_from_hidden(hidden_NH, weight_VH, ids_BT[:, 1:][wanted], temperature)
@@ -79,23 +93,35 @@ def examples(row: Row, tokenizer: Tokenizer, config: SftConfig) -> list[Example]
     A harmful row's initial response is never learned, and neither is an empty answer; such a row may give none.
 
     Raises:
-        DataError: the chat template refuses the conversation.
+        DataError: the turns do not alternate or are no text, or the chat template refuses them.
     """
-    out = []
+    messages, out = check_messages(row["messages"]), []
     for name, text in answers(row, config.rounds):
-        ids, mask, truncated = sft_example(tokenizer, row["messages"], text, config.max_tokens)
-        out.append(Example(name, np.array(ids, np.int32), np.array(mask, bool), truncated))
+        ids, mask, truncated = sft_example(tokenizer, messages, text, config.max_tokens)
+        source, weight = "helpful", config.mix.helpful
+        if row["kind"] != "helpful":
+            number = int(name.rpartition("-")[2])
+            weights = config.mix.revisions if isinstance(config.mix.revisions, tuple) else (config.mix.revisions,)
+            source, weight = f"round-{number}", weights[min(number, len(weights)) - 1]
+        mask[0] = False  # nothing predicts the first token
+        out.append(Example(name, np.array(ids, np.int32), np.array(mask, bool), truncated, source, weight))
     return out
 
 
 def collate(batch: Sequence[Example], pad_id: int, device: torch.device, config: SftConfig) -> Batch:
-    """Right-padded tensors of a micro-batch; an empty one becomes a row of padding whose one token has no loss."""
+    """What `TokenLogprobs` reads of a micro-batch; an empty one becomes a row of padding whose one token has no loss.
+
+    Examples stand one after the other in one row (`packing`), or each in a row that is padded on the right.
+    """
     ids = [torch.from_numpy(e.ids_T) for e in batch] or [torch.full((2,), pad_id)]
     wanted = [torch.from_numpy(e.loss_mask_T) for e in batch] or [torch.tensor([False, True])]
+    if config.packing:
+        ids_1T, wanted_1T = torch.cat(ids)[None].long(), torch.cat(wanted)[None]
+        row = {"ids_BT": ids_1T.to(device), "wanted_BT": wanted_1T.to(device)}
+        return {**row, "attention_mask_BT": None, "lengths": [len(x) for x in ids]}
     ids_BT = pad_sequence(ids, batch_first=True, padding_value=pad_id).long()
     real_BT = pad_sequence([torch.ones_like(x, dtype=torch.bool) for x in ids], batch_first=True)
     wanted_BT = pad_sequence(wanted, batch_first=True)
-    wanted_BT[:, 0] = False
     tensors = {"ids_BT": ids_BT, "attention_mask_BT": real_BT, "wanted_BT": wanted_BT}
     return {name: x.to(device) for name, x in tensors.items()}
 

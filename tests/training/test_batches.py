@@ -1,13 +1,14 @@
 """Row order and layout: golden cases worked by hand, and what must hold for any rows."""
 
 import random
+from dataclasses import dataclass
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cai_ray.errors import ConfigError
-from cai_ray.training.batches import epoch_order, layout, step_rows, total_steps
+from cai_ray.training.batches import copies, epoch_order, layout, step_rows, total_steps
 
 IDS = [f"row-{i}" for i in range(10)]
 
@@ -52,18 +53,49 @@ def test_layout_by_hand() -> None:
     assert layout([2], lengths, ranks=3, microbatch_tokens=50) == [[[2]], [[]], [[]]]
 
 
+def test_a_packed_layout_by_hand() -> None:
+    lengths = [10, 50, 20, 40, 30]
+    # 100 tokens hold [50, 40], then [30, 20, 10]: 90 and 60 tokens, nothing padded
+    assert layout(range(5), lengths, ranks=2, microbatch_tokens=100, packed=True) == [[[1, 3]], [[4, 2, 0]]]
+    # 150 hold all of them; padded they would take 250
+    assert layout(range(5), lengths, ranks=1, microbatch_tokens=150, packed=True) == [[[1, 3, 4, 2, 0]]]
+    assert len(layout(range(5), lengths, ranks=1, microbatch_tokens=150)[0]) == 2
+
+
+@dataclass(frozen=True)
+class Weighted:
+    id: str
+    weight: float
+
+
+def test_weights_take_rows_by_a_hash() -> None:
+    assert copies(Weighted("a", 0.0), 0) == []
+    assert copies(Weighted("a", 1.0), 0) == [Weighted("a", 1.0)]
+    assert [c.id for c in copies(Weighted("a", 3.0), 0)] == ["a", "a+1", "a+2"]
+    names = [f"row-{i}" for i in range(1000)]
+
+    def taken(weight: float, seed: int) -> list[int]:
+        return [len(copies(Weighted(name, weight), seed)) for name in names]
+
+    assert set(taken(1.3, 0)) == {1, 2}
+    assert sum(taken(1.3, 0)) == pytest.approx(1300, abs=45)  # three standard deviations
+    assert taken(1.3, 0) == taken(1.3, 0) != taken(1.3, 1)
+    less, more = taken(0.3, 0), taken(0.6, 0)
+    assert all(a <= b for a, b in zip(less, more, strict=True))  # a larger weight only adds rows
+
+
 def test_a_row_that_can_never_fit_is_an_error() -> None:
     with pytest.raises(ConfigError, match="50 tokens does not fit microbatch_tokens=49"):
         layout(range(2), [50, 10], ranks=1, microbatch_tokens=49)
 
 
-@given(st.lists(st.integers(1, 100), min_size=1, max_size=60), st.integers(1, 5), st.integers(100, 500))
-def test_layout_always(lengths: list[int], ranks: int, budget: int) -> None:
-    plan = layout(range(len(lengths)), lengths, ranks, budget)
+@given(st.lists(st.integers(1, 100), min_size=1, max_size=60), st.integers(1, 5), st.integers(100, 500), st.booleans())
+def test_layout_always(lengths: list[int], ranks: int, budget: int, packed: bool) -> None:
+    plan = layout(range(len(lengths)), lengths, ranks, budget, packed)
     assert len(plan) == ranks
     assert len({len(micro) for micro in plan}) == 1  # else ZeRO-2 and -3 hang
     assert sorted(i for rank in plan for micro in rank for i in micro) == list(range(len(lengths)))
     for micro in (micro for rank in plan for micro in rank if micro):
-        assert len(micro) * max(lengths[i] for i in micro) <= budget
+        assert sum(lengths[i] if packed else max(lengths[j] for j in micro) for i in micro) <= budget
     if len(lengths) >= ranks and len(set(lengths)) == 1:
         assert all(any(micro for micro in rank) for rank in plan)

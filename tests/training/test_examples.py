@@ -1,6 +1,7 @@
 """What rows teach, how they are batched, and the held-out numbers, by hand."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from cai_ray.config import PreferenceModelConfig, SftConfig
-from cai_ray.errors import StageFailed
+from cai_ray.config import Mix, PreferenceModelConfig, SftConfig
+from cai_ray.errors import DataError, StageFailed
 from cai_ray.training import preference, sft
 from cai_ray.training.loop import reward_scale
 from tests.training.rows import revision
@@ -45,10 +46,40 @@ def test_a_helpful_row_teaches_its_sample(tokenizer: Any) -> None:
     assert sft.examples({**row, "initial_response": "  "}, tokenizer, SftConfig()) == []
 
 
-def test_sft_log_probs_are_those_of_the_answer(tiny: Path, tokenizer: Any) -> None:
+def test_each_kind_has_its_source_and_weight(tokenizer: Any) -> None:
+    turns = [{"principle_id": "p", "critique": "c", "revision": r} for r in ("first", "second", "third")]
+    rows = [revision(1, rounds=turns), revision(2, kind="helpful", initial_response="a helpful sample", rounds=[])]
+    mix = Mix(revisions=(0.5, 2.0), helpful=3.0)
+    examples = [e for row in rows for e in sft.examples(row, tokenizer, SftConfig(mix=mix))]
+    assert [(e.source, e.weight) for e in examples] == [
+        *(("round-1", 0.5), ("round-2", 2.0), ("round-3", 2.0)),
+        ("helpful", 3.0),
+    ]
+    (last,) = sft.examples(rows[0], tokenizer, SftConfig(mix=mix, rounds="last"))
+    assert (last.source, last.weight) == ("round-3", 2.0)
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [],
+        [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}],
+        [{"role": "user", "content": None}],
+        [{"role": "narrator", "content": "Once"}],
+    ],
+)
+def test_turns_that_cannot_be_used_are_errors(tokenizer: Any, messages: Any) -> None:
+    with pytest.raises(DataError, match="messages"):
+        sft.examples(revision(1, messages=messages), tokenizer, SftConfig())
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_sft_log_probs_are_those_of_the_answer(tiny: Path, tokenizer: Any, packing: bool) -> None:
     examples = [e for i in range(3) for e in sft.examples(revision(i), tokenizer, SftConfig())]
     module = sft.load(tiny, "float32", 0)
-    tensors = sft.collate(examples, tokenizer.pad_id, CPU, SftConfig())
+    tensors = sft.collate(examples, tokenizer.pad_id, CPU, SftConfig(packing=packing))
+    lengths = [e.length for e in examples]
+    assert tensors["ids_BT"].shape == ((1, sum(lengths)) if packing else (6, max(lengths)))
     with torch.no_grad():
         scores = sft.score(module, examples, tensors)
         for example, (logprob, tokens) in zip(examples, scores, strict=True):
@@ -58,9 +89,25 @@ def test_sft_log_probs_are_those_of_the_answer(tiny: Path, tokenizer: Any) -> No
             assert (logprob, tokens) == (pytest.approx(float(chosen.sum()), rel=1e-5), len(chosen))
 
 
-@pytest.mark.parametrize("task", [sft, preference])
-def test_an_empty_micro_batch_has_no_loss_and_no_gradient(task: Any, tiny: Path, tokenizer: Any) -> None:
-    module, config = task.load(tiny, "float32", 0), SftConfig() if task is sft else PreferenceModelConfig()
+def test_no_loss_in_a_pack_moves_with_another_document(tiny: Path, tokenizer: Any) -> None:
+    module, config = sft.load(tiny, "float32", 0), SftConfig()
+    examples = [sft.examples(revision(i), tokenizer, config)[0] for i in range(4)]
+    changed = replace(examples[1], ids_T=np.full_like(examples[1].ids_T, 7))
+    with torch.no_grad():
+        before, after = (
+            [logprob for logprob, _ in sft.score(module, batch, sft.collate(batch, tokenizer.pad_id, CPU, config))]
+            for batch in (examples, [examples[0], changed, *examples[2:]])
+        )
+    assert [a == b for a, b in zip(before, after, strict=True)] == [True, False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("task", "config"),
+    [(sft, SftConfig()), (sft, SftConfig(packing=False)), (preference, PreferenceModelConfig())],
+    ids=["sft", "sft-padded", "preference"],
+)
+def test_an_empty_micro_batch_has_no_loss_and_no_gradient(task: Any, config: Any, tiny: Path, tokenizer: Any) -> None:
+    module = task.load(tiny, "float32", 0)
     tensors = task.collate([], tokenizer.pad_id, CPU, config)
     assert task.score(module, [], tensors) == []
     loss = task.loss(module, [], tensors, config, 5)

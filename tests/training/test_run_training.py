@@ -4,11 +4,13 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,11 +18,11 @@ from typing import Any, ClassVar
 import psutil
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from cai_ray.artifacts import StageDir
-from cai_ray.config import Lora, Optim, PreferenceModelConfig, SftConfig, Sharding
-from cai_ray.errors import DataError, ResourceError, StageFailed
+from cai_ray.config import Lora, Mix, Optim, PreferenceModelConfig, SftConfig, Sharding
+from cai_ray.errors import ConfigError, DataError, ResourceError, StageFailed
 from cai_ray.records import Row
 from cai_ray.training.checkpoints import RECORD
 from cai_ray.training.launch import _failed, _Follow, _Watch, run_training
@@ -70,22 +72,94 @@ def run(ray_cluster: None, rows: Path, tiny: Path, tmp_path: Path) -> Callable[.
     return start
 
 
-def test_ranks_stage_and_micro_batches_do_not_change_the_curve(run: Any) -> None:
-    reference, metrics = run("plain", sft_config(tokens=4096))
-    assert metrics["steps"] == 5
-    assert metrics["train_examples"] == 30
-    assert [line["step"] for line in lines(reference)] == [0, 0, 1, 2, 3, 4, 5]  # held-out rows before and after
-    before, after = curve(reference, "eval/loss")
-    assert after < before
-    assert metrics["eval/loss"] == after
-    for name, config in {"zero-2": sft_config(2, 2, 256), "zero-3": sft_config(2, 3, 512)}.items():
-        out, _ = run(name, config)
+ROWS = 2 * 64  # tokens of a micro-batch of about two rows: the longest row here has 61
+SPREAD = {  # name: config, that must not change the curve; ranks, ZeRO stage, micro-batch tokens
+    "padded": sft_config(packing=False, tokens=4096),
+    "one-row": sft_config(packing=False, tokens=64),
+    "packed-2-ranks-zero-2": sft_config(2, 2, ROWS),
+    "padded-2-ranks-zero-3": sft_config(2, 3, 2 * ROWS, packing=False),
+}
+REST = {
+    f"{'packed' if packing else 'padded'}-{ranks}-ranks-zero-{stage}-{tokens}": sft_config(
+        ranks, stage, tokens, packing=packing
+    )
+    for packing, ranks, stage, tokens in [
+        *((packing, 1, 0, tokens) for packing in (True, False) for tokens in (64, ROWS, 2 * ROWS)),
+        *((True, 1, stage, ROWS) for stage in (1, 2, 3)),
+        *((stage % 2 == 0, 2, stage, ROWS) for stage in (0, 1, 2, 3)),
+    ]
+}
+
+
+@pytest.fixture(scope="session")
+def curve_of_reference() -> dict[str, Any]:
+    """Filled by the first test that needs it."""
+    return {}
+
+
+@pytest.mark.parametrize("name", [*SPREAD, *(pytest.param(name, marks=pytest.mark.full) for name in REST)])
+def test_layout_does_not_change_the_curve(name: str, run: Any, curve_of_reference: dict[str, Any]) -> None:
+    if not curve_of_reference:  # all rows of a step in one pack on one rank
+        out, metrics = run("reference", twenty(sft_config(tokens=4096)))
+        assert (metrics["steps"], metrics["train_examples"]) == (20, 30)
+        assert metrics["train_examples/round-1"] == metrics["train_examples/round-2"] == 15
+        assert [line["step"] for line in lines(out)] == [0, *range(20), 20]  # held-out rows before and after
+        before, after = curve(out, "eval/loss")
+        assert after < before
+        assert metrics["eval/loss"] == after
         for key in ("train/loss", "train/grad_norm", "eval/loss"):
-            assert curve(out, key) == pytest.approx(curve(reference, key), rel=1e-5)
-        weights, expected = (load_file(o.path / "model" / "model.safetensors") for o in (out, reference))
-        assert weights.keys() == expected.keys()
-        for key, tensor in weights.items():
-            torch.testing.assert_close(tensor, expected[key], rtol=1e-3, atol=1e-5)
+            curve_of_reference[key] = curve(out, key)
+        curve_of_reference["weights"] = load_file(out.path / "model" / "model.safetensors")
+    out, _ = run(name, twenty((SPREAD | REST)[name]))
+    for key in ("train/loss", "train/grad_norm", "eval/loss"):
+        assert curve(out, key) == pytest.approx(curve_of_reference[key], rel=1e-5)
+    weights, expected = load_file(out.path / "model" / "model.safetensors"), curve_of_reference["weights"]
+    assert weights.keys() == expected.keys()
+    for key, tensor in weights.items():
+        torch.testing.assert_close(tensor, expected[key], rtol=1e-3, atol=1e-5)
+
+
+def twenty(config: SftConfig) -> SftConfig:
+    """The same for 20 steps at lr 1e-4."""
+    optim = Optim(lr=1e-4, schedule="linear", warmup_fraction=0.2)
+    return config.model_copy(update={"epochs": 4, "optim": optim})
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step(
+    ray_cluster: None, rows: Path, tiny: Path, tmp_path: Path
+) -> None:
+    model, out = tmp_path / "broken", stage_dir(tmp_path / "sft")
+    shutil.copytree(tiny, model)
+    state = load_file(model / "model.safetensors")
+    state["model.norm.weight"][0] = torch.nan
+    save_file(state, model / "model.safetensors", metadata={"format": "pt"})
+    config = sft_config(2, 2, mix=Mix(revisions=(1.0, 0.5)))
+    with pytest.raises(StageFailed, match=r"the loss of step 1 is nan; the tokens of its rows are in .*step-000001"):
+        run_training(job(out.path, config, model, [rows]), out)
+    assert curve(out) == []
+    assert not (out.path / "model").exists()
+    text = (out.logs / "step-000001.json").read_text()
+    saved = json.loads(text)
+    assert len(saved) == 6
+    assert all(e["id"] and len(e["ids_T"]) == len(e["loss_mask_T"]) > 10 for e in saved)
+    assert "What is" not in text
+
+
+def test_a_truncated_file_of_rows_is_an_error(run: Any, rows: Path) -> None:
+    file = rows / "part-1.parquet"
+    file.write_bytes(file.read_bytes()[:-20])
+    with pytest.raises(DataError, match="cannot be read"):
+        run("truncated", sft_config())
+
+
+def test_chat_without_a_template_is_an_error(ray_cluster: None, rows: Path, tiny: Path, tmp_path: Path) -> None:
+    model, out = tmp_path / "base", stage_dir(tmp_path / "sft")
+    shutil.copytree(tiny, model, ignore=shutil.ignore_patterns("chat_template*"))
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    settings.pop("chat_template", None)
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ConfigError, match="has no chat template"):
+        run_training(replace(job(out.path, sft_config(), model, [rows]), format="chat"), out)
 
 
 @pytest.mark.full

@@ -1,0 +1,97 @@
+"""Packed documents: each is read as if it stood alone, in every family, forward and backward."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from cai_ray.errors import DataError
+from cai_ray.models.packed import packed_hidden_states
+from cai_ray.models.scalar import hidden_states
+
+LENGTHS = [7, 1, 12, 3]
+SMALL = {
+    **{"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64},
+    "pad_token_id": 0,
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+    "qwen3": {},
+    "mistral": {"sliding_window": 4},
+    "gemma": {},
+    "gemma3_text": {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]},
+    "gpt_neox": {},
+    "phi": {},
+    "phi3": {"sliding_window": None},
+}
+
+
+def random_model(family: str) -> Any:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **SMALL, **FAMILIES.get(family, {}))
+    return AutoModelForCausalLM.from_config(config).float()
+
+
+def documents(seed: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(1, 50, (n,), generator=generator) for n in LENGTHS]
+
+
+def packed(model: Any, ids: list[Tensor]) -> list[Tensor]:
+    """hidden_TH of each document."""
+    return list(packed_hidden_states(model, torch.cat(ids)[None], LENGTHS)[0].split(LENGTHS))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_document_in_a_pack_is_what_it_is_alone(family: str) -> None:
+    model, ids = random_model(family), documents(1)
+    alone = [hidden_states(model, x[None], torch.ones(1, len(x)))[0] for x in ids]
+    gradients = torch.autograd.grad(sum(h.square().sum() for h in alone), list(model.base_model.parameters()))
+    together = packed(model, ids)
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
+    packed_gradients = torch.autograd.grad(sum(h.square().sum() for h in together), list(model.base_model.parameters()))
+    torch.testing.assert_close(packed_gradients, gradients, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_document_sees_another(family: str) -> None:
+    model, ids = random_model(family), documents(1)
+    others = [x % 49 + 1 for x in ids]  # another token everywhere
+    before = packed(model, ids)
+    for changed in range(len(ids)):
+        after = packed(model, [*ids[:changed], others[changed], *ids[changed + 1 :]])
+        for i, (old, new) in enumerate(zip(before, after, strict=True)):
+            assert torch.equal(old, new) == (i != changed)
+
+
+def test_padded_rows_are_read_as_before_by_a_model_that_reads_packs() -> None:
+    plain, model = random_model("mistral"), random_model("mistral")
+    packed(model, documents(1))
+    ids_BT = torch.stack(documents(3)[:1] * 2)
+    mask_BT = torch.ones(ids_BT.shape).tril(len(ids_BT[0]) - 2)  # the first row is one token shorter
+    real = mask_BT.bool()
+    assert not real.all()
+    expected, got = (hidden_states(m, ids_BT, mask_BT)[real] for m in (plain, model))
+    assert torch.equal(got, expected)
+
+
+def test_gradient_checkpointing_changes_nothing() -> None:
+    losses = []
+    for checkpointing in (False, True):
+        model = random_model("llama").train()
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        sum(h.square().sum() for h in packed(model, documents(1))).backward()
+        losses.append([p.grad for p in model.base_model.parameters()])
+    torch.testing.assert_close(losses[1], losses[0], rtol=0, atol=0)
+
+
+def test_a_family_that_mixes_documents_is_refused() -> None:
+    model = random_model("llama")
+    model.base_model.layers[1].self_attn.forward = lambda hidden_states, **how: (hidden_states, None)
+    with pytest.raises(DataError, match=r"1 of 2 layers .* keep packed documents apart"):
+        packed(model, documents(1))
