@@ -104,6 +104,7 @@ def _score(inputs: EvaluateInputs, folders: list[Path], out: StageDir) -> list[R
         batch_format="pyarrow",
         batch_size=64,
         concurrency=1,
+        max_restarts=0,  # Ray warns of a restart that may fail; this way the same command is the restart
         num_gpus=1 if inputs.gpu else 0,
         runtime_env={"env_vars": {"OMP_NUM_THREADS": str(inputs.threads)}},
     )
