@@ -63,6 +63,7 @@ def test_dual_clip_bounds_only_negative_advantages():
     # r = 10: A = -1: max(10, 1.2) = 10, at most 3;  A = 1: max(-10, -1.2)
     close(policy([10.0, 10.0], [-1.0, 1.0])[0], torch.tensor((10 - 1.2) / 2))
     close(policy([10.0, 10.0], [-1.0, 1.0], dual_clip=3.0)[0], torch.tensor((3 - 1.2) / 2))
+    close(policy([10.0, 10.0], [-0.5, 0.5], dual_clip=3.0)[0], torch.tensor((1.5 - 0.6) / 2))
     with pytest.raises(CaiError, match="dual_clip"):
         policy([1.0], [1.0], dual_clip=1.0)
 
