@@ -105,6 +105,10 @@ def test_value_loss_by_hand():
     loss, stats = value_loss(values, old, returns, mask, 0.5)
     close(loss, torch.tensor((3.125 + 8) / 2))
     close(stats["clipfrac"], torch.tensor(0.5))
+    # v = 0: 1/2, held at 1 - 0.5: 2.25/2, clipped
+    loss, stats = value_loss(row(0.0), row(1.0), row(-1.0), mask[:, :1], 0.5)
+    close(loss, torch.tensor(1.125))
+    assert stats["clipfrac"] == 1
     loss, stats = value_loss(values, old, returns, mask)
     close(loss, torch.tensor((0.5 + 8) / 2))
     assert stats["clipfrac"] == 0
