@@ -17,6 +17,15 @@ SURVIVORS: dict[str, dict[str, str]] = {
         "preference_loss: zero_masked(torch.as_tensor(margin, device=gap.device).expand_as(gap), present) -> zero_masked(torch.as_tensor(margin, device=gap.device).expand_as(gap), torch.ones_like(present))": "the scores are masked before it and the losses after it",
         "preference_loss: loss = partial_mean(zero_masked(weights, present) * losses, present, total) -> loss = partial_mean(zero_masked(weights, torch.ones_like(present)) * losses, present, total)": "where a pair is absent its weight is 0 by definition",
     },
-    "rating": {},
+    "rating": {
+        "fit_elo: by_pair.setdefault((min(a, b), max(a, b)), []).append(p if a < b else 1 - p) -> by_pair.setdefault((min(a, b), max(a, b)), []).append(p if a <= b else 1 - p)": "a player who meets itself was refused before",
+        "fit_elo: pairs_P2 = np.array(list(by_pair), dtype=int).reshape(-1, 2) -> pairs_P2 = np.array(list(by_pair), dtype=int).reshape(-2, 2)": "numpy takes any negative length for the unknown one",
+        "_strengths: range(200) -> range(201)": "a limit that no design reaches",
+        "_strengths: hessian_SKK = incidence_PK.T @ (curvature_SP[..., None] * incidence_PK) + PRIOR * np.eye(free.sum()) -> hessian_SKK = incidence_PK.T @ (curvature_SP[..., None] * incidence_PK) - PRIOR * np.eye(free.sum())": "it bends a step by a millionth; the maximum, where the gradient is 0, stays",
+        "_strengths: s_SK[:, free] += step_SK * np.minimum(1, 0.5 / np.maximum(longest, 1e-12)) -> s_SK[:, free] += step_SK * np.minimum(1, 1.0 / np.maximum(longest, 1e-12))": "twice the step still converges on every design tried; half is the margin that makes it certain",
+        "_strengths: s_SK[:, free] += step_SK * np.minimum(1, 0.5 / np.maximum(longest, 1e-12)) -> s_SK[:, free] += step_SK * np.minimum(1, 0.5 / np.maximum(longest, 2e-12))": "it only keeps a division by 0 away",
+        "_strengths: longest.max() < 0.0001 -> longest.max() <= 0.0001": "it only says when the steps, which shrink quadratically, are short enough",
+        "_strengths: longest.max() < 0.0001 -> longest.max() < 0.0002": "it only says when the steps, which shrink quadratically, are short enough",
+    },
     "scores": {},
 }
