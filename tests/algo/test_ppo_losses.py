@@ -131,6 +131,8 @@ def test_importance_weights_by_hand():
     old = row(math.log(2), math.log(10), -math.log(2), NAN)
     weights = importance_weights(old, row(0.0, 0.0, 0.0, 0.0), torch.tensor([[True, True, True, False]]), cap=5.0)
     close(weights, row(2.0, 5.0, 0.5, 0.0))
+    mask = torch.tensor([[True, True, True, False]])
+    close(importance_weights(old, row(0.0, 0.0, 0.0, 0.0), mask, cap=0.75), row(0.75, 0.75, 0.5, 0.0))
     with pytest.raises(CaiError, match="cap"):
         importance_weights(old, old, torch.ones(1, 4, dtype=torch.bool), 0.0)
 
