@@ -44,6 +44,12 @@ def test_temperature_divides_the_logits(temperature, probability):
     close(entropy, torch.tensor([-p * math.log(p) - (1 - p) * math.log(1 - p)]))
 
 
+def test_each_token_has_its_own_label():
+    logits = torch.tensor([[[0.0, LN3], [LN3, 0.0], [0.0, 0.0]], [[LN3, 0.0], [0.0, LN3], [0.0, LN3]]])
+    wanted = torch.tensor([[1 / 4, 1 / 4, 1 / 2], [3 / 4, 3 / 4, 1 / 4]]).log()
+    close(logprobs_from_logits(logits, torch.tensor([[0, 1, 1], [0, 1, 0]])), wanted)
+
+
 def test_gradients_by_hand():
     hidden, weight = torch.ones(1, 1, requires_grad=True), torch.tensor([[0.0], [LN3]], requires_grad=True)
     logprobs, entropy = logprobs_from_hidden(hidden, weight, torch.tensor([0]), temperature=0.5)

@@ -63,6 +63,7 @@ def test_dual_clip_bounds_only_negative_advantages():
     # r = 10: A = -1: max(10, 1.2) = 10, at most 3;  A = 1: max(-10, -1.2)
     close(policy([10.0, 10.0], [-1.0, 1.0])[0], torch.tensor((10 - 1.2) / 2))
     close(policy([10.0, 10.0], [-1.0, 1.0], dual_clip=3.0)[0], torch.tensor((3 - 1.2) / 2))
+    close(policy([10.0, 10.0], [-0.5, 0.5], dual_clip=3.0)[0], torch.tensor((1.5 - 0.6) / 2))
     with pytest.raises(CaiError, match="dual_clip"):
         policy([1.0], [1.0], dual_clip=1.0)
 
@@ -104,6 +105,10 @@ def test_value_loss_by_hand():
     loss, stats = value_loss(values, old, returns, mask, 0.5)
     close(loss, torch.tensor((3.125 + 8) / 2))
     close(stats["clipfrac"], torch.tensor(0.5))
+    # v = 0: 1/2, held at 1 - 0.5: 2.25/2, clipped
+    loss, stats = value_loss(row(0.0), row(1.0), row(-1.0), mask[:, :1], 0.5)
+    close(loss, torch.tensor(1.125))
+    assert stats["clipfrac"] == 1
     loss, stats = value_loss(values, old, returns, mask)
     close(loss, torch.tensor((0.5 + 8) / 2))
     assert stats["clipfrac"] == 0
@@ -126,6 +131,8 @@ def test_importance_weights_by_hand():
     old = row(math.log(2), math.log(10), -math.log(2), NAN)
     weights = importance_weights(old, row(0.0, 0.0, 0.0, 0.0), torch.tensor([[True, True, True, False]]), cap=5.0)
     close(weights, row(2.0, 5.0, 0.5, 0.0))
+    mask = torch.tensor([[True, True, True, False]])
+    close(importance_weights(old, row(0.0, 0.0, 0.0, 0.0), mask, cap=0.75), row(0.75, 0.75, 0.5, 0.0))
     with pytest.raises(CaiError, match="cap"):
         importance_weights(old, old, torch.ones(1, 4, dtype=torch.bool), 0.0)
 

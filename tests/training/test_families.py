@@ -52,7 +52,7 @@ FAMILIES = {
     "qwen3": Qwen3Config(**GROUPED),  # norms of queries and keys
     "mistral": MistralConfig(**GROUPED, sliding_window=None),
     "gemma": GemmaConfig(**GROUPED),  # tied, embeddings scaled, norms around 1
-    "gpt_neox": GPTNeoXConfig(**SIZES),  # LayerNorm, parallel residuals, the head is called embed_out
+    "gpt_neox": GPTNeoXConfig(**SIZES),  # LayerNorm, parallel residuals; published files call its head embed_out
     "phi": PhiConfig(**SIZES),  # a bias in the LM head
     "phi3": Phi3Config(**SIZES, num_key_value_heads=1),
 }
