@@ -125,10 +125,12 @@ def test_a_preference_model_trains_a_step_and_scores_as_transformers_does(
 ) -> None:
     start, out = folder(family), tmp_path / "out"
     ids_BT, lengths_B = padded(ROWS)
+    (first, *a), (_, *b) = ROWS  # a prompt of one token and two answers
+    as_pair = torch.tensor([[first, *a, *b]]), [(1, len(a), len(b))]
 
     def loss(module: Any) -> torch.Tensor:
-        a, b = module(ids_BT, lengths_B)
-        return -torch.nn.functional.logsigmoid(a - b)
+        score_a, score_b = module(*as_pair)
+        return -torch.nn.functional.logsigmoid(score_a - score_b).sum()
 
     model = train(preference.load(start, "float32", 1), loss)
     model.export(Tokenizer.load(start), out, {"reward_mean": 0.5, "reward_std": 2.0})
@@ -137,9 +139,9 @@ def test_a_preference_model_trains_a_step_and_scores_as_transformers_does(
     real_BT = (torch.arange(ids_BT.shape[1]) < lengths_B[:, None]).long()
     with torch.no_grad():
         scores = again(input_ids=ids_BT, attention_mask=real_BT).logits[:, 0]
-        torch.testing.assert_close(model.module(ids_BT, lengths_B), scores, rtol=1e-5, atol=1e-5)
-        ours = preference.load(out, "float32", 2).eval()(ids_BT, lengths_B)
-    torch.testing.assert_close(ours, scores, rtol=1e-5, atol=1e-5)
+        ours = preference.load(out, "float32", 2).eval()
+        for module in (model.module, ours):
+            torch.testing.assert_close(torch.cat(module(*as_pair)), scores, rtol=1e-5, atol=1e-5)
 
 
 def test_soft_capped_logits_are_a_clear_error(tiny: Path, tmp_path: Path) -> None:
