@@ -208,7 +208,6 @@ def test_planted_soft_labels_are_recovered_and_calibrated(
     rows = [planted(i) for i in range(1000)]
     job = Job("preference_model", config, tiny, "plain", (write_rows(rows),), out.path, 7, "cpu", 0.0, 300.0, 300.0)
     metrics = run_training(job, out)
-    print({name: round(value, 4) for name, value in metrics.items()})
     assert metrics["eval/calibration_error"] < 0.05
     # A model that says 1/2 throughout is calibrated, too: it has to tell the pairs apart.
     assert metrics["eval/label_agreement"] > 0.93
