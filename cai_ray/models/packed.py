@@ -73,8 +73,8 @@ def _attention(
     parts = []
     for part in itertools.starmap(slice, itertools.pairwise(ends)):
         mask = None if attention_mask is None else attention_mask[..., part, part]
-        inputs = (x[:, :, part] for x in (query, key, value))
-        parts.append(sdpa_attention_forward(module, *inputs, mask, **how)[0])
+        q, k, v = (x[:, :, part] for x in (query, key, value))
+        parts.append(sdpa_attention_forward(module, q, k, v, mask, **how)[0])
     return torch.cat(parts, dim=1), None
 
 
