@@ -31,7 +31,7 @@ from cai_ray.generation.engine import (
 )
 from cai_ray.generation.ledger import Ledger, RowLog
 from cai_ray.models.tokenization import Tokenizer
-from cai_ray.records import Row
+from cai_ray.records import Row, to_table
 
 BAD = "bad_reason"  # column beside a program's own: why the row is bad, null where it is good
 
@@ -143,39 +143,46 @@ class EngineActor:
 
     # ---- programs -------------------------------------------------------------------------------------------------
 
-    async def run(self, program: Program, table: pa.Table, ledger: Ledger) -> int:
+    async def run(self, program: Program, table: pa.Table) -> pa.Table:
         """Runs a program on every row of a block at once, in the one continuous batch.
 
-        The rows go to the ledger, of `program.schema` and the column `bad_reason`; a bad row has its id and the reason.
-
         Returns:
-            How many there are, once all of them are durable.
+            A table of `program.schema` and the column `bad_reason`, rows in order. A bad row has its id and the reason.
 
         Raises:
             Exception: what a program raised that is no CaiError: a bug, not a bad row.
         """
+        return to_table(await self._rows_of(program, table, None, None), _with_reason(program))
+
+    async def record(self, program: Program, table: pa.Table, ledger: Ledger) -> int:
+        """`run`, with its rows written to a ledger; returns how many there are, once all of them are durable."""
         if self._log is None or self._log.ledger.folder != ledger.folder:
-            self._log = RowLog(ledger, self.name, program.schema.append(pa.field(BAD, pa.string())))
-        tasks: list[asyncio.Task[None]] = []
+            self._log = RowLog(ledger, self.name, _with_reason(program))
+        try:
+            return len(await self._rows_of(program, table, ledger, self._log))
+        finally:
+            self._log.flush()
+
+    async def _rows_of(self, program: Program, table: pa.Table, ledger: Ledger | None, log: RowLog | None) -> list[Row]:
+        tasks: list[asyncio.Task[Row]] = []
         try:
             async with asyncio.TaskGroup() as group:
                 rows = [table.slice(i, 1) for i in range(table.num_rows)]
-                tasks = [group.create_task(self._row(program, row, ledger, self._log)) for row in rows]
+                tasks = [group.create_task(self._row(program, row, ledger, log)) for row in rows]
                 self._running.update(tasks)
         except BaseExceptionGroup as e:
             raise e.exceptions[0] from None
         finally:
             self._running.difference_update(tasks)
-            self._log.flush()
-        for task in tasks:
-            task.result()  # a row that was cancelled is not done
-        return len(tasks)
+        return [task.result() for task in tasks]  # a row that was cancelled is not done: it raises
 
-    async def _row(self, program: Program, table: pa.Table, ledger: Ledger, log: RowLog) -> None:
+    async def _row(self, program: Program, table: pa.Table, ledger: Ledger | None, log: RowLog | None) -> Row:
         row_id: str = table["id"][0].as_py()
         try:
             row = _readable(table)
-            if row_id in ledger.culprits:
+            if ledger is None:
+                out = await program(row, self)
+            elif row_id in ledger.culprits:
                 out = {"id": row_id, BAD: "its engine died on it twice"}
             else:
                 async with self._alone if row_id in ledger.suspects else contextlib.nullcontext():
@@ -183,8 +190,10 @@ class EngineActor:
                         out = await program(row, self)
         except CaiError as e:
             out = {"id": row_id, BAD: e.message}
-        log.append(out)
+        if log is not None:
+            log.append(out)
         self._rows += 1
+        return out
 
     async def abort(self) -> None:
         """Ends every program that runs here; their callers see it cancelled."""
@@ -236,6 +245,10 @@ class EngineActor:
     async def shutdown(self) -> None:
         """Ends vLLM's own processes; the actor is of no use afterwards."""
         await self._call(self._engine.shutdown)
+
+
+def _with_reason(program: Program) -> pa.Schema:
+    return program.schema.append(pa.field(BAD, pa.string()))
 
 
 def _readable(table: pa.Table) -> Row:

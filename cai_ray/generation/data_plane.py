@@ -176,7 +176,7 @@ class _Client:
         engine = min(self._blocks, key=lambda e: self._blocks[e])
         self._blocks[engine] += 1
         try:
-            return pa.table({"rows": [await engine.run.remote(self._program, block, self._ledger)]})
+            return pa.table({"rows": [await engine.record.remote(self._program, block, self._ledger)]})
         finally:
             self._blocks[engine] -= 1
 

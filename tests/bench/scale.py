@@ -67,7 +67,7 @@ class StandIn:
         self.slot_s += self.held * (now - self.changed) if self.changed else 0.0
         self.held, self.changed = self.held + rows, now
 
-    async def run(self, program: Any, table: pa.Table, ledger: Any) -> int:
+    async def record(self, program: Any, table: pa.Table, ledger: Any) -> int:
         """Gives a block's rows to the ledger, after their time."""
         task = asyncio.current_task()
         self.tasks.add(task)
