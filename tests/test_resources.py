@@ -327,7 +327,7 @@ def test_a_run_for_another_cluster_is_checked_for_its_lengths_only(monkeypatch: 
 
 def test_estimating_imports_neither_torch_nor_ray() -> None:
     code = (
-        "import sys; from cai_ray.config import load_config; from cai_ray.resources import check_here, estimate; "
+        "import sys; from cai_ray.config_files import load_config; from cai_ray.resources import check_here, estimate; "
         "estimate(load_config('tiny'), 'cpu'); check_here(load_config('70b_multinode')); "
         "sys.exit(bool({'torch', 'ray', 'transformers', 'datasets'} & sys.modules.keys()))"
     )
