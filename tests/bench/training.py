@@ -141,7 +141,7 @@ def ours(arm: str, folder: Path) -> dict[str, float]:
 
     from cai_ray.artifacts import StageDir
     from cai_ray.cluster import start_ray
-    from cai_ray.config import load_config
+    from cai_ray.config_files import load_config
     from cai_ray.models import embedded_model
     from cai_ray.models.tokenization import Tokenizer
     from cai_ray.records import LABELED_PAIR, REVISION
