@@ -53,7 +53,7 @@ class EngineActor:
     """An engine behind an event loop; `pool.EnginePool` makes it a Ray actor.
 
     Args:
-        name: how log and journal call it.
+        name: how log and ledger call it.
         log_file: takes all that this process and vLLM's own processes print.
         model_folder: what `Engine` loads.
         options: further arguments of `Engine`.

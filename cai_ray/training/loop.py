@@ -242,13 +242,14 @@ def _own_log(path: Path, limit_s: float) -> Callable[[], None]:
     print_to(path)
     os.utime(path)
     last, notes = time.monotonic(), stacks(path).open("w")
+    faulthandler.dump_traceback_later(0.8 * limit_s, file=notes)
 
     def pulse() -> None:
         nonlocal last
-        if time.monotonic() - last > PULSE_S:
+        if time.monotonic() - last > PULSE_S:  # each row and micro-batch calls this; the watchdog is a new thread
             os.utime(path)
+            faulthandler.dump_traceback_later(0.8 * limit_s, file=notes)
             last = time.monotonic()
-        faulthandler.dump_traceback_later(0.8 * limit_s, file=notes)
 
     return pulse
 

@@ -1,4 +1,4 @@
-"""Engines without vLLM: the real actor, journal and pool around a core that sleeps instead of sampling."""
+"""Engines without vLLM: the real actor, ledger and pool around a core that sleeps instead of sampling."""
 
 import time
 

@@ -156,7 +156,7 @@ def test_an_engine_that_starts_later_joins(pool, model, tmp_path):
         settings=elastic,
     )
     assert counts.rows_out == len(ids)
-    journals = [path.read_text().split() for path in Ledger(out.checkpoints).held.iterdir()]
-    assert len(journals) == 2
-    assert min(len(set(rows)) for rows in journals) > 50  # both had work
+    held = [path.read_text().split() for path in Ledger(out.checkpoints).held.iterdir()]
+    assert len(held) == 2
+    assert min(len(set(rows)) for rows in held) > 50  # both had work
     assert pool.joining() == []
