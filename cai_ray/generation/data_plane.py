@@ -201,7 +201,7 @@ def _feed(
         context.execution_options.resource_limits = ExecutionResources(cpu=DATA_CPUS)
         context.enable_progress_bars = False
         context.execution_no_progress_timeout_s = -1  # it counts blocks, which may take long; _run watches tokens
-        with ray.data.DataContext.current(context), _quiet():
+        with ray.data.DataContext.current(context), quiet():
             rows = ray.data.read_parquet(str(inputs), partitioning=None)
             rows = rows.map_batches(partial(_among, wanted), batch_size=None, batch_format="pyarrow")
             done = rows.repartition(target_num_rows_per_block=settings.rows_per_block).map_batches(
@@ -280,7 +280,7 @@ def _alive(engine: EngineHandle) -> bool:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keeps Ray Data's words off the terminal; its log file, in Ray's session folder, has them all."""
     handlers = [h for h in logging.getLogger("ray.data").handlers if isinstance(h, logging.StreamHandler)]
     levels = [h.level for h in handlers]

@@ -12,7 +12,7 @@ from cai_ray.artifacts import Manifest, StageDir, StageKey
 from cai_ray.config import EvaluateConfig
 from cai_ray.errors import DataError
 from cai_ray.evaluation.answers import ANSWER, SCORED, Scorer, summary, wins
-from cai_ray.generation.data_plane import MapSettings, RowCounts, map_rows
+from cai_ray.generation.data_plane import MapSettings, RowCounts, map_rows, quiet
 from cai_ray.records import PROMPT, Row, to_table
 from cai_ray.stages.shared import EngineSetup, ask, read_rows, write_rows
 
@@ -98,15 +98,16 @@ class Answer:
 
 def _score(inputs: EvaluateInputs, folders: list[Path], out: StageDir) -> list[Row]:
     limit = 1 << 20  # nothing is cut here: what was sampled fits the model
-    scored = ray.data.read_parquet([str(f) for f in folders]).map_batches(
-        Scorer,
-        fn_constructor_args=(str(inputs.reward), inputs.gpu, limit),
-        batch_format="pyarrow",
-        batch_size=64,
-        concurrency=1,
-        max_restarts=0,  # Ray warns of a restart that may fail; this way the same command is the restart
-        num_gpus=1 if inputs.gpu else 0,
-        runtime_env={"env_vars": {"OMP_NUM_THREADS": str(inputs.threads)}},
-    )
+    with quiet():
+        scored = ray.data.read_parquet([str(f) for f in folders]).map_batches(
+            Scorer,
+            fn_constructor_args=(str(inputs.reward), inputs.gpu, limit),
+            batch_format="pyarrow",
+            batch_size=64,
+            concurrency=1,
+            max_restarts=0,  # Ray warns of a restart that may fail; this way the same command is the restart
+            num_gpus=1 if inputs.gpu else 0,
+            runtime_env={"env_vars": {"OMP_NUM_THREADS": str(inputs.threads)}},
+        )
     order = list(inputs.models)
     return sorted(scored.take_all(), key=lambda r: (r["id"], order.index(r["model"])))
