@@ -23,7 +23,12 @@ from cai_ray.training.loop import Job, print_to, rank_log, stacks, train
 
 MAX_FAILURES = 2  # restarts from the last checkpoint within one call
 POLL_S = 0.5
-# Without it a CPU's malloc keeps what gloo's threads free: two ranks that gather a model layer by layer grow past it.
+# What malloc does on a CPU. By default a thread's large blocks go back to the system at every step, and come again page
+# by page, a sixth of the step's time. Under ZeRO-3 they have to: gloo's threads would keep what they gathered.
+KEEP_MEMORY = {
+    **{"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)},
+    "THP_MEM_ALLOC_ENABLE": "1",  # torch asks for huge pages
+}
 RETURN_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "1000000"}
 # Torch's own words on GPU and CPU, and Ray's when its monitor ends a worker.
 _OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|running low on memory|OutOfMemoryError")
@@ -117,6 +122,7 @@ def _fit(job: Job) -> Any:
     except (FileNotFoundError, json.JSONDecodeError):  # Ray Train, cut off while it wrote it, could not read it again
         record.unlink(missing_ok=True)
     gpu, ranks = job.device == "gpu", job.config.sharding.ranks
+    memory = {} if gpu else RETURN_MEMORY if job.config.sharding.zero_stage == 3 else KEEP_MEMORY
     trainer = Trainer(
         train,
         train_loop_config={"job": job},
@@ -131,7 +137,7 @@ def _fit(job: Job) -> Any:
                 checkpoint_score_attribute=SCORE if job.config.keep_checkpoints > 1 else None,
                 checkpoint_score_order="min",
             ),
-            worker_runtime_env={"env_vars": RETURN_MEMORY} if job.config.sharding.zero_stage == 3 and not gpu else None,
+            worker_runtime_env={"env_vars": memory},
             failure_config=FailureConfig(max_failures=MAX_FAILURES, controller_failure_limit=1),
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
