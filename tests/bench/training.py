@@ -33,7 +33,7 @@ from typing import Any
 from tests.conftest import DEFAULT_DATA
 
 THREADS = os.cpu_count() or 1
-SEED, LR, MAX_TOKENS, PACK_TOKENS, MICRO_TOKENS = 0, 1e-5, 768, 1024, 1024
+SEED, LR, MAX_TOKENS, PACK_TOKENS, MICRO_TOKENS = 0, 1e-5, 768, 1024, 4096
 SFT_ROWS, SFT_BATCH = 92, 23  # four steps of about 4,000 tokens
 PAIRS, PAIR_BATCH, PAIR_TOKENS, PAIRS_AT_ONCE = 64, 16, 384, 4
 LOOP_STEPS, LOOP_BATCH, LOOP_TOKENS = 4, 16, 256
@@ -84,7 +84,8 @@ def config_of(arm: str) -> Any:
     """The stage's configuration for an arm."""
     from cai_ray.config import Optim, PreferenceModelConfig, SftConfig, Sharding
 
-    sharding = Sharding(ranks=1, dtype="float32", microbatch_tokens=MICRO_TOKENS, cpus_per_rank=THREADS)
+    micro_tokens = PACK_TOKENS if arm.startswith("sft") else MICRO_TOKENS  # TRL's packs go one at a time
+    sharding = Sharding(ranks=1, dtype="float32", microbatch_tokens=micro_tokens, cpus_per_rank=THREADS)
     common: dict[str, Any] = {"optim": Optim(**OPTIM), "sharding": sharding, "checkpoint_every": 1000}
     if arm.startswith("pm"):
         return PreferenceModelConfig(batch_size=PAIR_BATCH, max_tokens=MAX_TOKENS, **common)
