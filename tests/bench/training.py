@@ -227,7 +227,8 @@ def trl(arm: str, folder: Path) -> dict[str, float]:
         model = load_causal_lm(embedded_model(), "float32")
         trainer: Any = SFTTrainer(model, config, train_dataset=data, processing_class=hf, callbacks=[Notes()])
     else:
-        data = Dataset.from_dict({f"{k}_ids": [getattr(e, f"{n}_T").tolist() for e in examples] for k, n in SIDES})
+        sides = {k: [[*e.prompt_T.tolist(), *getattr(e, n).tolist()] for e in examples] for k, n in SIDES}
+        data = Dataset.from_dict(sides)
         config = RewardConfig(
             **settings,
             **{"max_length": MAX_TOKENS, "per_device_train_batch_size": PAIRS_AT_ONCE},
@@ -250,7 +251,7 @@ def trl(arm: str, folder: Path) -> dict[str, float]:
     return rates(marks, peak_rss_gib())
 
 
-SIDES = (("chosen", "a"), ("rejected", "b"))
+SIDES = (("chosen_ids", "a_T"), ("rejected_ids", "b_T"))
 
 
 def bare(arm: str, folder: Path) -> dict[str, float]:
@@ -343,7 +344,13 @@ def summary(arms: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
     settings = {"model": "SmolLM2-135M-Instruct", "dtype": "float32", "threads": THREADS, "lr": LR, "zero_stage": 0}
     sizes = {
         **{"sft_rows": SFT_ROWS, "sft_batch": SFT_BATCH, "max_tokens": MAX_TOKENS, "trl_pack_tokens": PACK_TOKENS},
-        **{"microbatch_tokens": MICRO_TOKENS, "pairs": PAIRS, "pair_batch": PAIR_BATCH, "pair_tokens": PAIR_TOKENS},
+        **{
+            "sft_microbatch_tokens": PACK_TOKENS,
+            "microbatch_tokens": MICRO_TOKENS,
+            "pairs": PAIRS,
+            "pair_batch": PAIR_BATCH,
+            "pair_tokens": PAIR_TOKENS,
+        },
         **{"trl_pairs_at_once": PAIRS_AT_ONCE, "loop_batch": LOOP_BATCH, "loop_tokens": LOOP_TOKENS},
     }
     return {**ratios, "settings": settings | sizes, "arms": arms}
