@@ -4,6 +4,7 @@ A field marked operational (`Op`) says where and how fast something runs, never 
 stage's key, so one run directory moves from a laptop to a cluster. This module imports neither torch nor ray.
 """
 
+import re
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
@@ -21,12 +22,15 @@ from pydantic import (
 
 from cai_ray.deepspeed_options import check_options, read_options
 
+FUNCTION = re.compile(r"(?!run:)[A-Za-z_][\w.]*:[A-Za-z_]\w*")  # module:function, as a reward
+
 T = TypeVar("T")
 Op = Annotated[T, Field(json_schema_extra={"operational": True})]  # never changes a stage's key
 Fraction = Annotated[float, Field(ge=0, le=1)]
 YamlWord = BeforeValidator(
     lambda v: {True: "on", False: "off"}[v] if isinstance(v, bool) else v
 )  # YAML 1.1 reads bools
+OneOrMore = BeforeValidator(lambda v: (v,) if isinstance(v, str) else v)
 
 
 class Section(BaseModel):
@@ -464,10 +468,18 @@ class PPOConfig(Sampling):
 
     init: str = "sft"
     """Policy's start and reference: `sft`, a key of `models`, or a path."""
-    reward: str = "preference_model"
-    """`preference_model` or a path to one."""
+    reward: Annotated[tuple[str, ...], OneOrMore, Field(min_length=1)] = ("preference_model",)
+    """What scores responses, one or several: `preference_model`, a path to one, or `module:function`."""
+    ensemble: Literal["mean", "min"] = "mean"
+    """What becomes of the scores of several rewards."""
+    heldout_reward: str | None = None
+    """A preference model that only watches: a reward that rises while its score falls is being exploited."""
+    advantage: Literal["gae", "rloo", "grpo"] = "gae"
+    """gae has a critic; rloo and grpo compare the samples of each prompt and have none."""
     critic_init: Literal["reward", "policy"] = "reward"
-    """The critic starts from the preference model or the policy."""
+    """The critic starts from the (first) preference model or the policy."""
+    critic_warmup_steps: NonNegativeInt = 0
+    """First steps, in which only the critic learns."""
     steps: PositiveInt = 100
     """Iterations of rollout and update."""
     rollout_batch_size: PositiveInt = 128
@@ -487,9 +499,29 @@ class PPOConfig(Sampling):
     gae_lambda: Fraction = 0.95
     """GAE's lambda."""
     kl_coef: NonNegativeFloat = 0.001
-    """Weight of the per-token KL penalty (k1) in the reward."""
-    clip_range: PositiveFloat = 0.2
-    """Clipping of the policy ratio."""
+    """Weight of the KL penalty to the reference."""
+    kl_penalty: Literal["reward", "k2_loss", "k3_loss"] = "reward"
+    """k1 in each token's reward; or k2 or k3 as a term of the loss."""
+    kl_target: PositiveFloat | None = None
+    """KL towards which kl_coef is steered, nats per response; none keeps it as it is."""
+    kl_horizon: PositiveFloat = 10_000
+    """Responses over which a KL that is 20% off or more moves kl_coef by a fifth."""
+    kl_limit: PositiveFloat | None = None
+    """A step's KL above it is the end of the run, nats per response; none is off."""
+    on_kl_limit: Literal["stop", "roll_back"] = "stop"
+    """roll_back goes on from the last checkpoint with twice the kl_coef."""
+    clip_range: PositiveFloat | tuple[PositiveFloat, PositiveFloat] = 0.2
+    """Clipping of the policy ratio to [1 - c, 1 + c]; [low, high] clips to [1 - low, 1 + high]."""
+    dual_clip: Annotated[float, Field(gt=1)] | None = None
+    """Bounds the loss of a negative advantage at this many times its size; none is off."""
+    entropy_coef: NonNegativeFloat = 0.0
+    """Weight of the policy's entropy, which is added to what is maximised."""
+    ptx_coef: NonNegativeFloat = 0.0
+    """Weight of the SL loss on `revise`'s training rows, mixed into each of the actor's steps; 0 is off."""
+    staleness: Literal[0, 1] = 0
+    """1 samples a step's responses while the step before trains, from weights that are one update old."""
+    importance_cap: PositiveFloat = 2.0
+    """Most that a token of a stale response counts; its weight is the ratio of the two policies."""
     value_clip_range: PositiveFloat | None = 0.2
     """Clipping of value updates; none is off."""
     normalize_scores: bool = True
@@ -513,6 +545,16 @@ class PPOConfig(Sampling):
     checkpoint_every: Op[PositiveInt] = 10
     """Steps between checkpoints of actor, critic and controller."""
 
+    @property
+    def has_critic(self) -> bool:
+        """Whether advantages need values."""
+        return self.advantage == "gae"
+
+    @property
+    def preference_models(self) -> tuple[str, ...]:
+        """Those of the rewards that are models."""
+        return tuple(name for name in self.reward if not FUNCTION.fullmatch(name))
+
     @model_validator(mode="after")
     def _sizes(self) -> "PPOConfig":
         if self.rollout_batch_size % self.minibatch_size:
@@ -523,6 +565,17 @@ class PPOConfig(Sampling):
             raise ValueError(
                 f"rollout_batch_size {self.rollout_batch_size} is no multiple of "
                 f"samples_per_prompt {self.samples_per_prompt}"
+            )
+        if not self.has_critic:
+            if self.samples_per_prompt < 2:
+                raise ValueError(f"{self.advantage} compares samples of a prompt: set samples_per_prompt to 2 or more")
+            if self.critic_warmup_steps:
+                raise ValueError(f"{self.advantage} has no critic to warm up: set critic_warmup_steps to 0")
+        if self.kl_target and self.kl_horizon <= 0.2 * self.rollout_batch_size:
+            raise ValueError(f"kl_horizon {self.kl_horizon:g} is not above a fifth of rollout_batch_size")
+        if self.critic_init == "reward" and self.has_critic and not self.preference_models:
+            raise ValueError(
+                "no preference model among ppo.reward for the critic to start from: set critic_init: policy"
             )
         for role in (self.actor, self.critic):
             check_options(role.sharding.deepspeed, role.sharding, role.optim, self.minibatch_size)

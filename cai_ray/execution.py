@@ -291,17 +291,22 @@ class Execution:
                     key=key,
                     prompts=rows[0],
                     setup=self._setup(config.ppo.init),
-                    reward=self._model(config.ppo.reward),
+                    rewards=tuple(
+                        self._model(name) if name in config.ppo.preference_models else name
+                        for name in config.ppo.reward
+                    ),
+                    heldout_reward=self._model(config.ppo.heldout_reward) if config.ppo.heldout_reward else None,
                     cluster=config.cluster,
                     device=device,
                     progress=lambda: self.reporter.bar(name, "steps"),
+                    revisions=rows[1] if config.ppo.ptx_coef else None,
                 )
             case "evaluate":
                 return module.EvaluateInputs(
                     key=key,
                     prompts=rows[0],
                     models={model: self._setup(model) for model in pipeline.evaluated(config)},
-                    reward=self._model(config.ppo.reward),
+                    reward=self._model(pipeline.scorer(config)),
                     settings=self._map_settings(name),
                     threads=config.preference_model.sharding.cpus_per_rank,
                     gpu=device == "gpu",

@@ -46,6 +46,16 @@ def preference_init(c: Config) -> str:
     return "preference_base" if c.models.preference_base else "sft"
 
 
+def rewards(c: Config) -> tuple[str, ...]:
+    """The models that score or watch in PPO."""
+    return (*c.ppo.preference_models, *([c.ppo.heldout_reward] if c.ppo.heldout_reward else ()))
+
+
+def scorer(c: Config) -> str:
+    """The preference model whose scores `evaluate` compares."""
+    return (*c.ppo.preference_models, "preference_model")[0]
+
+
 def evaluated(c: Config) -> tuple[str, ...]:
     """Every model of the run that answers prompts, in the order in which they are made."""
     return tuple(dict.fromkeys(["helpful", c.ppo.init, "ppo"]))
@@ -68,8 +78,8 @@ STAGES = (
         lambda c: (preference_init(c),),
         files=lambda c: tuple(s for s in c.preference_model.data if s.path != "label"),
     ),
-    Stage("ppo", lambda c: ("prompts",), lambda c: (c.ppo.init, c.ppo.reward)),
-    Stage("evaluate", lambda c: ("prompts",), lambda c: (*evaluated(c), c.ppo.reward)),
+    Stage("ppo", lambda c: ("prompts", *(["revise"] if c.ppo.ptx_coef else [])), lambda c: (c.ppo.init, *rewards(c))),
+    Stage("evaluate", lambda c: ("prompts",), lambda c: (*evaluated(c), scorer(c))),
     Stage("report", lambda c: ("evaluate",), lambda c: ()),
 )
 NAMES = tuple(s.name for s in STAGES)

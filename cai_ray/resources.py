@@ -9,6 +9,7 @@ What is unknown is NaN (see `models.shapes`): it refuses nothing.
 import gzip
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from cai_ray import pipeline
@@ -93,13 +94,14 @@ def _trainer(
     return Role(role, sharding.ranks, int(device == "gpu"), cpus, flops * shape.parameters, parts, host)
 
 
-def _onlooker(config: Config, role: str, name: str, sharding: Sharding, ranks: int, device: str) -> Role:
-    """A model that only looks: reference, reward, scorer."""
-    shape, width, gpus = model_shape(config, name), WIDTH[sharding.dtype], int(device == "gpu")
-    split = ranks if gpus and shape.gib(width) > SHARD_ABOVE_GIB else 1
-    work: Part = ("activations", shape.work_gib(sharding.microbatch_tokens, width), 1)
-    parts = (("weights", shape.gib(width), split), work, ("libraries", LIBRARIES_GIB[device], 1))
-    return Role(role, ranks, gpus, PPO_CPUS[device], 2 * shape.parameters, parts)
+def _onlooker(config: Config, role: str, names: Sequence[str], sharding: Sharding, ranks: int, device: str) -> Role:
+    """Models that only look, one after the other: reference, reward, scorer."""
+    width, gpus = WIDTH[sharding.dtype], int(device == "gpu")
+    shapes = [model_shape(config, name) for name in names]
+    weights = [("weights", s.gib(width), ranks if gpus and s.gib(width) > SHARD_ABOVE_GIB else 1) for s in shapes]
+    work: Part = ("activations", max((s.work_gib(sharding.microbatch_tokens, width) for s in shapes), default=0.0), 1)
+    parts = (*weights, work, ("libraries", LIBRARIES_GIB[device], 1))
+    return Role(role, ranks, gpus, PPO_CPUS[device], 2 * sum(s.parameters for s in shapes), parts)
 
 
 def stage_roles(config: Config, stage: Stage, device: str) -> tuple[Role, ...]:
@@ -116,16 +118,19 @@ def stage_roles(config: Config, stage: Stage, device: str) -> tuple[Role, ...]:
     engine = _engine(config, stage, device)
     if name == "evaluate":
         looks = Sharding(dtype="float32", microbatch_tokens=context_tokens(config, name))
-        return (engine, _onlooker(config, "scorer", p.reward, looks, 1, device))
+        return (engine, _onlooker(config, "scorer", [pipeline.scorer(config)], looks, 1, device))
     if name != "ppo":
         return (engine,)
-    critic = p.reward if p.critic_init == "reward" else p.init
+    critics = []
+    if p.has_critic:
+        start = p.preference_models[0] if p.critic_init == "reward" else p.init
+        critics = [_trainer(config, "critic", start, p.critic.sharding, device, p.ppo_epochs)]
     return (
         engine,
         _trainer(config, "actor", p.init, p.actor.sharding, device, p.ppo_epochs),
-        _trainer(config, "critic", critic, p.critic.sharding, device, p.ppo_epochs),
-        _onlooker(config, "reward", p.reward, p.critic.sharding, p.inference_ranks, device),
-        _onlooker(config, "reference", p.init, p.actor.sharding, p.inference_ranks, device),
+        *critics,
+        _onlooker(config, "reward", pipeline.rewards(config), p.critic.sharding, p.inference_ranks, device),
+        _onlooker(config, "reference", [p.init], p.actor.sharding, p.inference_ranks, device),
     )
 
 

@@ -7,8 +7,10 @@ for another.
 
 import asyncio
 import contextlib
+import json
 import os
 import sys
+import time
 import traceback
 from collections import deque
 from collections.abc import Sequence
@@ -33,6 +35,7 @@ from cai_ray.generation.ledger import Ledger, RowLog
 from cai_ray.models.tokenization import Tokenizer
 from cai_ray.records import Row, to_table
 
+SPAN = b"span"  # in a table's metadata: when its rows were made, two times as JSON, seconds since the epoch
 BAD = "bad_reason"  # column beside a program's own: why the row is bad, null where it is good
 
 
@@ -148,11 +151,14 @@ class EngineActor:
 
         Returns:
             A table of `program.schema` and the column `bad_reason`, rows in order. A bad row has its id and the reason.
+            Its metadata hold `SPAN`.
 
         Raises:
             Exception: what a program raised that is no CaiError: a bug, not a bad row.
         """
-        return to_table(await self._rows_of(program, table, None, None), _with_reason(program))
+        begun = time.time()
+        done = to_table(await self._rows_of(program, table, None, None), _with_reason(program))
+        return done.replace_schema_metadata({SPAN: json.dumps([begun, time.time()])})
 
     async def record(self, program: Program, table: pa.Table, ledger: Ledger) -> int:
         """`run`, with its rows written to a ledger; returns how many there are, once all of them are durable."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from cai_ray.errors import DataError
@@ -78,6 +79,18 @@ def scores_at_end(model: PreTrainedModel, ids_BT: torch.Tensor, lengths_B: torch
     columns_T = torch.arange(ids_BT.shape[1], device=ids_BT.device)
     last_BT = columns_T == lengths_B[:, None] - 1
     return values_at(model, ids_BT, columns_T < lengths_B[:, None], last_BT)[last_BT]
+
+
+def document_states(model: PreTrainedModel, ids_1T: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+    """The last hidden states hidden_TH of documents that stand one after the other in one row, without padding.
+
+    Families that are not known to keep documents apart get them as padded rows, which is slower.
+    """
+    if shares_prompt(model):
+        return packed_hidden_states(model, ids_1T, lengths)[0]
+    ids_BT = pad_sequence(list(ids_1T[0].split(list(lengths))), batch_first=True)
+    real_BT = torch.arange(ids_BT.shape[1]) < torch.tensor(lengths)[:, None]
+    return hidden_states(model, ids_BT, real_BT.to(ids_BT.device))[real_BT]
 
 
 def shares_prompt(model: PreTrainedModel) -> bool:

@@ -1,1 +1,1 @@
-"""Synchronous, on-policy PPO over five roles: actor, critic, reward, reference and the rollout engines."""
+"""PPO over five roles: actor, critic, reward, reference and the rollout engines."""

@@ -1,7 +1,7 @@
-"""Batches as they travel and as they are computed on: ragged Arrow columns, right-padded micro-batches.
+"""Batches as they travel and as they are computed on: ragged Arrow columns, micro-batches without padding.
 
-Shapes: B sequences, T tokens, R response tokens of the longest one, N response tokens of all of them, one after the
-other. A batch is an Arrow table with a row per response and a list column per token-wise quantity.
+Shapes: B sequences, T tokens of all of them, R response tokens of the longest one, N response tokens of all of them,
+one after the other. A batch is an Arrow table with a row per response and a list column per token-wise quantity.
 """
 
 from collections.abc import Sequence
@@ -39,29 +39,28 @@ Plan = list[list[int]]  # micro-batches of one rank, each a list of rows; an emp
 
 @dataclass(frozen=True)
 class Micro:
-    """A micro-batch on a device: right-padded sequences, and N response tokens of all of them in one row."""
+    """A micro-batch on a device: whole sequences one after the other in one row, and their N response tokens."""
 
-    ids_BT: Tensor
-    attention_BT: Tensor  # bool
-    response_BT: Tensor  # bool: the response tokens
+    ids_1T: Tensor
+    response_1T: Tensor  # bool: the response tokens
+    documents: list[int]  # tokens of each sequence
     mask_N: Tensor  # bool; all False for a filler
     columns: dict[str, Tensor]  # [N]
-    lengths: list[int]  # response tokens of each row
+    lengths: list[int]  # response tokens of each sequence
 
 
 def collate(batch: pa.Table, rows: Sequence[int], device: torch.device, columns: Sequence[str] = ()) -> Micro:
     """Takes rows of a batch as a micro-batch; no rows give a filler, which has a shape but counts for nothing."""
     part = batch.take(list(rows) or [0])
     prompts, responses = (flat(part, n).long().split(row_lengths(part, n)) for n in ("prompt_ids", "response_ids"))
-    ids = [torch.cat(pair) for pair in zip(prompts, responses, strict=True)]
-    ids_BT = pad_sequence(ids, batch_first=True)
-    start_B1, end_B1 = (torch.tensor([len(x) for x in xs])[:, None] for xs in (prompts, ids))
-    at_T = torch.arange(ids_BT.shape[1])
+    pairs = list(zip(prompts, responses, strict=True))
     lengths = [len(x) for x in responses]
+    ids_T = torch.cat([x for pair in pairs for x in pair])
+    response_T = torch.cat([torch.full((len(x),), bool(k)) for pair in pairs for k, x in enumerate(pair)])
     return Micro(
-        ids_BT=ids_BT.to(device),
-        attention_BT=(at_T < end_B1).to(device),
-        response_BT=((at_T >= start_B1) & (at_T < end_B1)).to(device),
+        ids_1T=ids_T[None].to(device),
+        response_1T=response_T[None].to(device),
+        documents=[len(p) + len(r) for p, r in pairs],
         mask_N=torch.full((sum(lengths),), bool(rows), device=device),
         columns={name: flat(part, name).to(device) for name in columns},
         lengths=lengths,

@@ -16,7 +16,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from cai_ray.errors import CaiError, ResourceError, StageFailed
 
 CPU_SHARE = 0.1  # logical CPUs of a worker: roles take turns, threads are set apart from this
-RESTARTS = 3  # of a stateless worker; Ray sends its unanswered calls again
+RETRIES = 3  # of a call to a stateless worker that dies; Ray starts it again as often as it takes
 
 
 class WorkerDied(StageFailed):
@@ -122,8 +122,8 @@ class Placement:
     cpus: float
     gpus: float
 
-    def start(self, role: str, cls: type, ranks: int, env: Mapping[str, str], restarts: int, *args: Any) -> Group:
-        """Starts `cls(role, rank, ranks, *args)` for every rank; `restarts` is 0 for workers that hold state."""
+    def start(self, role: str, cls: type, ranks: int, env: Mapping[str, str], retries: int, *args: Any) -> Group:
+        """Starts `cls(role, rank, ranks, *args)` for every rank; `retries` is 0 for workers that hold state."""
         workers = [
             ray.remote(cls)
             .options(
@@ -131,8 +131,8 @@ class Placement:
                 num_gpus=self.gpus,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(self.group, self.first[role] + rank),
                 runtime_env={"env_vars": dict(env)},
-                max_restarts=restarts,
-                max_task_retries=restarts,
+                max_restarts=-1 if retries else 0,
+                max_task_retries=retries,
             )
             .remote(role, rank, ranks, *args)
             for rank in range(ranks)

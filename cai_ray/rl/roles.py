@@ -3,13 +3,16 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from cai_ray.rl.groups import RESTARTS, Call, Group, placed, wait
-from cai_ray.rl.workers import Actor, Critic, Reference, Reward, Setup
+from cai_ray.rl.groups import RETRIES, Call, Group, placed, wait
+from cai_ray.rl.rewards import Reward
+from cai_ray.rl.setup import Setup
+from cai_ray.rl.workers import Actor, Critic, Reference
+from cai_ray.training.launch import KEEP_MEMORY
 
 
 @contextmanager
 def started(setup: Setup) -> Iterator[dict[str, Group]]:
-    """Actor, critic, reward and reference by name, models loaded; they end with the block.
+    """Actor, critic (where advantages need one), reward and reference by name, models loaded; they end with the block.
 
     Raises:
         ResourceError: the cluster cannot hold them.
@@ -23,18 +26,22 @@ def started(setup: Setup) -> Iterator[dict[str, Group]]:
         "reward": (Reward, config.inference_ranks, critic.cpus_per_rank),
         "reference": (Reference, config.inference_ranks, actor.cpus_per_rank),
     }
-    updates = config.steps * config.ppo_epochs * config.rollout_batch_size // config.minibatch_size
+    if not config.has_critic:
+        del roles["critic"]
+    updates = config.ppo_epochs * config.rollout_batch_size // config.minibatch_size
+    steps = {"actor": config.steps - config.critic_warmup_steps, "critic": config.steps}
+    memory = {} if setup.device == "gpu" else KEEP_MEMORY
     groups: dict[str, Group] = {}
     with placed({role: ranks for role, (_, ranks, _) in roles.items()}, setup.device, timeout_s) as placement:
         try:
             for role, (cls, ranks, threads) in roles.items():
-                env = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
-                restarts = 0 if role in ("actor", "critic") else RESTARTS
-                groups[role] = placement.start(role, cls, ranks, env, restarts, setup)
+                env = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", **memory}
+                retries = 0 if role in steps else RETRIES
+                groups[role] = placement.start(role, cls, ranks, env, retries, setup)
             ready: list[Call] = groups["reward"].submit("info") + groups["reference"].submit("info")
-            for role in ("actor", "critic"):
+            for role in filter(groups.get, steps):
                 (where, *_) = wait(groups[role].submit("address"), timeout_s, f"start of the {role}")
-                ready += groups[role].submit("join", *where, updates)
+                ready += groups[role].submit("join", *where, updates * steps[role])
             wait(ready, timeout_s, "start of PPO's workers")
             yield groups
         finally:

@@ -1,8 +1,6 @@
-"""A step's rollouts: which prompts, how they are sampled and kept, and what rewards and advantages come of them.
+"""A step's rollouts: which prompts, how they are sampled, and how they are kept."""
 
-Shapes: B responses, R response tokens of the longest one.
-"""
-
+import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -13,22 +11,17 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 
-from cai_ray.algo.kl import kl_estimate
-from cai_ray.algo.masking import masked_mean, masked_var, masked_whiten
-from cai_ray.algo.ppo import gae, shaped_rewards
 from cai_ray.config import PPOConfig
 from cai_ray.errors import DataError, StageFailed
-from cai_ray.generation.actor import BAD
+from cai_ray.generation.actor import BAD, SPAN
 from cai_ray.generation.engine import Request
 from cai_ray.models.tokenization import Tokenizer
 from cai_ray.records import PROMPT, Row, derive_seed, to_table
-from cai_ray.rl.batches import padded, ragged, row_lengths
+from cai_ray.rl.batches import row_lengths
 from cai_ray.templates import STOP_PLAIN
 
 PROBES = 4  # responses that are compared after a weight sync
-SAMPLES = 3  # responses that are shown for each step
 
 _HEAD = [("row", pa.int32()), ("id", pa.string()), ("kind", pa.string())]  # row: 0 ... B - 1
 REQUESTS = pa.schema([*_HEAD, PROMPT.field("messages"), ("seed", pa.int64())])
@@ -165,17 +158,18 @@ def keep_rollouts(path: Path, asked: int, *parts: pa.Table) -> tuple[pa.Table, d
     Args:
         path: parquet file of the step.
         asked: responses that were asked for.
-        parts: tables of schema ROLLOUTS and a column that names what is wrong with a row.
+        parts: what engines returned: tables of schema ROLLOUTS and a column that names what is wrong with a row.
 
     Returns the batch in the order of its rows, and what the controller may see of it.
 
     Raises:
         StageFailed: responses are missing.
     """
+    spans = [json.loads(part.schema.metadata[SPAN]) for part in parts]
     if parts:
         batch = pa.concat_tables(parts)
         reasons = [reason for reason in batch[BAD].to_pylist() if reason]
-        batch = batch.select(ROLLOUTS.names).sort_by("row")
+        batch = batch.select(ROLLOUTS.names).replace_schema_metadata().sort_by("row")
         if reasons or batch["row"].to_pylist() != list(range(asked)):
             raise StageFailed(
                 f"{asked} responses were asked for, {len(batch) - len(reasons)} came; {reasons[0] if reasons else ''}",
@@ -192,65 +186,7 @@ def keep_rollouts(path: Path, asked: int, *parts: pa.Table) -> tuple[pa.Table, d
         "lengths": [a + b for a, b in zip(prompts, responses, strict=True)],
         "ids": batch["id"].to_pylist(),
         "responses": responses,
+        "spans": spans,
         "versions": sorted(set(batch["version"].to_pylist())),
         "probe": [(row["prompt_ids"], row["response_ids"]) for row in probe],
     }
-
-
-# ---- rewards and advantages -----------------------------------------------------------------------------------------
-
-
-def make_experience(config: PPOConfig, kl_coef: float, batch: pa.Table, *parts: pa.Table) -> tuple[pa.Table, dict]:
-    """Joins what the workers computed to the rollouts, and adds advantages and returns.
-
-    Order: scores are normalised already (by the reward worker) → missing-EOS penalty → clip → KL per token → GAE →
-    advantages whitened over the whole batch.
-
-    Args:
-        config: the stage's configuration.
-        kl_coef: weight of the per-token KL (k1).
-        batch: rollouts.
-        parts: tables with `row` and some of `score, score_raw, old_logprobs, ref_logprobs, values`.
-
-    Returns the batch with the columns old_logprobs, values, advantages and returns, and the step's metrics.
-    """
-    names = sorted({name for part in parts for name in part.column_names} - {"row"})
-    for name in names:
-        batch = batch.append_column(name, _joined(parts, name, len(batch)))
-    old_BR, ref_BR, values_BR, rollout_BR = (
-        padded(batch, name) for name in ("old_logprobs", "ref_logprobs", "values", "rollout_logprobs")
-    )
-    lengths = row_lengths(batch, "response_ids")
-    mask_BR = torch.arange(old_BR.shape[1]) < torch.tensor(lengths)[:, None]
-    scores_B, raw_B = (torch.tensor(batch[name].to_numpy(), dtype=torch.float32) for name in ("score", "score_raw"))
-    ended_B = torch.tensor(batch["ended"].to_pylist())
-    clip, penalty = config.score_clip, config.missing_eos_penalty
-    rewards_BR = shaped_rewards(scores_B, old_BR, ref_BR, mask_BR, kl_coef, "k1", clip, penalty, ended_B)
-    advantages_BR, returns_BR = gae(rewards_BR, values_BR, mask_BR, config.gamma, config.gae_lambda)
-    unexplained = masked_var(returns_BR - values_BR, mask_BR) / masked_var(returns_BR, mask_BR).clamp(min=1e-8)
-    gap_BR = (old_BR - rollout_BR).abs()
-    if config.whiten_advantages:
-        advantages_BR = masked_whiten(advantages_BR, mask_BR)
-    for name, x_BR in (("advantages", advantages_BR), ("returns", returns_BR)):
-        batch = batch.append_column(name, ragged(x_BR[mask_BR], lengths))
-    shown = batch.slice(0, SAMPLES).select(["id", "kind", "prompt", "response", "score", "ended"])
-    kl_BR = kl_estimate(old_BR, ref_BR, "k1")
-    metrics = {
-        "objective/kl": kl_BR.sum(1).mean(),
-        "objective/score": scores_B.mean(),
-        "objective/score_raw": raw_B.mean(),
-        "objective/reward": rewards_BR.sum(1).mean(),
-        "value/explained_variance": 1 - unexplained,
-        "rollout/logprob_gap": masked_mean(gap_BR, mask_BR),
-        "rollout/logprob_gap_max": gap_BR.max(),
-        "rollout/truncated": 1 - ended_B.float().mean(),
-        "rollout/length": sum(lengths) / len(lengths),
-    }
-    return batch, {"metrics": {k: float(v) for k, v in metrics.items()}, "samples": shown.to_pylist()}
-
-
-def _joined(parts: Sequence[pa.Table], name: str, count: int) -> pa.Array:
-    table = pa.concat_tables([p.select(["row", name]) for p in parts if name in p.column_names]).sort_by("row")
-    if table["row"].to_pylist() != list(range(count)):
-        raise StageFailed(f"{name}: the workers answered for {len(table)} of {count} responses", "run it again")
-    return table[name]

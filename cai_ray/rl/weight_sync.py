@@ -5,6 +5,7 @@ gathering a sharded parameter is a collective; rank 0 speaks to the engines.
 """
 
 import os
+from collections import deque
 from collections.abc import Iterator
 from itertools import groupby
 from typing import Any
@@ -80,12 +81,16 @@ class Sender:
         if self._engines.gpus:
             self._nccl.send_weights()
             return
-        if self._model.rank != 0:
-            for _ in self._model.full_parameters():
-                pass
-            return
+        parameters = self._model.full_parameters()
+        try:
+            if self._model.rank == 0:
+                self._pass_on(parameters)
+        finally:  # the other ranks gather all of them, also when an engine dies
+            deque(parameters, maxlen=0)
+
+    def _pass_on(self, parameters: Iterator[tuple[str, Tensor]]) -> None:
         self._engines.start_weight_update()
-        for number, bucket in enumerate(buckets(self._model.full_parameters())):
+        for number, bucket in enumerate(buckets(parameters)):
             name = f"{os.getpid()}-{number}"  # names the process, which may be killed, as the owner
             try:
                 self._engines.update_weights(write_bucket(bucket, name))
@@ -130,6 +135,29 @@ def mean_gap(actor: list[list[float]], engine: list[list[float]]) -> float:
     """Mean |difference| of the log-probs that both sides give the same tokens, nats; rows count as far as both go."""
     pairs = [pair for mine, theirs in zip(actor, engine, strict=True) for pair in zip(mine, theirs, strict=False)]
     return sum(abs(a - b) for a, b in pairs) / max(1, len(pairs))
+
+
+def check_sync(gap: float, shift: float, limit: float, step: int) -> None:
+    """Stops the run when the engines did not take the weights of a step, by its own learning rate.
+
+    Args:
+        gap: mean |difference| of engine and actor after the sync, nats a token.
+        shift: how far the step has moved the actor, in the same units. In float32 two right implementations differ by
+            some 1e-5, so engines that are still half a step away and further than a twentieth of the limit hold older
+            weights; bfloat16's rounding is larger than a step.
+        limit: of `GAP_LIMITS`.
+        step: for the message.
+
+    Raises:
+        StageFailed: they differ.
+    """
+    check_gap(gap, limit, f"after the weight sync of step {step}")
+    if limit == GAP_LIMITS["float32"] and gap > max(limit / 20, shift / 2):
+        raise StageFailed(
+            f"after the weight sync of step {step}, the engines are {gap:.2g} nats a token from the actor, which the "
+            f"step has moved by {shift:.2g}: they hold older weights",
+            "the same command starts the workers again and continues from the last checkpoint",
+        )
 
 
 def check_gap(gap: float, limit: float, when: str) -> None:

@@ -1,14 +1,18 @@
-"""Stage 7: PPO against the preference model, with a KL penalty to the SL model (Bai et al. 2022, section 4.1)."""
+"""Stage 7: PPO against its rewards, with a KL penalty to the SL model (Bai et al. 2022, section 4.1)."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow as pa
+
 from cai_ray.artifacts import Manifest, StageDir, StageKey
-from cai_ray.config import Cluster, PPOConfig
+from cai_ray.config import Cluster, PPOConfig, SftConfig
 from cai_ray.errors import DataError
+from cai_ray.models.tokenization import Tokenizer
 from cai_ray.rl.loop import run_ppo
-from cai_ray.rl.workers import Setup
-from cai_ray.stages.shared import EngineSetup, Show, read_rows
+from cai_ray.rl.setup import Setup
+from cai_ray.stages.shared import EngineSetup, Show, iter_rows, read_rows
+from cai_ray.training.sft import examples
 
 
 @dataclass(frozen=True)
@@ -18,10 +22,12 @@ class PPOInputs:
     key: StageKey
     prompts: Path
     setup: EngineSetup  # the policy's start, on the rollout engines
-    reward: Path
+    rewards: tuple[Path | str, ...]  # folders of preference models, and names of functions
+    heldout_reward: Path | None
     cluster: Cluster
     device: str
     progress: Show
+    revisions: Path | None = None  # rows of `revise`, where ptx_coef mixes them in
 
 
 def ppo(config: PPOConfig, inputs: PPOInputs, out: StageDir) -> Manifest:
@@ -38,12 +44,33 @@ def ppo(config: PPOConfig, inputs: PPOInputs, out: StageDir) -> Manifest:
     setup = Setup(
         config=config,
         policy=inputs.setup.model,
-        reward_model=inputs.reward,
+        rewards=inputs.rewards,
+        heldout_reward=inputs.heldout_reward,
         format=inputs.setup.format,
         device=inputs.device,
         seed=out.seed,
         cluster=inputs.cluster,
         engine_dtype=inputs.setup.dtype,
     )
-    metrics, workers = run_ppo(setup, prompts, engines, out, inputs.progress)
+    sl_rows = None
+    if inputs.revisions is not None:
+        sl_rows = to_learn(inputs.revisions, config, Tokenizer.load(setup.policy, setup.format))
+    metrics, workers = run_ppo(setup, prompts, engines, out, inputs.progress, sl_rows)
     return out.commit(inputs.key, {"prompts": len(prompts), **metrics}, workers=workers)
+
+
+def to_learn(folder: Path, config: PPOConfig, tokenizer: Tokenizer) -> pa.Table:
+    """`revise`'s training rows as SL teaches them, cut to PPO's lengths: id, prompt_ids, response_ids.
+
+    Raises:
+        DataError: there is none.
+    """
+    sft, rows = SftConfig(max_tokens=config.max_prompt_tokens + config.max_new_tokens), []
+    for row in iter_rows(folder, split="train"):
+        for example in examples(row, tokenizer, sft):
+            first = int(example.loss_mask_T.argmax())  # the answer is the end of the row
+            prompt, response = example.ids_T[:first], example.ids_T[first:]
+            rows.append({"id": example.id, "prompt_ids": prompt, "response_ids": response})
+    if not rows:
+        raise DataError("ppo.ptx_coef has no training row of `revise` to mix in", "set it to 0, or give more prompts")
+    return pa.Table.from_pylist(rows)

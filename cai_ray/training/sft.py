@@ -51,7 +51,7 @@ class Example:
 
 
 class TokenLogprobs(nn.Module):
-    """Log-probs and entropies at chosen tokens only; also the forward pass of PPO's actor and reference.
+    """Log-probs and entropies at chosen tokens only.
 
     One module call holds backbone and head, so that ZeRO-3 gathers the head's weight too.
     """
@@ -65,7 +65,6 @@ class TokenLogprobs(nn.Module):
         ids_BT: Tensor,
         attention_mask_BT: Tensor | None,
         wanted_BT: Tensor,
-        temperature: float = 1.0,
         lengths: Sequence[int] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(logprobs_N, entropy_N) in float32 nats of the wanted tokens, row by row; the first token is never wanted.
@@ -79,7 +78,7 @@ class TokenLogprobs(nn.Module):
             hidden_BTH = hidden_states(self.hf, ids_BT, attention_mask_BT)
         wanted = wanted_BT[:, 1:]
         hidden_NH, weight_VH = lm_head(self.hf, hidden_BTH[:, :-1][wanted])
-        return logprobs_from_hidden(hidden_NH, weight_VH, ids_BT[:, 1:][wanted], temperature)
+        return logprobs_from_hidden(hidden_NH, weight_VH, ids_BT[:, 1:][wanted])
 
 
 def load(folder: Path, dtype: str, seed: int) -> TokenLogprobs:

@@ -51,7 +51,7 @@ def train(seed: int, folder: Path, data: Path, epochs: float) -> dict[str, float
     from cai_ray.models import embedded_model
 
     out = StageDir(folder / f"seed-{seed}", seed)
-    out.path.mkdir()
+    out.path.mkdir(exist_ok=True)
     config = PreferenceModelConfig(
         epochs=epochs,
         batch_size=16,

@@ -7,6 +7,8 @@ import pytest
 from cai_ray.generation.actor import EngineActor
 from tests.faults.chain import CLUSTER, MAX_LEN
 from tests.faults.standin import StandIn
+from tests.rl.conftest import CLUSTER as PPO_CLUSTER
+from tests.rl.conftest import policy, reward_model, train  # noqa: F401  PPO's own, on the pool below
 
 
 @pytest.fixture(scope="package")
@@ -53,3 +55,13 @@ def standins(pool_of):
 @pytest.fixture
 def vllm_engines(pool_of):
     return pool_of(EngineActor)
+
+
+@pytest.fixture(scope="package")
+def pool(cluster, tmp_path_factory):
+    """Where PPO's `train` gets its engines."""
+    from cai_ray.generation.pool import EnginePool
+
+    pool = EnginePool(PPO_CLUSTER, "cpu", tmp_path_factory.mktemp("logs"))
+    yield pool
+    pool.close()

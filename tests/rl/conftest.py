@@ -73,13 +73,13 @@ def pool(tmp_path_factory):
 def train(pool, policy, reward_model):
     """Runs `run_ppo` into a folder with a configuration."""
     from cai_ray.rl.loop import run_ppo
-    from cai_ray.rl.workers import Setup
+    from cai_ray.rl.setup import Setup
 
     def engines():
         return pool.engines(policy, dtype="float32", max_model_len=64 + 12)
 
-    def run(out, settings, progress=lambda: nullcontext(lambda done, total, words: None)):
-        setup = Setup(settings, policy, reward_model, "auto", "cpu", 7, CLUSTER, "float32")
+    def run(out, settings, progress=lambda: nullcontext(lambda done, total, words: None), rewards=(), heldout=None):
+        setup = Setup(settings, policy, rewards or (reward_model,), heldout, "auto", "cpu", 7, CLUSTER, "float32")
         return run_ppo(setup, prompts(), engines, StageDir(out, 7), progress)
 
     return run

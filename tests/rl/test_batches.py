@@ -16,25 +16,24 @@ BATCH = pa.table(
 )
 
 
-def test_a_micro_batch_marks_the_response_tokens():
+def test_a_micro_batch_is_one_row_in_which_the_response_tokens_are_marked():
     micro = collate(BATCH, [0, 1], CPU, ["old_logprobs"])
-    assert micro.ids_BT.tolist() == [[5, 6, 7, 1, 2], [8, 3, 4, 9, 0]]
-    assert micro.attention_BT.tolist() == [[True] * 5, [True] * 4 + [False]]
-    assert micro.response_BT.int().tolist() == [[0, 0, 0, 1, 1], [0, 1, 1, 1, 0]]
-    assert micro.ids_BT[micro.response_BT].tolist() == [1, 2, 3, 4, 9]
+    assert micro.ids_1T.tolist() == [[5, 6, 7, 1, 2, 8, 3, 4, 9]]
+    assert micro.response_1T.int().tolist() == [[0, 0, 0, 1, 1, 0, 1, 1, 1]]
+    assert (micro.documents, micro.lengths) == ([5, 4], [2, 3])
     assert micro.columns["old_logprobs"].tolist() == [-1, -2, -3, -4, -5]
     assert micro.mask_N.tolist() == [True] * 5
 
 
-def test_rows_come_in_the_order_asked_for_and_alone_are_not_padded():
-    micro = collate(BATCH, [1], CPU, ["old_logprobs"])
-    assert micro.ids_BT.tolist() == [[8, 3, 4, 9]]
-    assert micro.columns["old_logprobs"].tolist() == [-3, -4, -5]
+def test_rows_come_in_the_order_asked_for():
+    micro = collate(BATCH, [1, 0], CPU, ["old_logprobs"])
+    assert micro.ids_1T.tolist() == [[8, 3, 4, 9, 5, 6, 7, 1, 2]]
+    assert micro.columns["old_logprobs"].tolist() == [-3, -4, -5, -1, -2]
 
 
 def test_a_filler_has_a_shape_and_counts_for_nothing():
     micro = collate(BATCH, [], CPU)
-    assert micro.ids_BT.numel()
+    assert micro.ids_1T.numel()
     assert not micro.mask_N.any()
 
 

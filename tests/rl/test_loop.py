@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from cai_ray.algo.ppo import logprobs_from_logits
 from cai_ray.errors import StageFailed
 from cai_ray.models.checkpoints import load_causal_lm
-from cai_ray.rl import loop
-from cai_ray.rl.weight_sync import check_gap, mean_gap
+from cai_ray.rl.sampler import Sampler
+from cai_ray.rl.weight_sync import check_gap, check_sync, mean_gap
 
 from .conftest import TEXTS, config
 
@@ -110,13 +110,13 @@ def test_the_engine_holds_the_first_policy_again(killed_once, pool, policy):
 
 
 def test_two_ranks_take_the_same_step_and_a_skipped_sync_is_caught(killed_once, train, tmp_path, monkeypatch):
-    sync = loop._Controller._sync
+    sync = Sampler.sync
 
-    def forgetful(self, version, fresh=False):
+    def forgetful(self, version):
         if version < 2:
-            sync(self, version, fresh)
+            sync(self, version)
 
-    monkeypatch.setattr(loop._Controller, "_sync", forgetful)
+    monkeypatch.setattr(Sampler, "sync", forgetful)
     settings = config(ranks=2, zero_stage=2, microbatch_tokens=130)
     critic = settings.critic.model_copy(
         update={"sharding": settings.critic.sharding.model_copy(update={"zero_stage": 3})}
@@ -134,4 +134,9 @@ def test_a_gap_above_the_limit_or_no_number_stops_the_run():
     for gap in (2e-3, float("nan")):
         with pytest.raises(StageFailed, match="now, engine and actor differ"):
             check_gap(gap, 1e-3, "now")
+    check_sync(6e-6, 1e-8, 1e-3, 0)
+    check_sync(2e-4, 5e-4, 1e-3, 0)
+    check_sync(4e-3, 1e-3, 0.05, 0)  # bfloat16
+    with pytest.raises(StageFailed, match=r"step 7, the engines are 0.0003 nats .* moved by 0.00035: they hold older"):
+        check_sync(3e-4, 3.5e-4, 1e-3, 7)
     assert mean_gap([[-1.0, -2.0, -3.0], [-1.0]], [[-1.5, -2.0], [-1.25]]) == pytest.approx(0.25)

@@ -9,14 +9,14 @@ import pytest
 
 from cai_ray.config import PPOConfig
 from cai_ray.errors import DataError, StageFailed
-from cai_ray.generation.actor import BAD
+from cai_ray.generation.actor import BAD, SPAN
 from cai_ray.generation.engine import Completion
 from cai_ray.records import derive_seed, to_table
+from cai_ray.rl.experience import make_experience
 from cai_ray.rl.rollouts import (
     ROLLOUTS,
     RollOut,
     keep_rollouts,
-    make_experience,
     prompt_steps,
     prompts_of_steps,
     requests,
@@ -134,7 +134,7 @@ def rollout(row, response_ids, logprobs, ended=True):
 
 
 def answered(*rows):
-    return to_table(rows, ROLLOUTS.append(pa.field(BAD, pa.string())))
+    return to_table(rows, ROLLOUTS.append(pa.field(BAD, pa.string()))).replace_schema_metadata({SPAN: "[1.5, 4.0]"})
 
 
 A, B = rollout(0, [1, 2], [-1.1, -2.0]), rollout(1, [3], [-1.2], ended=False)
@@ -146,7 +146,9 @@ def test_rollouts_are_put_in_order_kept_and_read_again(tmp_path):
     assert batch["response_ids"].to_pylist() == [[1, 2], [3]]
     assert (seen["lengths"], seen["responses"], seen["versions"]) == ([4, 3], [2, 1], [4])
     assert seen["probe"] == [([9, 9], [1, 2]), ([9, 9], [3])]
+    assert seen.pop("spans") == [[1.5, 4.0], [1.5, 4.0]]
     again, seen_again = keep_rollouts(path, 2)
+    assert seen_again.pop("spans") == []
     assert again.equals(batch)
     assert seen_again == seen
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
@@ -196,7 +198,7 @@ def test_penalty_then_clip_then_kl_then_gae_then_whitening():
     assert metrics["rollout/truncated"] == 0.5
     assert metrics["rollout/length"] == 1.5
     assert metrics["value/explained_variance"] == pytest.approx(1 - 0.515833 / 0.640833, abs=1e-4)
-    assert [s["score"] for s in out["samples"]] == [3, 3]
+    assert [(s["sample"], s["id"]) for s in out["samples"]] == [(n, "p0-0") for n in ("best", "worst", "random")]
 
 
 def test_without_whitening_advantages_are_gae_s_own():

@@ -1,0 +1,146 @@
+"""The controller's side of the rollout engines: asking for a step's responses, new weights, engines that die."""
+
+import logging
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import ray
+
+from cai_ray.artifacts import StageDir
+from cai_ray.errors import StageFailed
+from cai_ray.records import Row
+from cai_ray.rl.groups import Call, EngineDied, Group, engine_calls, wait
+from cai_ray.rl.rollouts import RollOut, keep_rollouts, requests
+from cai_ray.rl.setup import Setup
+from cai_ray.rl.timeline import Timeline
+
+TRIES = 3  # of a step's rollouts or of a sync, where engines die
+log = logging.getLogger(__name__)
+
+
+class Sampler:
+    """Rolls steps out, at most one ahead of the training.
+
+    Args:
+        setup: configuration and time limits.
+        steps: each step's prompts.
+        out: keeps the rollouts, beside the checkpoints.
+        actor: source of the weights.
+        get_engines: gives the engines, dead ones replaced.
+        timeline: learns when engines worked.
+
+    Attributes:
+        version: updates behind the actor's weights, and so the step that they are for.
+    """
+
+    def __init__(
+        self,
+        setup: Setup,
+        steps: list[list[Row]],
+        out: StageDir,
+        actor: Group,
+        get_engines: Callable[[], list[Any]],
+        timeline: Timeline,
+    ):
+        self._setup, self._steps, self._out, self._actor, self._timeline = setup, steps, out, actor, timeline
+        self._get_engines, self._limit = get_engines, setup.cluster.step_timeout_s
+        self._engines, self._fresh = get_engines(), True  # fresh: the actor has yet to connect to them
+        self._asked: dict[int, list[Call]] = {}  # by step: what the engines work on
+        self._ready: dict[int, tuple[Any, dict[str, Any]]] = {}  # by step: what is on disk and not yet taken
+        self._keep: Any = ray.remote(num_cpus=0, num_returns=2)(keep_rollouts)
+        self.version = 0
+
+    def calls(self, method: str, *args: Any) -> list[Call]:
+        """Calls a method of every engine."""
+        return engine_calls(self._engines, method, *args)
+
+    def ask_all(self, method: str, *args: Any) -> list[Any]:
+        """Every engine's answer."""
+        return wait(self.calls(method, *args), self._limit, f"rollout engines ({method})")
+
+    def sync(self, version: int) -> None:
+        """Sends the actor's weights to idle engines, which then hold `version`.
+
+        Raises:
+            EngineDied: one is gone; after `replace` the same call can be made again.
+        """
+        self.version = version
+        calls = self._actor.submit("sync", self._engines, version, self._fresh)
+        for call, answer in zip(calls, wait(calls, self._limit, f"weight sync before step {version}"), strict=True):
+            self._timeline.add(call.who, "sync", version, answer["span"])
+        self._fresh = False
+
+    def replace(self, error: EngineDied) -> None:
+        """Starts engines for those that are gone."""
+        log.warning("%s; starting it again", error.message)
+        self._engines, self._fresh = self._get_engines(), True
+
+    def begin(self, step: int) -> None:
+        """Asks for a step's responses, from the weights that the actor has now; `finish` waits for them."""
+        with suppress(EngineDied):  # `finish` finds out and asks again
+            self._ask(step)
+
+    def _ask(self, step: int) -> None:
+        if step in self._asked or step in self._ready:
+            return
+        calls, size = [], self._setup.config.rollout_batch_size
+        if not self._path(step).is_file():
+            if {info["version"] for info in self.ask_all("info")} != {self.version}:
+                self._fresh = True
+                self.sync(self.version)
+            asked = requests(self._steps[step], self._setup.config, self._setup.seed, step)
+            share = -(-size // len(self._engines))
+            parts = [(asked.slice(i * share, share),) for i in range(len(self._engines))]
+            calls = engine_calls(self._engines, "run", RollOut(self._setup.config), each=parts, fetch=False)
+        self._asked[step] = calls
+
+    def finish(self, step: int) -> None:
+        """Waits until a step's responses are on disk; engines that die are replaced and asked again."""
+        for _ in range(TRIES):
+            try:
+                with self._out.phase("rollout"):
+                    self._ask(step)
+                    if step not in self._ready:
+                        self._ready[step] = self._collect(step)
+                return
+            except EngineDied as e:
+                self._asked.pop(step, None)
+                self.replace(e)
+        raise StageFailed(f"rollout of step {step}: engines died {TRIES} times", "see the engines' logs")
+
+    def take(self, step: int) -> tuple[Any, dict[str, Any]]:
+        """The reference of a step's rollouts, and what is seen of them (`keep_rollouts`)."""
+        self.finish(step)
+        return self._ready.pop(step)
+
+    def forget_after(self, step: int) -> None:
+        """Drops what was sampled for later steps than `step`."""
+        for path in self._out.checkpoints.glob("rollouts-*.parquet"):
+            if int(path.stem.removeprefix("rollouts-")) > step:
+                path.unlink()
+        for calls in self._asked.values():
+            wait(calls, self._limit, "rollouts that are of no use")
+        self._asked, self._ready = {}, {}
+
+    def _path(self, step: int) -> Any:
+        return self._out.checkpoints / f"rollouts-{step}.parquet"
+
+    def _collect(self, step: int) -> tuple[Any, dict[str, Any]]:
+        size, what, calls = self._setup.config.rollout_batch_size, f"rollout of step {step}", self._asked[step]
+        wait(calls, self._limit, what)
+        rollouts, done = self._keep.remote(self._path(step), size, *[call.done for call in calls])
+        (seen,) = wait([Call("an engine", done, lost=EngineDied)], self._limit, what)
+        oldest = step - self._setup.config.staleness
+        if not all(oldest <= version <= step for version in seen["versions"]):
+            raise StageFailed(
+                f"{what}: responses come from the weights of steps {seen['versions']}, the oldest allowed is {oldest}",
+                f"remove {self._path(step)}",
+            )
+        del self._asked[step]
+        for call, span in zip(calls, seen["spans"], strict=True):
+            self._timeline.add(call.who, "rollout", step, span)
+        if seen["spans"]:  # else they were on disk already
+            begun, ended = (list(times) for times in zip(*seen["spans"], strict=True))
+            seen["seconds"] = max(ended) - min(begun)
+        return rollouts, seen

@@ -1,0 +1,70 @@
+"""What the controller and every worker are told when they start, and the form of what workers answer."""
+
+import ctypes
+import functools
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+
+from cai_ray.config import Cluster, PPOConfig
+
+Answer = tuple[Any, Any]  # (payload, which goes from worker to worker; scalars, which reach the controller)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Configuration, models, and where they run."""
+
+    config: PPOConfig
+    policy: Path  # start and reference of the policy, Hugging Face folder
+    rewards: tuple[Path | str, ...]  # folders of preference models, and names of functions
+    heldout_reward: Path | None  # a preference model that only watches
+    format: str  # of the policy's prompts: auto | plain | chat
+    device: str  # cpu | gpu
+    seed: int
+    cluster: Cluster  # time limits; GPUs that share one rollout engine
+    engine_dtype: str  # decides, with the actor's, how far log-probs of engine and actor may differ
+
+    @property
+    def torch_device(self) -> torch.device:
+        """Where a worker's tensors live; Ray shows a worker only its own GPU."""
+        return torch.device("cuda", 0) if self.device == "gpu" else torch.device("cpu")
+
+    @property
+    def critic_start(self) -> Path:
+        """The folder that the critic starts from."""
+        models = [r for r in self.rewards if isinstance(r, Path)]
+        return models[0] if self.config.critic_init == "reward" else self.policy
+
+
+def timed(method: Callable[..., Answer]) -> Callable[..., Answer]:
+    """A worker's method whose scalars also say when it ran (seconds since the epoch).
+
+    Then the memory that it no longer needs goes back to the system: on a CPU five roles share one machine.
+    """
+
+    @functools.wraps(method)
+    def run(self: Any, *args: Any) -> Answer:
+        begun = time.time()
+        payload, scalars = method(self, *args)
+        if os.environ.get("MALLOC_TRIM_THRESHOLD_"):  # malloc was told to keep it
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+        return payload, {**scalars, "span": (begun, time.time())}
+
+    return run
+
+
+def info(self: Any) -> Answer:
+    """Process and node: a method of every worker."""
+    return None, {"pid": os.getpid(), "node": os.uname().nodename}
+
+
+def table(rows: Sequence[int], columns: Mapping[str, pa.Array]) -> pa.Table:
+    """A table of (row, …): what a worker computed for rows of the batch."""
+    return pa.table({"row": pa.array(rows, pa.int32()), **columns})

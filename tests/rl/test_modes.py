@@ -1,0 +1,63 @@
+"""Other ways to run PPO, end to end on the real engines: without a critic, one step ahead, with several rewards."""
+
+import json
+
+import pytest
+
+from .conftest import config
+
+
+def lines(out, name="metrics.jsonl"):
+    return [json.loads(line) for line in (out / name).read_text().splitlines()]
+
+
+def spans(out):
+    """(role, phase, step) -> [(begun, ended)], microseconds."""
+    found = {}
+    for event in json.loads((out / "timeline.json").read_text().rstrip(",\n") + "]"):
+        key = (event["pid"], event["name"], event["args"]["step"])
+        found.setdefault(key, []).append((event["ts"], event["ts"] + event["dur"]))
+    return found
+
+
+def vowels(prompts, responses):
+    """A reward: whether the first letter is a vowel."""
+    return [float(r.strip()[:1].lower() in set("aeiou")) for r in responses]
+
+
+def test_a_bandit_is_learned_without_a_critic(train, tmp_path):
+    """One token a response; a third of what the random model says begins with a vowel."""
+    sizes = {"rollout_batch_size": 64, "minibatch_size": 64, "samples_per_prompt": 16, "max_new_tokens": 1, "steps": 40}
+    settings = config(lr=3e-2, advantage="rloo", kl_coef=0.0, reward=f"{__name__}:vowels", **sizes)
+    _, workers = train(tmp_path, settings, rewards=settings.reward)
+    assert set(workers) == {"actor", "reward", "reference", "rollout"}
+    steps = lines(tmp_path)
+    assert [step["step"] for step in steps] == list(range(40))
+    assert steps[0]["objective/score"] < 0.6
+    assert sum(step["objective/score"] for step in steps[-5:]) / 5 >= 0.95
+    assert max(step["rollout/logprob_gap"] for step in steps) < 5e-5
+    assert max(step["rollout/logprob_gap_max"] for step in steps) < 1e-3
+    assert not any(name.startswith("value/") for name in steps[-1])
+
+
+def test_one_step_ahead_rollouts_and_training_overlap(train, reward_model, tmp_path):
+    settings = config(
+        staleness=1, steps=4, kl_penalty="k2_loss", entropy_coef=0.01, heldout_reward="x", critic_warmup_steps=1
+    )
+    train(tmp_path, settings, rewards=(reward_model, reward_model), heldout=reward_model)
+    steps, seen = lines(tmp_path), spans(tmp_path)
+    for step in (1, 2, 3):  # sampled while the step before was scored and trained on
+        ((begun, ended),) = seen["rollout", "rollout", step]
+        ((scored, _),), ((_, updated),) = (
+            seen[role, phase, step - 1] for role, phase in (("reward", "score"), ("critic", "update_critic"))
+        )
+        assert begun < updated
+        assert ended > scored
+    # The first step only warms the critic up, so step 1's stale rollouts are the actor's own; later ones are not.
+    assert "policy/loss" not in steps[0]
+    assert "policy/loss" in steps[1]
+    assert steps[1]["rollout/logprob_gap"] < 5e-5
+    assert min(step["rollout/logprob_gap"] for step in steps[2:]) > 1e-3
+    for step in steps:
+        assert step["objective/heldout_score"] == pytest.approx(step["objective/score"], abs=1e-6)
+    assert {s["sample"] for s in lines(tmp_path, "samples.jsonl")} == {"best", "worst", "random"}

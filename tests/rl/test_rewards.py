@@ -1,0 +1,114 @@
+"""Rewards: preference models, ensembles of them, functions, and a model that only watches."""
+
+import json
+
+import pyarrow as pa
+import pytest
+import torch
+
+from cai_ray.config import PPOConfig
+from cai_ray.errors import ConfigError, DataError
+from cai_ray.models.checkpoints import load_scalar_model, save_pretrained
+from cai_ray.models.scalar import scores_at_end
+from cai_ray.models.tokenization import Tokenizer
+from cai_ray.rl.rewards import Function, Reward
+from cai_ray.rl.setup import Setup
+
+from .conftest import CLUSTER
+
+BATCH = pa.table(
+    {
+        "prompt": ["p", "q", "r"],
+        "response": ["one", "three", "seven"],
+        "prompt_ids": pa.array([[5, 6, 7], [8], [9, 10]], pa.list_(pa.int32())),
+        "response_ids": pa.array([[1, 2], [3, 4, 11], [12]], pa.list_(pa.int32())),
+    }
+)
+
+
+def lengths(prompts, responses):
+    """A reward: characters."""
+    return [len(r) for r in responses]
+
+
+def too_few(prompts, responses):
+    """Not one for each."""
+    return [1.0]
+
+
+def not_finite(prompts, responses):
+    """No number."""
+    return [float("nan")] * len(responses)
+
+
+@pytest.fixture(scope="module")
+def second(policy, tmp_path_factory):
+    model = load_scalar_model(policy, "float32", seed=2)
+    model.config.reward_mean, model.config.reward_std = -1.0, 0.5
+    out = tmp_path_factory.mktemp("models") / "second"
+    save_pretrained(model.state_dict(), model.config, Tokenizer.load(policy), out)
+    return out
+
+
+def scored(policy, rewards, plan, heldout=None, **changes):
+    small = {"max_prompt_tokens": 8, "max_new_tokens": 8, "critic_init": "policy"}
+    critic = {"optim": {"lr": 1e-3}, "sharding": {"dtype": "float32"}}
+    config = PPOConfig(**{**small, "critic": critic, **changes})
+    setup = Setup(config, policy, tuple(rewards), heldout, "auto", "cpu", 7, CLUSTER, "float32")
+    answer, _ = Reward("reward", 0, 1, setup).score(BATCH, plan)
+    return answer.sort_by("row").to_pydict()
+
+
+def alone(folder, policy):
+    """Scores of the three responses one at a time, EOS appended where it is missing."""
+    model, eos = load_scalar_model(folder, "float32"), Tokenizer.load(policy).eos_id
+    out = []
+    for row in BATCH.to_pylist():
+        ids = row["prompt_ids"] + row["response_ids"]
+        ids = torch.tensor([ids if ids[-1] == eos else [*ids, eos]])
+        out.append(float(scores_at_end(model, ids, torch.tensor([ids.shape[1]]))))
+    return torch.tensor(out, dtype=torch.float64)
+
+
+def test_scores_are_each_model_s_own_in_its_own_spread(policy, reward_model, second):
+    raw = [alone(folder, policy) for folder in (reward_model, second)]
+    own = [(raw[0] - 0.25) / 2.0, (raw[1] + 1.0) / 0.5]
+    plan = [[2, 0], [], [1]]
+    one = scored(policy, [reward_model], plan)
+    assert one["row"] == [0, 1, 2]
+    assert one["score_raw"] == pytest.approx(raw[0].tolist(), abs=1e-5)
+    assert one["score"] == pytest.approx(own[0].tolist(), abs=1e-5)
+    both = scored(policy, [reward_model, second], plan)
+    assert both["score"] == pytest.approx(((own[0] + own[1]) / 2).tolist(), abs=1e-5)
+    assert both["score_raw"] == pytest.approx(((raw[0] + raw[1]) / 2).tolist(), abs=1e-5)
+    least = scored(policy, [reward_model, second], plan, ensemble="min")
+    assert least["score"] == pytest.approx(torch.minimum(*own).tolist(), abs=1e-5)
+    watched = scored(policy, [reward_model], plan, heldout=second)
+    assert watched["heldout"] == pytest.approx(own[1].tolist(), abs=1e-5)
+    assert watched["score"] == one["score"]
+
+
+def test_a_function_scores_responses(policy):
+    assert scored(policy, [f"{__name__}:lengths"], [[0, 2], [1]])["score"] == [3.0, 5.0, 5.0]
+
+
+def test_a_function_that_is_not_there_or_answers_badly_is_an_error():
+    for name in ("no.such.module:f", f"{__name__}:nothing"):
+        with pytest.raises(ConfigError, match=r"cannot be imported"):
+            Function(name)
+    for name, words in (("too_few", "1 scores for 3"), ("not_finite", "3 of them not finite")):
+        with pytest.raises(DataError, match=words):
+            Function(f"{__name__}:{name}").raw(BATCH)
+
+
+def test_a_model_without_its_scale_is_refused(policy, reward_model, tmp_path):
+    folder = tmp_path / "bare"
+    folder.mkdir()
+    for path in reward_model.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    config = json.loads((folder / "config.json").read_text())
+    del config["reward_std"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(DataError, match="reward_std None"):
+        scored(policy, [folder], [[0]])
+    assert scored(policy, [folder], [[0]], normalize_scores=False)["row"] == [0]
