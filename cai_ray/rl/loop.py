@@ -184,7 +184,7 @@ class _Controller:
                 each = [(list(own), totals, self.kl.coef) for own in zip(*plan, strict=True)]
                 if role == "actor" and self.sl_rows is not None:
                     mixed = self._mixed(self.sl_rows, step, len(updates))
-                    each = [(*own, more) for own, more in zip(each, mixed, strict=True)]
+                    each = [(*own, more, self.sl_ref) for own, more in zip(each, mixed, strict=True)]
                 calls[f"update_{role}"] = (role, "update", experience, each)
             stats = self._phases(step, calls)
             self.kl.update(metrics["objective/kl"], len(ids))
@@ -241,7 +241,7 @@ class _Controller:
         chosen = [batch for _, batch in found]
         plans = [self._split("actor", batch, lengths) for batch in chosen]
         totals = [sum(responses[row] for row in batch) for batch in chosen]
-        return [Mixed([self.sl_ref], list(own), totals) for own in zip(*plans, strict=True)]
+        return [Mixed(list(own), totals) for own in zip(*plans, strict=True)]
 
     def _workers(self) -> dict[str, list[dict[str, Any]]]:
         found = {r: wait(g.submit("info"), self.limit, f"the {r}'s start") for r, g in self.groups.items()}

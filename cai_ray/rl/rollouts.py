@@ -21,7 +21,7 @@ from cai_ray.records import PROMPT, Row, derive_seed, to_table
 from cai_ray.rl.batches import row_lengths
 from cai_ray.templates import STOP_PLAIN
 
-PROBES = 4  # responses that are compared after a weight sync
+PROBES = 2  # responses that are compared after a weight sync
 
 _HEAD = [("row", pa.int32()), ("id", pa.string()), ("kind", pa.string())]  # row: 0 ... B - 1
 REQUESTS = pa.schema([*_HEAD, PROMPT.field("messages"), ("seed", pa.int64())])

@@ -1,6 +1,5 @@
 """What the controller and every worker are told when they start, and the form of what workers answer."""
 
-import ctypes
 import functools
 import os
 import time
@@ -44,17 +43,12 @@ class Setup:
 
 
 def timed(method: Callable[..., Answer]) -> Callable[..., Answer]:
-    """A worker's method whose scalars also say when it ran (seconds since the epoch).
-
-    Then the memory that it no longer needs goes back to the system: on a CPU five roles share one machine.
-    """
+    """A worker's method whose scalars also say when it ran (seconds since the epoch)."""
 
     @functools.wraps(method)
     def run(self: Any, *args: Any) -> Answer:
         begun = time.time()
         payload, scalars = method(self, *args)
-        if os.environ.get("MALLOC_TRIM_THRESHOLD_"):  # malloc was told to keep it
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
         return payload, {**scalars, "span": (begun, time.time())}
 
     return run

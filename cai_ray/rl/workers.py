@@ -6,6 +6,7 @@ Shapes: N response tokens of a micro-batch. A plan is a list of micro-batches, e
 empty one is a filler that keeps ranks in step.
 """
 
+import ctypes
 import os
 from collections import defaultdict
 from collections.abc import Callable
@@ -14,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import ray
 import torch
 from torch import Tensor
 
@@ -46,11 +46,16 @@ def _per_token(
 
 @dataclass(frozen=True)
 class Mixed:
-    """SL rows that a rank of the actor learns beside its responses, at temperature 1 (PPO-ptx, arXiv 2203.02155)."""
+    """SL rows that a rank of the actor learns beside its responses, by the plan (PPO-ptx, arXiv 2203.02155)."""
 
-    rows: list[Any]  # one reference of a table with prompt_ids and response_ids; in a list it stays one
     steps: list[Plan]  # of each optimizer step
     totals: list[int]  # response tokens of each optimizer step over all ranks
+
+
+def give_back() -> None:
+    """Returns to the system what malloc was told to keep (`KEEP_MEMORY`): on a CPU, roles share one machine."""
+    if "MALLOC_TRIM_THRESHOLD_" in os.environ:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 class Reference:
@@ -121,14 +126,20 @@ class _Trained:
 
     @timed
     def update(
-        self, batch: pa.Table, steps: list[Plan], totals: list[int], kl_coef: float, mixed: Mixed | None = None
+        self,
+        batch: pa.Table,
+        steps: list[Plan],
+        totals: list[int],
+        kl_coef: float,
+        mixed: Mixed | None = None,
+        sl_rows: pa.Table | None = None,
     ) -> Answer:
         """One optimizer step for each plan; stats are this rank's parts of the sums, averaged over steps.
 
-        `mixed` adds SL rows to each step.
+        `mixed` adds some of the SL rows (prompt_ids, response_ids) to each step, at temperature 1.
         """
         sums: dict[str, float] = defaultdict(float)
-        norms, sl_rows = [], ray.get(mixed.rows[0]) if mixed else None
+        norms, shared = [], self._kept is not None
         for k, (plan, total) in enumerate(zip(steps, totals, strict=True)):
             for rows in plan:
                 micro = collate(batch, rows, self._device, self._columns)
@@ -137,7 +148,7 @@ class _Trained:
                 self._model.backward(loss)
                 for name, value in stats.items():
                     sums[name] += float(value) / len(steps)
-            if mixed:
+            if mixed and sl_rows is not None:
                 for rows in mixed.steps[k]:
                     micro = collate(sl_rows, rows, self._device)
                     loss, stats = nll_loss(self._predict(micro, 1.0)[0], micro.mask_N, mixed.totals[k])
@@ -145,6 +156,8 @@ class _Trained:
                     sums["ptx_loss"] += float(stats["loss"]) / len(steps)
             lr = self._model.lr
             norms.append(self._model.step())
+        if not shared:  # else the next step needs as much again, while the other roles have theirs
+            give_back()
         return None, {"sums": dict(sums), "grad_norm": sum(norms) / len(norms), "lr": lr}
 
     def _forward(self, name: str, batch: pa.Table, plan: Plan, keep: bool) -> Answer:

@@ -110,14 +110,15 @@ def train(size: Size, policy: Path, reward: Path, rows: list[Any], out: StageDir
 
     from cai_ray.generation.pool import EnginePool
     from cai_ray.rl.loop import run_ppo
-    from cai_ray.rl.workers import Setup
+    from cai_ray.rl.setup import Setup
 
     cluster = Cluster(device="cpu", kv_cache_gib=0.5, max_num_seqs=size.batch)
     config = our_config(size)
     setup = Setup(
         config=config,
         policy=policy,
-        reward_model=reward,
+        rewards=(reward,),
+        heldout_reward=None,
         format="auto",
         device="cpu",
         seed=SEED,

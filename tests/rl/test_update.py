@@ -8,11 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from cai_ray.algo.ppo import logprobs_from_logits
 from cai_ray.config import Learner, Optim, PPOConfig, Sharding
+from cai_ray.models.checkpoints import load_causal_lm
 from cai_ray.models.tokenization import Tokenizer
 from cai_ray.rl import losses
 from cai_ray.rl.setup import Setup
-from cai_ray.rl.workers import Actor, Critic
+from cai_ray.rl.workers import Actor, Critic, Mixed
 from cai_ray.training.batches import layout
 from tests.training.ranks import on_ranks
 
@@ -142,3 +144,29 @@ def test_the_layout_changes_nothing(kind, policy, reward_model, whole, tmp_path)
 def test_a_doubled_or_flipped_gradient_would_be_noticed(spoil, policy, reward_model, whole, tmp_path):
     found = run(tmp_path / "out", "small micro-batches", policy, reward_model, spoil, kl_penalty="k3_loss")
     assert not agrees(found, whole, policy, reward_model)
+
+
+def mixed_in(rank, setup, out):
+    """Two updates without a policy gradient, in which SL rows alone teach."""
+    batch, lengths = rollouts()
+    nothing = pa.array([[0.0] * n for n in lengths], pa.list_(pa.float32()))
+    batch = batch.set_column(batch.column_names.index("advantages"), "advantages", nothing)
+    worker = Actor("actor", rank, 1, setup)
+    worker.join(os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], 2)
+    rows = pa.table({"prompt_ids": [[5, 6], [9]], "response_ids": [[7, 8, 9], [11]]})
+    plan = [[[0], [1]], [[0, 1]]]
+    _, found = worker.update(batch, [[[0]], [[1]]], [1, 1], 0.0, Mixed(plan, [4, 4]), rows)
+    torch.save(found["sums"], out / "sums.pt")
+
+
+def test_sl_rows_mixed_in_are_learned(policy, reward_model, tmp_path):
+    on_ranks(1, mixed_in, setup_of("whole", policy, reward_model, ptx_coef=0.5), tmp_path)
+    hf, loss = load_causal_lm(policy, "float32"), 0.0
+    for prompt, response in (([5, 6], [7, 8, 9]), ([9], [11])):
+        with torch.no_grad():
+            logits = hf(torch.tensor([prompt + response])).logits[:, len(prompt) - 1 : -1]
+        loss -= float(logprobs_from_logits(logits, torch.tensor([response])).sum()) / 4
+    sums = torch.load(tmp_path / "sums.pt")
+    assert sums["loss"] == 0
+    # The mean of both steps: the first step's is the untrained model's, the second is lower.
+    assert 0.5 * loss < sums["ptx_loss"] < loss - 0.01

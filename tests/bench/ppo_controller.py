@@ -1,0 +1,214 @@
+"""What PPO's controller costs by itself: workers that answer at once, in processes of their own, as many as are asked.
+
+    python -m tests.bench.ppo_controller [--steps 500]
+
+Every role but the controller is a stand-in: its methods return tables and scalars of the right form without computing.
+The loop, the groups, the sampler, the advantage task, rollouts on disk and the metrics are the real ones. A step with 2
+and with 8 workers a role (8 responses a worker) gives the seconds that one more worker of each role costs; 64 are
+extrapolated from the two. The driver's memory is read over the steps with 8 workers, its first 50 left out.
+
+The last line is one JSON object: step_s_2, step_s_8, step_s_64 (extrapolated), share_of_10_s, driver_mib_first and
+driver_mib_last (means over 50 steps), driver_kib_a_step (the line through all) and the settings.
+"""
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pyarrow as pa
+
+from cai_ray.artifacts import StageDir
+from cai_ray.config import Cluster, Learner, Optim, PPOConfig, Sharding
+from cai_ray.generation.actor import BAD, SPAN
+from cai_ray.records import Row, row_id, to_table
+from cai_ray.rl import roles
+from cai_ray.rl.rollouts import ROLLOUTS
+from cai_ray.rl.setup import info, table
+
+RESPONSE, EACH, SKIP = 8, 8, 50  # tokens; responses of a worker; steps that warm up
+
+
+def lists(plan: list[list[int]], name: str) -> pa.Table:
+    """A value for each response token of the plan's rows."""
+    rows = [row for micro in plan for row in micro]
+    return table(rows, {name: pa.array([[-1.0] * RESPONSE] * len(rows), pa.list_(pa.float32()))})
+
+
+def now() -> dict[str, Any]:
+    """The scalars of a method that took no time."""
+    return {"span": (time.time(), time.time())}
+
+
+class Light:
+    """Answers for any role beside the engines."""
+
+    def __init__(self, role: str, rank: int, ranks: int, setup: Any):
+        self._engines: list[Any] = []
+
+    info = info
+
+    def address(self) -> tuple[Any, Any]:
+        """Nowhere."""
+        return None, ("127.0.0.1", 1)
+
+    def join(self, address: str, port: int, total_steps: int) -> tuple[Any, Any]:
+        """Nothing to join."""
+        return None, {}
+
+    def score(self, batch: pa.Table, plan: list[list[int]]) -> tuple[Any, Any]:
+        """A score a row."""
+        rows = [row for micro in plan for row in micro]
+        return table(rows, {n: pa.array([float(r) for r in rows]) for n in ("score", "score_raw")}), now()
+
+    def logprobs(self, batch: pa.Table, plan: list[list[int]], keep: bool | None = None) -> tuple[Any, Any]:
+        """The actor's, or without `keep` the reference's."""
+        return lists(plan, "ref_logprobs" if keep is None else "old_logprobs"), now()
+
+    def values(self, batch: pa.Table, plan: list[list[int]], keep: bool) -> tuple[Any, Any]:
+        """The critic's."""
+        return lists(plan, "values"), now()
+
+    def update(self, *args: Any) -> tuple[Any, Any]:
+        """Stats of an update."""
+        return None, {"sums": {"loss": 0.0}, "grad_norm": 1.0, "lr": 0.0, **now()}
+
+    def sync(self, engines: list[Any], version: int, fresh: bool) -> tuple[Any, Any]:
+        """Tells the engines their version, as rank 0 of the actor does."""
+        import ray
+
+        ray.get([engine.finish_weight_update.remote(version) for engine in engines])
+        return None, now()
+
+    def probe(self, batch: pa.Table, rows: list[int]) -> tuple[Any, Any]:
+        """What the engines say too."""
+        return None, {"logprobs": [[-1.0] * RESPONSE] * len(rows), "shift": 1.0, **now()}
+
+    def export(self, out: Path) -> tuple[Any, Any]:
+        """Nothing to write."""
+        return None, {}
+
+
+class LightEngine:
+    """A rollout engine that says the same to everything."""
+
+    def __init__(self) -> None:
+        self._version = 0
+
+    def info(self) -> dict[str, Any]:
+        """Who this is."""
+        return {"pid": os.getpid(), "node": os.uname().nodename, "version": self._version}
+
+    def finish_weight_update(self, version: int) -> None:
+        """Takes the version."""
+        self._version = version
+
+    def load_checkpoint(self, folder: Path, format: str) -> None:
+        """Nothing to load."""
+
+    def prompt_logprobs(self, ids: list[list[int]], starts: list[int]) -> list[list[float]]:
+        """As the actor's probe."""
+        return [[-1.0] * (len(x) - s) for x, s in zip(ids, starts, strict=True)]
+
+    def run(self, program: Any, asked: pa.Table) -> pa.Table:
+        """A response for each request."""
+        same = {
+            "prompt": "p",
+            "response": "r",
+            "prompt_ids": [1] * 8,
+            "response_ids": [2] * RESPONSE,
+            "rollout_logprobs": [-1.0] * RESPONSE,
+            "ended": True,
+            "version": self._version,
+        }
+        rows = [{**row, **same} for row in asked.select(["row", "id", "kind"]).to_pylist()]
+        done = to_table(rows, ROLLOUTS.append(pa.field(BAD, pa.string())))
+        return done.replace_schema_metadata({SPAN: json.dumps([time.time(), time.time()])})
+
+
+def run(ranks: int, steps: int, folder: Path) -> tuple[float, list[float]]:
+    """Seconds of a step with so many workers a role, and the driver's memory (MiB) at each step."""
+    import ray
+
+    from cai_ray.models import tiny_model
+    from cai_ray.rl.loop import run_ppo
+    from cai_ray.rl.setup import Setup
+
+    learner = Learner(optim=Optim(lr=1e-6), sharding=Sharding(ranks=ranks, dtype="float32"))
+    sizes = {"rollout_batch_size": EACH * ranks, "minibatch_size": EACH * ranks, "max_prompt_tokens": 64}
+    config = PPOConfig(
+        steps=steps,
+        max_new_tokens=16,
+        checkpoint_every=10**6,
+        inference_ranks=ranks,
+        actor=learner,
+        critic=learner,
+        **sizes,
+    )
+    cluster = Cluster(device="cpu", start_timeout_s=300, step_timeout_s=60)
+    setup = Setup(config, tiny_model(), (tiny_model(),), None, "auto", "cpu", 0, cluster, "float32")
+    engines = [ray.remote(LightEngine).options(num_cpus=0.1).remote() for _ in range(ranks)]
+    memory: list[float] = []
+    process = psutil.Process()
+
+    def watch(done: float, total: float | None, words: str) -> None:
+        memory.append(process.memory_info().rss / 2**20)
+
+    out = StageDir(folder / str(ranks), 0)
+    run_ppo(setup, prompts(), lambda: engines, out, lambda: nullcontext(watch))
+    times = [json.loads(line)["time/step"] for line in (out.path / "metrics.jsonl").read_text("utf-8").splitlines()]
+    for engine in engines:
+        ray.kill(engine)
+    return float(np.median(times[min(SKIP, steps // 2) :])), memory
+
+
+def prompts() -> list[Row]:
+    """A few."""
+    texts = [f"Prompt number {i}" for i in range(64)]
+    return [
+        {
+            "id": row_id(t),
+            "messages": [{"role": "user", "content": t}],
+            "kind": "helpful",
+            "source": "x",
+            "split": "train",
+        }
+        for t in texts
+    ]
+
+
+def main() -> None:
+    """Runs both sizes and prints the JSON object."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--steps", type=int, default=500)
+    told = parser.parse_args()
+    import ray
+
+    for name in ("Actor", "Critic", "Reward", "Reference"):
+        setattr(roles, name, Light)
+    ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    with tempfile.TemporaryDirectory() as temporary:
+        small, _ = run(2, max(20, told.steps // 5), Path(temporary))
+        large, memory = run(8, told.steps, Path(temporary))
+    far = small + (large - small) / 6 * 62
+    kept = memory[SKIP:]
+    found = {
+        "step_s_2": small,
+        "step_s_8": large,
+        "step_s_64": far,
+        "share_of_10_s": far / 10,
+        "driver_mib_first": float(np.mean(kept[:50])),
+        "driver_mib_last": float(np.mean(kept[-50:])),
+        "driver_kib_a_step": float(np.polyfit(range(len(kept)), kept, 1)[0] * 1024),
+    }
+    print(json.dumps({**found, "steps": told.steps, "responses_a_worker": EACH, "cores": os.cpu_count()}))
+
+
+if __name__ == "__main__":
+    main()
