@@ -574,9 +574,7 @@ class PPOConfig(Sampling):
         if self.kl_target and self.kl_horizon <= 0.2 * self.rollout_batch_size:
             raise ValueError(f"kl_horizon {self.kl_horizon:g} is not above a fifth of rollout_batch_size")
         if self.critic_init == "reward" and self.has_critic and not self.preference_models:
-            raise ValueError(
-                "no preference model among ppo.reward for the critic to start from: set critic_init: policy"
-            )
+            raise ValueError("ppo.reward has no preference model for the critic to start from: set critic_init: policy")
         for role in (self.actor, self.critic):
             check_options(role.sharding.deepspeed, role.sharding, role.optim, self.minibatch_size)
             if self.minibatch_size % role.sharding.ranks:

@@ -145,6 +145,24 @@ def written(config: Config, path: Path) -> dict[str, Any]:
     return key.parts
 
 
+def test_ppo_reads_its_rewards_and_what_it_mixes_in() -> None:
+    def stage(name: str, *overrides: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        config = load_config("tiny", overrides)
+        (found,) = (s for s in STAGES if s.name == name)
+        return found.data(config), found.models(config)
+
+    assert stage("ppo") == (("prompts",), ("sft", "preference_model"))
+    assert stage("ppo", "ppo.ptx_coef=0.1")[0] == ("prompts", "revise")
+    several = "ppo.reward=[run:other/preference_model, /models/pm]"
+    assert stage("ppo", several, "ppo.heldout_reward=/models/third")[1] == (
+        *("sft", "run:other/preference_model", "/models/pm", "/models/third"),
+    )
+    assert stage("evaluate", several)[1][-1] == "run:other/preference_model"
+    alone = ("ppo.reward=my.module:score", "ppo.critic_init=policy")
+    assert stage("ppo", *alone)[1] == ("sft",)
+    assert stage("evaluate", *alone)[1][-1] == "preference_model"
+
+
 def test_models_by_key_run_and_path(tmp_path: Path) -> None:
     config, run = load_config("tiny"), RunDir(tmp_path)
     assert model_spec(config, "helpful").path == "tiny"

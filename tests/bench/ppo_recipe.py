@@ -40,7 +40,7 @@ def settings(steps: int) -> PPOConfig:
         sharding = Sharding(dtype="float32", microbatch_tokens=4096, cpus_per_rank=THREADS)
         return Learner(optim=Optim(lr=lr, schedule="linear", warmup_fraction=0.1), sharding=sharding)
 
-    sizes = {"rollout_batch_size": 32, "minibatch_size": 32, "max_prompt_tokens": MAX_PROMPT, "max_new_tokens": MAX_NEW}
+    sizes = {"rollout_batch_size": 16, "minibatch_size": 16, "max_prompt_tokens": MAX_PROMPT, "max_new_tokens": MAX_NEW}
     return PPOConfig(
         steps=steps,
         kl_coef=0.02,

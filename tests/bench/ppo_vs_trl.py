@@ -4,7 +4,7 @@
 
 Sizes are 32 prompts x 48 new tokens and 16 x 192. Policy, critic, reward and reference are SmolLM2-135M-Instruct in
 float32, the threads are the cores, one epoch, one optimizer step an iteration. Each arm runs in a process of its own,
-ours and theirs in turn. Iterations count whole, weight sync and logging included, but the first, which warms up.
+ours and theirs in turn. Iterations count whole, weight sync and logging included, but the first two, which warm up.
 
 Both sides read the same two model folders and the same prompts (HH harmless-base, first human turns of like length) in
 the same iterations, draw from the whole distribution at temperature 1, and use fused AdamW. For equal work a response
@@ -48,7 +48,7 @@ from cai_ray.artifacts import StageDir
 from cai_ray.config import Cluster, Learner, Optim, PPOConfig, Sharding
 from cai_ray.models.checkpoints import load_causal_lm, load_scalar_model
 from tests.bench import ppo_work as work
-from tests.bench.ppo_work import COUNTED, SEED, SIZES, THREADS, Iteration, Size, models, prompts, rates
+from tests.bench.ppo_work import COUNTED, SEED, SIZES, THREADS, WARMUP, Iteration, Size, models, prompts, rates
 
 COMPARED = ("32x48", "16x192")
 LIMIT_S = 5400  # for an arm
@@ -65,7 +65,7 @@ def our_config(size: Size) -> PPOConfig:
         return Learner(optim=Optim(lr=work.LR, betas=work.BETAS), sharding=sharding)
 
     return PPOConfig(
-        steps=1 + COUNTED,
+        steps=WARMUP + COUNTED,
         rollout_batch_size=size.batch,
         minibatch_size=size.batch,
         ppo_epochs=1,
@@ -96,7 +96,7 @@ def ours(size: Size, folder: Path) -> dict[str, Any]:
         times = {name.removeprefix("time/"): value for name, value in line.items() if name.startswith("time/")}
         new, ended = (round(size.batch * x) for x in (line["rollout/length"], 1 - line["rollout/truncated"]))
         done.append(Iteration(times.pop("step"), sum(map(len, step)), new, ended, times))
-    counted = done[1:]
+    counted = done[WARMUP:]
     found, seconds = rates(size, counted), sum(i.seconds for i in counted)
     fraction = sum(work.needed_flops(size.model, i) for i in counted) / (gemm * seconds)
     share = sum(i.phases["sync"] for i in counted) / seconds
@@ -155,7 +155,7 @@ def trl_config(size: Size, folder: Path) -> Any:
         gradient_accumulation_steps=size.batch // size.trl_rows,
         num_mini_batches=1,
         num_ppo_epochs=1,
-        total_episodes=size.batch * (1 + COUNTED),
+        total_episodes=size.batch * (WARMUP + COUNTED),
         local_rollout_forward_batch_size=size.batch,
         num_sample_generations=0,
         response_length=size.new,
@@ -228,7 +228,7 @@ def trl(size: Size, folder: Path) -> dict[str, Any]:
     assert [i.prompt_tokens for i in done] == [sum(map(len, step)) for step in steps]
     for iteration, begun, end in zip(done[1:], marks[:-1], marks[1:], strict=True):
         iteration.seconds = end - begun
-    return rates(size, done[1:])
+    return rates(size, done[WARMUP:])
 
 
 # ---- all arms -------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from cai_ray.records import row_id
 from tests.bench.training import comparisons
 
 THREADS = os.cpu_count() or 1
-SEED, COUNTED = 0, 2  # iterations behind the first
+SEED, WARMUP, COUNTED = 0, 2, 2  # iterations: memory is in place after two
 PROMPT_TOKENS = (40, 64)  # shortest and longest prompt
 EOS, PAD = "<empty_output>", "<jupyter_script>"  # tokens that the model hardly ever draws
 TURN_END = "<|im_end|>"  # ends the other roles' turns, as in the model's own template
@@ -82,8 +82,8 @@ def prompts(size: Size, policy: Path, config: PPOConfig) -> tuple[list[Any], lis
         key = row_id(turn[0]["content"])
         if key not in found and low <= len(tokenizer.prompt(turn)) <= high:
             found[key] = {"id": key, "messages": turn, "kind": "harmful", "source": "hh", "split": "train"}
-    rows = [found[key] for key in sorted(found)][: size.batch * (1 + COUNTED)]
-    assert len(rows) == size.batch * (1 + COUNTED)
+    rows = [found[key] for key in sorted(found)][: size.batch * (WARMUP + COUNTED)]
+    assert len(rows) == size.batch * (WARMUP + COUNTED)
     steps, _ = prompts_of_steps(rows, config, SEED, tokenizer)
     return rows, [[tokenizer.prompt(row["messages"]) for row in step] for step in steps]
 

@@ -78,8 +78,15 @@ def train(pool, policy, reward_model):
     def engines():
         return pool.engines(policy, dtype="float32", max_model_len=64 + 12)
 
-    def run(out, settings, progress=lambda: nullcontext(lambda done, total, words: None), rewards=(), heldout=None):
-        setup = Setup(settings, policy, rewards or (reward_model,), heldout, "auto", "cpu", 7, CLUSTER, "float32")
+    def run(
+        out,
+        settings,
+        progress=lambda: nullcontext(lambda done, total, words: None),
+        rewards=(),
+        heldout=None,
+        cluster=CLUSTER,
+    ):
+        setup = Setup(settings, policy, rewards or (reward_model,), heldout, "auto", "cpu", 7, cluster, "float32")
         return run_ppo(setup, prompts(), engines, StageDir(out, 7), progress)
 
     return run
