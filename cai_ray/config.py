@@ -22,6 +22,7 @@ from pydantic import (
 
 from cai_ray.deepspeed_options import check_options, read_options
 
+FEEDBACK = "feedback_model"  # as a reward: it rates each response
 FUNCTION = re.compile(r"(?!run:)[A-Za-z_][\w.]*:[A-Za-z_]\w*")  # module:function, as a reward
 
 T = TypeVar("T")
@@ -469,7 +470,7 @@ class PPOConfig(Sampling):
     init: str = "sft"
     """Policy's start and reference: `sft`, a key of `models`, or a path."""
     reward: Annotated[tuple[str, ...], OneOrMore, Field(min_length=1)] = ("preference_model",)
-    """What scores responses, one or several: `preference_model`, a path to one, or `module:function`."""
+    """What scores responses, one or several: `preference_model`, a path to one, `feedback_model`, `module:function`."""
     ensemble: Literal["mean", "min"] = "mean"
     """What becomes of the scores of several rewards."""
     heldout_reward: str | None = None
@@ -553,7 +554,7 @@ class PPOConfig(Sampling):
     @property
     def preference_models(self) -> tuple[str, ...]:
         """Those of the rewards that are models."""
-        return tuple(name for name in self.reward if not FUNCTION.fullmatch(name))
+        return tuple(name for name in self.reward if name != FEEDBACK and not FUNCTION.fullmatch(name))
 
     @model_validator(mode="after")
     def _sizes(self) -> "PPOConfig":

@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 from cai_ray import pipeline
 from cai_ray.artifacts import Manifest, RunDir, StageDir, StageKey, write_atomic
 from cai_ray.cluster import start_ray
-from cai_ray.config import Config
+from cai_ray.config import FEEDBACK, Config
 from cai_ray.config_files import to_yaml
 from cai_ray.errors import CaiError, ConfigError, ResourceError, StageFailed
 from cai_ray.progress import Reporter, quiet_libraries
@@ -81,9 +81,9 @@ def preflight(config: Config, stages: list[pipeline.Stage]) -> None:
     from cai_ray.sources import check_source
 
     for stage in stages:
-        if stage.principles:
-            principles = pipeline.constitution_of(getattr(config.constitution, stage.principles))
-            _ = principles.for_critique() if stage.principles == "critique" else principles.for_feedback()
+        if chosen := stage.principles(config):
+            principles = pipeline.constitution_of(getattr(config.constitution, chosen))
+            _ = principles.for_critique() if chosen == "critique" else principles.for_feedback()
         for source in stage.files(config):
             check_source(source)
         for name in stage.models(config):
@@ -247,6 +247,16 @@ class Execution:
             return self.run.stage(name).model
         return pipeline.model_folder(pipeline.model_spec(self.config, name))
 
+    def _reward(self, name: str) -> Any:
+        """What PPO scores by: a model's folder, a judge, or the name of a function."""
+        from cai_ray.rl.setup import Judge
+
+        if name == FEEDBACK:
+            spec = pipeline.model_spec(self.config, judge := pipeline.feedback_model(self.config))
+            principles = pipeline.constitution_of(self.config.constitution.feedback)
+            return Judge(self._model(judge), spec.format, principles)
+        return self._model(name) if name in self.config.ppo.preference_models else name
+
     def _setup(self, name: str, format: str | None = None) -> Any:
         from cai_ray.stages.shared import EngineSetup
 
@@ -270,8 +280,8 @@ class Execution:
                 return module.PromptsInputs(key, self._map_settings(name), writers)
             case "revise" | "sample_pairs" | "label":
                 setup = self._setup(models[0], "chat" if name == "label" and config.label.format == "chat" else None)
-                chosen = getattr(config.constitution, stage.principles) if stage.principles else None
-                constitution = pipeline.constitution_of(chosen) if chosen else None
+                chosen = stage.principles(config)
+                constitution = pipeline.constitution_of(getattr(config.constitution, chosen)) if chosen else None
                 return shared.GenerateInputs(key, rows[0], setup, self._map_settings(name), constitution)
             case "sft" | "preference_model":
                 if device == "gpu":  # engines leave the GPUs that training is about to take
@@ -291,10 +301,7 @@ class Execution:
                     key=key,
                     prompts=rows[0],
                     setup=self._setup(config.ppo.init),
-                    rewards=tuple(
-                        self._model(name) if name in config.ppo.preference_models else name
-                        for name in config.ppo.reward
-                    ),
+                    rewards=tuple(map(self._reward, config.ppo.reward)),
                     heldout_reward=self._model(config.ppo.heldout_reward) if config.ppo.heldout_reward else None,
                     cluster=config.cluster,
                     device=device,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cai_ray.artifacts import RunDir, StageDir, StageKey, canonical_sha256, differences, file_sha256
-from cai_ray.config import Config, ModelSpec, Principles, Source
+from cai_ray.config import FEEDBACK, Config, ModelSpec, Principles, Source
 from cai_ray.constitution import Constitution, load_constitution
 from cai_ray.errors import ConfigError
 from cai_ray.shipped import asset_path
@@ -26,7 +26,7 @@ class Stage:
     name: str
     data: Callable[[Config], tuple[str, ...]]  # stages whose rows it reads
     models: Callable[[Config], tuple[str, ...]]  # models it reads: keys of `models`, stages, or paths
-    principles: Literal["critique", "feedback"] | None = None
+    principles: Callable[[Config], Literal["critique", "feedback"] | None] = lambda c: None
     files: Callable[[Config], tuple[Source, ...]] = lambda c: ()
 
     def reads(self, config: Config) -> tuple[str, ...]:
@@ -48,7 +48,8 @@ def preference_init(c: Config) -> str:
 
 def rewards(c: Config) -> tuple[str, ...]:
     """The models that score or watch in PPO."""
-    return (*c.ppo.preference_models, *([c.ppo.heldout_reward] if c.ppo.heldout_reward else ()))
+    judges = [feedback_model(c)] if FEEDBACK in c.ppo.reward else []
+    return (*c.ppo.preference_models, *judges, *([c.ppo.heldout_reward] if c.ppo.heldout_reward else ()))
 
 
 def scorer(c: Config) -> str:
@@ -68,17 +69,28 @@ STAGES = (
         lambda c: tuple(dict.fromkeys(g.model for g in c.prompts.generate)),
         files=lambda c: (*c.prompts.harmful, *c.prompts.helpful),
     ),
-    Stage("revise", lambda c: ("prompts",), lambda c: ("helpful",), "critique"),
+    Stage("revise", lambda c: ("prompts",), lambda c: ("helpful",), lambda c: "critique"),
     Stage("sft", lambda c: ("revise",), lambda c: (c.sft.init,)),
     Stage("sample_pairs", lambda c: ("prompts",), lambda c: (c.sample_pairs.model,)),
-    Stage("label", lambda c: ("sample_pairs",), lambda c: (feedback_model(c),), "feedback", lambda c: (c.label.gold,)),
+    Stage(
+        "label",
+        lambda c: ("sample_pairs",),
+        lambda c: (feedback_model(c),),
+        lambda c: "feedback",
+        lambda c: (c.label.gold,),
+    ),
     Stage(
         "preference_model",
         lambda c: ("label",) if any(s.path == "label" for s in c.preference_model.data) else (),
         lambda c: (preference_init(c),),
         files=lambda c: tuple(s for s in c.preference_model.data if s.path != "label"),
     ),
-    Stage("ppo", lambda c: ("prompts", *(["revise"] if c.ppo.ptx_coef else [])), lambda c: (c.ppo.init, *rewards(c))),
+    Stage(
+        "ppo",
+        lambda c: ("prompts", *(["revise"] if c.ppo.ptx_coef else [])),
+        lambda c: (c.ppo.init, *rewards(c)),
+        lambda c: "feedback" if FEEDBACK in c.ppo.reward else None,
+    ),
     Stage("evaluate", lambda c: ("prompts",), lambda c: (*evaluated(c), scorer(c))),
     Stage("report", lambda c: ("evaluate",), lambda c: ()),
 )
@@ -187,8 +199,8 @@ def stage_key(config: Config, stage: Stage, run: RunDir) -> StageKey | None:
     models = {m: model_identity(model_spec(config, m)) for m in stage.models(config) if m not in STAGE_MODELS}
     if models:
         parts["models"] = models
-    if stage.principles:
-        parts["principles"] = constitution_of(getattr(config.constitution, stage.principles)).sha256
+    if chosen := stage.principles(config):
+        parts["principles"] = constitution_of(getattr(config.constitution, chosen)).sha256
     if stage.files(config):
         parts["files"] = {s.path: file_identity(s) for s in stage.files(config)}
     return StageKey(config=section.model_dump(mode="json") if section else {}, parts=parts, inputs=inputs)

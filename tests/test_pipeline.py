@@ -161,6 +161,10 @@ def test_ppo_reads_its_rewards_and_what_it_mixes_in() -> None:
     alone = ("ppo.reward=my.module:score", "ppo.critic_init=policy")
     assert stage("ppo", *alone)[1] == ("sft",)
     assert stage("evaluate", *alone)[1][-1] == "preference_model"
+    judged = ("ppo.reward=feedback_model", "ppo.critic_init=policy")
+    assert stage("ppo", *judged)[1] == ("sft", "pretrained")
+    (ppo,) = (s for s in STAGES if s.name == "ppo")
+    assert (ppo.principles(load_config("tiny", judged)), ppo.principles(load_config("tiny"))) == ("feedback", None)
 
 
 def test_models_by_key_run_and_path(tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ PLAIN_TEMPLATE = (
     "{%- endfor -%}"
     "{{- '\\n\\nAssistant:' if add_generation_prompt else '' -}}"
 )
+PromptText = str | Messages
 _ANSWER = "answer-probe"
 _PROBE = [{"role": "user", "content": "user-probe"}, {"role": "assistant", "content": _ANSWER}]
 
@@ -221,6 +222,13 @@ class Tokenizer:
         turns = [{"role": aside(m["role"]), "content": aside(m["content"])} for m in messages]
         rendered = self._to_secret(_render(self.hf, turns, **how))
         return self._encode(re.sub(f"<{self._nonce}q([0-9]+)>", lambda m: self._control[int(m[1])], rendered))
+
+
+def encode(tokenizer: Tokenizer, prompt: PromptText) -> list[int]:
+    """Token ids of a plain prompt, or of messages up to where the assistant's text goes on."""
+    if isinstance(prompt, str):
+        return tokenizer.plain(prompt)
+    return tokenizer.open(prompt) if prompt[-1]["role"] == "assistant" else tokenizer.prompt(prompt)
 
 
 def sft_example(

@@ -29,7 +29,7 @@ _CURVES = (
         "preference_model",
         {"training": ("train/accuracy", "accuracy"), "held-out": ("eval/accuracy",)},
     ),
-    ("PPO: score", "ppo", {"score": ("objective/score",)}),
+    ("PPO: score", "ppo", {"score": ("objective/score",), "held-out model": ("objective/heldout_score",)}),
     ("PPO: KL to the SL model, nats", "ppo", {"KL": ("objective/kl",)}),
     ("PPO: response length, tokens", "ppo", {"length": ("rollout/length",)}),
     ("PPO: engine against trainer, nats", "ppo", {"gap": ("rollout/logprob_gap",)}),

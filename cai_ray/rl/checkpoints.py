@@ -9,15 +9,16 @@ from typing import Any
 from cai_ray.artifacts import write_atomic
 
 
-def commit_checkpoint(folder: Path, state: Mapping[str, Any]) -> None:
+def commit_checkpoint(folder: Path, state: Mapping[str, Any], keep: int = 1) -> None:
     """Makes a filled folder a checkpoint: its manifest (`state`, and the sizes of all files) is written last.
 
-    Then older checkpoints go, and the rollouts of steps that it covers.
+    Then all but the newest `keep` checkpoints go, and the rollouts of steps that the oldest of these covers.
     """
     files = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
     write_atomic(folder / "manifest.json", json.dumps({**state, "files": files}))
+    oldest = sorted(map(_step_of, folder.parent.glob("step-*")))[-keep:][0]
     for path in folder.parent.iterdir():
-        if _step_of(path) < state["step"]:
+        if _step_of(path) < oldest:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
@@ -30,6 +31,13 @@ def last_checkpoint(checkpoints: Path) -> tuple[Path, dict[str, Any]] | None:
             if all((folder / n).is_file() and (folder / n).stat().st_size == s for n, s in state["files"].items()):
                 return folder, state
     return None
+
+
+def forget_checkpoints(checkpoints: Path, step: int) -> None:
+    """Removes the checkpoints from which step `step` or a later one continues."""
+    for folder in checkpoints.glob("step-*"):
+        if _step_of(folder) >= step:
+            shutil.rmtree(folder)
 
 
 def _step_of(path: Path) -> int:

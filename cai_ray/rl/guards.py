@@ -14,7 +14,9 @@ REPETITIVE, LONGER, MOVED = 0.5, 2.0, 0.1  # share of responses; times as long; 
 
 
 class RollBack(StageFailed):
-    """KL went over its limit; the run goes on from its last checkpoint with a larger coefficient."""
+    """KL went over its limit at `step`; the run goes on from an earlier checkpoint with a larger coefficient."""
+
+    step: int
 
 
 class Guards:
@@ -39,11 +41,13 @@ class Guards:
             )
         kl, limit = metrics["objective/kl"], self._config.kl_limit
         if limit is not None and kl > limit:
-            error = RollBack if self._config.on_kl_limit == "roll_back" else StageFailed
-            raise error(
+            found = (RollBack if self._config.on_kl_limit == "roll_back" else StageFailed)(
                 f"step {step}: the policy is {kl:.3g} nats a response from the reference, ppo.kl_limit is {limit:g}",
                 "raise ppo.kl_coef or lower ppo.actor.optim.lr, with --rebuild",
             )
+            if isinstance(found, RollBack):
+                found.step = step
+            raise found
         self._seen.append(metrics)
         found = {name: text for name, text in self._alarms() if name not in self._raised}
         self._raised |= set(found)

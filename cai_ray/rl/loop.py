@@ -25,7 +25,7 @@ from cai_ray.errors import StageFailed
 from cai_ray.models.tokenization import Tokenizer
 from cai_ray.records import Row, derive_seed
 from cai_ray.rl.batches import Plan, row_lengths
-from cai_ray.rl.checkpoints import commit_checkpoint, last_checkpoint
+from cai_ray.rl.checkpoints import commit_checkpoint, forget_checkpoints, last_checkpoint
 from cai_ray.rl.experience import make_experience
 from cai_ray.rl.groups import Call, EngineDied, Group, WorkerDied, wait
 from cai_ray.rl.guards import Guards, RollBack
@@ -122,15 +122,16 @@ class _Controller:
 
     def run(self) -> tuple[dict[str, float], dict[str, list[dict[str, Any]]]]:
         """Runs every step that no checkpoint covers and exports the policy; the last metrics, and who worked."""
-        workers, metrics = self._workers(), {}
-        for back in range(ROLL_BACKS + 1):
+        workers, metrics, back = self._workers(), {}, None
+        for left in reversed(range(ROLL_BACKS + 1)):
             try:
-                metrics = self._train(self._resume(back > 0))
+                metrics = self._train(self._resume(back))
                 break
             except RollBack as e:
-                if back == ROLL_BACKS:
+                if not left:
                     raise
-                log.warning("%s; back to the last checkpoint, with twice the kl_coef", e.message)
+                log.warning("%s; back to the checkpoint before, with twice the kl_coef", e.message)
+                back = e
         with self.out.phase("export"):
             wait(self.groups["actor"].submit("export", self.out.model), self.limit, "export of the policy")
             self.sampler.ask_all("load_checkpoint", self.setup.policy, self.setup.format)
@@ -192,8 +193,7 @@ class _Controller:
             # 8. Send the new weights to the engines, and see that both sides compute the same with them.
             if config.staleness and step + 1 < config.steps:
                 self.sampler.finish(step + 1)
-            with self.out.phase("sync"):
-                metrics["policy/logprob_shift"] = self._sync(experience, seen["probe"], step)
+            metrics["policy/logprob_shift"] = self._sync(experience, seen["probe"], step)
 
             # 9. Log, checkpoint (whose time shows in the next step's line).
             for role, name in (("actor", "policy"), ("critic", "value")):
@@ -248,12 +248,14 @@ class _Controller:
         engines = self.sampler.ask_all("info")
         return found | {"rollout": [{k: info[k] for k in ("pid", "node")} for info in engines]}
 
-    def _resume(self, back: bool) -> int:
+    def _resume(self, back: RollBack | None) -> int:
         """Loads the last whole checkpoint, clears what came after it, and brings the engines to the same weights.
 
-        `back` says that the KL's limit has led here: the coefficient doubles, for every later process too, and rollouts
-        of steps that will be trained otherwise go.
+        `back` is how the KL's limit has led here: the checkpoint of a policy that is too far away is passed over, the
+        coefficient doubles, for every later process too, and rollouts of steps that will be trained otherwise go.
         """
+        if back:
+            forget_checkpoints(self.out.checkpoints, back.step)
         step, found = 0, last_checkpoint(self.out.checkpoints)
         if found:
             folder, state = found
@@ -266,9 +268,7 @@ class _Controller:
                 self.sampler.forget_after(step)
             self.kl.load_state_dict(state["kl"])
         elif back:
-            raise StageFailed(
-                "KL went over ppo.kl_limit before the first checkpoint", "lower ppo.actor.optim.lr, with --rebuild"
-            )
+            raise StageFailed(f"{back.message}; no checkpoint from before it is left", back.fix)
         self.out.forget_from(step)
         self.sampler.sync(step)
         return step
@@ -277,8 +277,10 @@ class _Controller:
         """Sends the weights after a step and probes them, with other engines where some die."""
         for _ in range(TRIES):
             try:
-                self.sampler.sync(step + 1)
-                return self._probe(experience, probe, step)
+                with self.out.phase("sync"):
+                    self.sampler.sync(step + 1)
+                with self.out.phase("probe"):
+                    return self._probe(experience, probe, step)
             except EngineDied as e:
                 self.sampler.replace(e)
         raise StageFailed(f"weight sync after step {step}: engines died {TRIES} times", "see the engines' logs")
@@ -304,7 +306,7 @@ class _Controller:
                 shutil.rmtree(folder, ignore_errors=True)
                 saves = [c for role in self.learners for c in self.groups[role].submit("save", folder / role)]
                 wait(saves, self.limit, f"checkpoint {folder.name}")
-                commit_checkpoint(folder, {"step": step, "kl": self.kl.state_dict()})
+                commit_checkpoint(folder, {"step": step, "kl": self.kl.state_dict()}, keep=2 if config.kl_limit else 1)
         if config.snapshots and step < config.steps and step % config.snapshots == 0:
             with self.out.phase("snapshot"):
                 target = self.out.path / "snapshots" / f"step-{step}"

@@ -1,22 +1,29 @@
-"""What scores responses: preference models, each in units of its own spread, and functions of the user's.
+"""What scores responses: preference models in units of their own spread, feedback models, functions of the user's.
 
 Shapes: B sequences.
 """
 
 import importlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import torch
 
+from cai_ray.algo.scores import choice_distribution, expected_score
+from cai_ray.constitution import Principle, draw
 from cai_ray.errors import ConfigError, DataError
-from cai_ray.models.checkpoints import load_scalar_model
-from cai_ray.models.tokenization import Tokenizer, preference_input
+from cai_ray.generation.engine import ChoicePlan, ChoiceRequest, plan_choices
+from cai_ray.models.checkpoints import load_causal_lm, load_scalar_model
+from cai_ray.models.scalar import document_states, lm_head
+from cai_ray.models.tokenization import Tokenizer, encode, preference_input
+from cai_ray.records import Row, derive_seed
 from cai_ray.rl.forward import ScoreForward
-from cai_ray.rl.setup import Answer, Setup, info, table, timed
+from cai_ray.rl.setup import Answer, Judge, Setup, info, table, timed
+from cai_ray.templates import SCORES, score_prompt, score_prompt_messages
 
 
 class Reward:
@@ -24,7 +31,7 @@ class Reward:
 
     def __init__(self, role: str, rank: int, ranks: int, setup: Setup):
         self._least = setup.config.ensemble == "min"
-        self._scorers = [Model(r, setup) if isinstance(r, Path) else Function(r) for r in setup.rewards]
+        self._scorers = [_scorer(reward, setup) for reward in setup.rewards]
         self._heldout = Model(setup.heldout_reward, setup) if setup.heldout_reward else None
 
     info = info
@@ -69,6 +76,60 @@ class Model:
         return self._model(ids_1T, [len(x) for x in inputs]).tolist()
 
 
+class Feedback:
+    """A language model that rates each response from 1 to 10 under a drawn principle (Lee et al. 2023, section 2.2.2).
+
+    The score is the expected one, from -1 to 1; a principle that asks for the worse answer turns the sign. The draw is
+    seeded by the response's id.
+    """
+
+    mean, std = 0.0, 1.0
+
+    def __init__(self, judge: Judge, setup: Setup):
+        self._tokenizer, self._device, self._seed = (
+            Tokenizer.load(judge.model, judge.format),
+            setup.torch_device,
+            setup.seed,
+        )
+        sharding = setup.config.critic.sharding
+        model: Any = load_causal_lm(judge.model, sharding.dtype)
+        self._model = model.to(self._device).eval()
+        self._principles, self._language = judge.constitution.for_feedback(), judge.constitution.language
+        self._budget = sharding.microbatch_tokens
+
+    def raw(self, part: pa.Table) -> list[float]:
+        """Scores of a micro-batch."""
+        rows = part.select(["id", "messages", "response"]).to_pylist()
+        drawn = [draw(self._principles, derive_seed(self._seed, row["id"], "ppo/reward")) for row in rows]
+        plans = [self._plan(row, principle) for row, principle in zip(rows, drawn, strict=True)]
+        found = self._answers([request for plan in plans for request in plan.requests])
+        scores = []
+        for plan, principle in zip(plans, drawn, strict=True):
+            score = expected_score(choice_distribution(plan.scores([next(found) for _ in plan.requests])))
+            scores.append(-score if principle.inverted else score)
+        return scores
+
+    def _plan(self, row: Row, principle: Principle) -> ChoicePlan:
+        build: Any = score_prompt if self._tokenizer.format == "plain" else score_prompt_messages
+        prompt = build(row["messages"], principle.preference_question, row["response"], (), self._language)
+        return plan_choices(encode(self._tokenizer, prompt), [self._tokenizer.text(score) for score in SCORES])
+
+    def _answers(self, requests: Sequence[ChoiceRequest]) -> Iterator[dict[int, float]]:
+        """What each request asks for, {token: nats}, a few requests at a time."""
+        left = list(requests)
+        while left:
+            sizes = list(accumulate(len(request.prompt_ids) for request in left))
+            some = left[: max(1, sum(size <= self._budget for size in sizes))]
+            left = left[len(some) :]
+            lengths = [len(request.prompt_ids) for request in some]
+            ids_1T = torch.tensor([[i for request in some for i in request.prompt_ids]], device=self._device)
+            hidden_TH = document_states(self._model, ids_1T, lengths)
+            hidden_NH, weight_VH = lm_head(self._model, hidden_TH[[end - 1 for end in accumulate(lengths)]])
+            logprobs_NV = torch.log_softmax((hidden_NH @ weight_VH.T).float(), -1)
+            for request, row in zip(some, logprobs_NV, strict=True):
+                yield dict(zip(request.token_ids, row[list(request.token_ids)].tolist(), strict=True))
+
+
 class Function:
     """A function of the user's: called with lists of prompts (the last user turns) and responses; gives scores."""
 
@@ -101,6 +162,12 @@ class Function:
                 "it has to give one finite number for each response",
             )
         return scores
+
+
+def _scorer(reward: Path | Judge | str, setup: Setup) -> "Model | Feedback | Function":
+    if isinstance(reward, Path):
+        return Model(reward, setup)
+    return Feedback(reward, setup) if isinstance(reward, Judge) else Function(reward)
 
 
 def _same_tokens(folder: Path, setup: Setup) -> Tokenizer:

@@ -28,6 +28,7 @@ REQUESTS = pa.schema([*_HEAD, PROMPT.field("messages"), ("seed", pa.int64())])
 ROLLOUTS = pa.schema(
     [
         *_HEAD,
+        PROMPT.field("messages"),
         ("prompt", pa.string()),  # the user's last turn, for a reader
         ("response", pa.string()),
         ("prompt_ids", pa.list_(pa.int32())),

@@ -12,8 +12,18 @@ import pyarrow as pa
 import torch
 
 from cai_ray.config import Cluster, PPOConfig
+from cai_ray.constitution import Constitution
 
 Answer = tuple[Any, Any]  # (payload, which goes from worker to worker; scalars, which reach the controller)
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A feedback model as a reward."""
+
+    model: Path
+    format: str  # auto | plain | chat
+    constitution: Constitution  # whose principles are drawn
 
 
 @dataclass(frozen=True)
@@ -22,7 +32,7 @@ class Setup:
 
     config: PPOConfig
     policy: Path  # start and reference of the policy, Hugging Face folder
-    rewards: tuple[Path | str, ...]  # folders of preference models, and names of functions
+    rewards: tuple[Path | Judge | str, ...]  # folders of preference models, feedback models, names of functions
     heldout_reward: Path | None  # a preference model that only watches
     format: str  # of the policy's prompts: auto | plain | chat
     device: str  # cpu | gpu

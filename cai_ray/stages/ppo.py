@@ -10,7 +10,7 @@ from cai_ray.config import Cluster, PPOConfig, SftConfig
 from cai_ray.errors import DataError
 from cai_ray.models.tokenization import Tokenizer
 from cai_ray.rl.loop import run_ppo
-from cai_ray.rl.setup import Setup
+from cai_ray.rl.setup import Judge, Setup
 from cai_ray.stages.shared import EngineSetup, Show, iter_rows, read_rows
 from cai_ray.training.sft import examples
 
@@ -22,7 +22,7 @@ class PPOInputs:
     key: StageKey
     prompts: Path
     setup: EngineSetup  # the policy's start, on the rollout engines
-    rewards: tuple[Path | str, ...]  # folders of preference models, and names of functions
+    rewards: tuple[Path | Judge | str, ...]  # folders of preference models, feedback models, names of functions
     heldout_reward: Path | None
     cluster: Cluster
     device: str

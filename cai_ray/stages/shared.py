@@ -18,13 +18,12 @@ from cai_ray.constitution import Constitution
 from cai_ray.errors import DataError
 from cai_ray.generation.data_plane import MapSettings
 from cai_ray.generation.engine import Completion, Request
-from cai_ray.models.tokenization import Tokenizer
+from cai_ray.models.tokenization import PromptText, Tokenizer, encode
 from cai_ray.records import Message, Row, derive_seed, to_table
 from cai_ray.templates import STOP_PLAIN
 from cai_ray.training.launch import run_training
 from cai_ray.training.loop import Job, Kind
 
-PromptText = str | Sequence[Message]
 PromptOf = Callable[[Sequence[Message]], PromptText]  # a step's prompt around a conversation
 IN_MEMORY = 1000  # rows
 Show = Callable[[], AbstractContextManager[Callable[[float, float | None, str], None]]]  # opens a progress display
@@ -77,13 +76,6 @@ class TrainInputs:
     cluster: Cluster
     device: str
     progress: Show
-
-
-def encode(tokenizer: Tokenizer, prompt: PromptText) -> list[int]:
-    """Token ids of a plain prompt, or of messages up to where the assistant's text goes on."""
-    if isinstance(prompt, str):
-        return tokenizer.plain(prompt)
-    return tokenizer.open(prompt) if prompt[-1]["role"] == "assistant" else tokenizer.prompt(prompt)
 
 
 def check_length(ids: list[int], limit: int) -> list[int]:

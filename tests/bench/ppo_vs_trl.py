@@ -25,8 +25,8 @@ With --keep, results lie in FOLDER and arms that are there already are not run a
 arm in this process; its models lie beside FOLDER. `--only smoke` takes a tiny model: it shows that both sides run, its
 rates mean nothing. The last line is one JSON object: ratio_32x48, ratio_16x192 (samples/s, ours over theirs),
 trl_32x48_samples_per_s, roofline_fraction (of the worse size) and one for each size, sync_s (mean seconds of the phase
-`sync`: weights sent, repacked and probed), sync_share (its largest share of an iteration), the settings, and each arm's
-rates, phases and the most memory that went while it ran.
+`sync`: weights sent and repacked; the probe is a phase of its own), sync_share (its largest share of an iteration),
+the settings, and each arm's rounds.
 """
 
 import argparse

@@ -3,7 +3,7 @@
 import json
 
 from cai_ray.artifacts import StageDir
-from cai_ray.rl.checkpoints import commit_checkpoint, last_checkpoint
+from cai_ray.rl.checkpoints import commit_checkpoint, forget_checkpoints, last_checkpoint
 
 
 def fill(folder, content="weights"):
@@ -51,3 +51,14 @@ def test_lines_of_steps_that_are_taken_again_are_dropped(tmp_path):
     path.write_text("".join(lines) + '{"step": 1, "x"')  # the last one was cut off
     StageDir(tmp_path).forget_from(3)  # where samples.jsonl does not exist
     assert path.read_text() == "".join(lines[:3])
+
+
+def test_the_checkpoint_before_can_be_kept_and_gone_back_to(tmp_path):
+    for step in (2, 4, 6):
+        (tmp_path / f"rollouts-{step}.parquet").write_text("rows")
+        commit_checkpoint(fill(tmp_path / f"step-{step}"), {"step": step}, keep=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        *("rollouts-4.parquet", "rollouts-6.parquet", "step-4", "step-6"),
+    ]
+    forget_checkpoints(tmp_path, 6)
+    assert last_checkpoint(tmp_path)[1]["step"] == 4

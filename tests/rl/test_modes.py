@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from cai_ray.rl.guards import Guards
+
 from .conftest import config
 
 
@@ -61,3 +63,22 @@ def test_one_step_ahead_rollouts_and_training_overlap(train, reward_model, tmp_p
     for step in steps:
         assert step["objective/heldout_score"] == pytest.approx(step["objective/score"], abs=1e-6)
     assert {s["sample"] for s in lines(tmp_path, "samples.jsonl")} == {"best", "worst", "random"}
+
+
+def test_a_step_too_far_is_taken_again_from_the_checkpoint_before(train, tmp_path, monkeypatch):
+    check, raised = Guards.check, []
+
+    def once(self, step, metrics):
+        if step == 2 and not raised:
+            raised.append(step)
+            metrics = {**metrics, "objective/kl": 99.0}
+        return check(self, step, metrics)
+
+    monkeypatch.setattr(Guards, "check", once)
+    train(tmp_path, config(steps=4, checkpoint_every=1, kl_limit=50.0, on_kl_limit="roll_back", kl_coef=0.01))
+    steps = lines(tmp_path)
+    assert [step["step"] for step in steps] == [0, 1, 2, 3]
+    # Checkpoint 2 is the policy that went too far: step 1 is taken again, its rollouts are not.
+    assert [step["objective/kl_coef"] for step in steps] == [0.01, 0.02, 0.02, 0.02]
+    kept = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert kept == {"step-2", "step-3", "rollouts-2.parquet", "rollouts-3.parquet"}

@@ -1,18 +1,22 @@
 """Rewards: preference models, ensembles of them, functions, and a model that only watches."""
 
 import json
+from itertools import takewhile
 
 import pyarrow as pa
 import pytest
 import torch
 
 from cai_ray.config import PPOConfig
+from cai_ray.constitution import draw, load_constitution
 from cai_ray.errors import ConfigError, DataError
-from cai_ray.models.checkpoints import load_scalar_model, save_pretrained
+from cai_ray.models.checkpoints import load_causal_lm, load_scalar_model, save_pretrained
 from cai_ray.models.scalar import scores_at_end
 from cai_ray.models.tokenization import Tokenizer
+from cai_ray.records import PROMPT, derive_seed
 from cai_ray.rl.rewards import Function, Reward
-from cai_ray.rl.setup import Setup
+from cai_ray.rl.setup import Judge, Setup
+from cai_ray.templates import SCORES, score_prompt
 
 from .conftest import CLUSTER
 
@@ -112,3 +116,33 @@ def test_a_model_without_its_scale_is_refused(policy, reward_model, tmp_path):
     with pytest.raises(DataError, match="reward_std None"):
         scored(policy, [folder], [[0]])
     assert scored(policy, [folder], [[0]], normalize_scores=False)["row"] == [0]
+
+
+def test_a_feedback_model_rates_each_response_under_its_principle(policy):
+    constitution = load_constitution("default")
+    messages = [[{"role": "user", "content": text}] for text in ("How do I bake bread?", "Why?", "A joke, please.")]
+    batch = BATCH.append_column("messages", pa.array(messages, PROMPT.field("messages").type))
+    batch = batch.append_column("id", pa.array(["a-0", "b-0", "c-0"]))
+    config = PPOConfig(critic_init="policy", critic={"optim": {"lr": 1e-3}, "sharding": {"dtype": "float32"}})
+    judge = Judge(policy, "plain", constitution)
+    setup = Setup(config, policy, (judge,), None, "auto", "cpu", 7, CLUSTER, "float32")
+    answer, _ = Reward("reward", 0, 1, setup).score(batch, [[0, 1], [2]])
+    tokenizer, model, expected = Tokenizer.load(policy, "plain"), load_causal_lm(policy, "float32"), []
+
+    def after(ids, token):
+        with torch.no_grad():
+            return float(torch.softmax(model(torch.tensor([ids])).logits[0, -1], -1)[token])
+
+    for row in batch.to_pylist():
+        principle = draw(constitution.for_feedback(), derive_seed(7, row["id"], "ppo/reward"))
+        prompt = score_prompt(row["messages"], principle.preference_question, row["response"])
+        ids, scores = tokenizer.plain(prompt), [tokenizer.text(s) for s in SCORES]
+        shared = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, zip(*scores, strict=False)))
+        start, tails = ids + scores[0][:shared], [s[shared:] for s in scores]
+        ten, zero = tails[9][0], tails[9][1]
+        mass = [after(start, tail[0]) for tail in tails]
+        stays = after([*start, ten], zero)
+        mass[0], mass[9] = mass[0] * (1 - stays), mass[9] * stays
+        mean = sum(m * (2 * k / 9 - 1) for k, m in enumerate(mass)) / sum(mass)
+        expected.append(-mean if principle.inverted else mean)
+    assert answer.sort_by("row")["score"].to_pylist() == pytest.approx(expected, abs=1e-5)
