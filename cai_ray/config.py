@@ -508,9 +508,9 @@ class PPOConfig(Sampling):
     kl_horizon: PositiveFloat = 10_000
     """Responses over which a KL that is 20% off or more moves kl_coef by a fifth."""
     kl_limit: PositiveFloat | None = None
-    """A step's KL above it is the end of the run, nats per response; none is off."""
+    """What a step's KL may not go above, nats per response; none is off."""
     on_kl_limit: Literal["stop", "roll_back"] = "stop"
-    """roll_back goes on from the last checkpoint with twice the kl_coef."""
+    """stop ends the run; roll_back goes on from the checkpoint before, with twice the kl_coef."""
     clip_range: PositiveFloat | tuple[PositiveFloat, PositiveFloat] = 0.2
     """Clipping of the policy ratio to [1 - c, 1 + c]; [low, high] clips to [1 - low, 1 + high]."""
     dual_clip: Annotated[float, Field(gt=1)] | None = None
@@ -572,6 +572,8 @@ class PPOConfig(Sampling):
                 raise ValueError(f"{self.advantage} compares samples of a prompt: set samples_per_prompt to 2 or more")
             if self.critic_warmup_steps:
                 raise ValueError(f"{self.advantage} has no critic to warm up: set critic_warmup_steps to 0")
+        if self.critic_warmup_steps >= self.steps:
+            raise ValueError(f"critic_warmup_steps {self.critic_warmup_steps} leaves none of {self.steps} steps")
         if self.kl_target and self.kl_horizon <= 0.2 * self.rollout_batch_size:
             raise ValueError(f"kl_horizon {self.kl_horizon:g} is not above a fifth of rollout_batch_size")
         if self.critic_init == "reward" and self.has_critic and not self.preference_models:

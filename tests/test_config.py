@@ -41,6 +41,7 @@ def test_override_of_a_short_form_keeps_what_it_named() -> None:
         ("ppo.minibatch_size=3", "no multiple"),
         ("ppo.advantage=rloo", "rloo compares samples of a prompt: set samples_per_prompt to 2 or more"),
         ("ppo={advantage: grpo, samples_per_prompt: 2, critic_warmup_steps: 1}", "no critic to warm up"),
+        ("ppo.critic_warmup_steps=3", "critic_warmup_steps 3 leaves none of 3 steps"),
         ("ppo.reward=my.module:score", "no preference model for the critic to start from"),
         ("ppo={kl_target: 5, kl_horizon: 20}", "kl_horizon 20 is not above a fifth"),
         ("ppo.kl_penalty=k1_loss", "'reward', 'k2_loss' or 'k3_loss'"),

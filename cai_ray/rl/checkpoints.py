@@ -1,6 +1,7 @@
 """PPO's checkpoints: one folder for actor, critic and controller, which counts only with the manifest written last."""
 
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,17 +17,18 @@ def commit_checkpoint(folder: Path, state: Mapping[str, Any], keep: int = 1) -> 
     """
     files = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
     write_atomic(folder / "manifest.json", json.dumps({**state, "files": files}))
-    oldest = sorted(map(_step_of, folder.parent.glob("step-*")))[-keep:][0]
+    whole = sorted(_step_of(path.parent) for path in folder.parent.glob("step-*/manifest.json"))
+    oldest = [step for step in whole if step <= state["step"]][-keep:][0]
     for path in folder.parent.iterdir():
         if _step_of(path) < oldest:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def last_checkpoint(checkpoints: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest whole checkpoint and its state; None where there is none."""
+def last_checkpoint(checkpoints: Path, before: float = math.inf) -> tuple[Path, dict[str, Any]] | None:
+    """The newest whole checkpoint of those from which a step below `before` continues, and its state; None if none."""
     for folder in sorted(checkpoints.glob("step-*"), key=_step_of, reverse=True):
         manifest = folder / "manifest.json"
-        if manifest.is_file():
+        if _step_of(folder) < before and manifest.is_file():
             state = json.loads(manifest.read_text("utf-8"))
             if all((folder / n).is_file() and (folder / n).stat().st_size == s for n, s in state["files"].items()):
                 return folder, state

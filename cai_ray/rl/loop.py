@@ -10,7 +10,7 @@ import math
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import islice
@@ -118,6 +118,8 @@ class _Controller:
         self.sampler = Sampler(self.setup, self.steps, self.out, self.groups["actor"], self.get_engines, self.timeline)
         if self.sl_rows is not None:
             self.sl_ref = ray.put(self.sl_rows)
+            prompts, self.sl_answers = (row_lengths(self.sl_rows, name) for name in ("prompt_ids", "response_ids"))
+            self.sl_lengths = [p + a for p, a in zip(prompts, self.sl_answers, strict=True)]
         self.shape: Any = ray.remote(num_cpus=0, num_returns=2)(make_experience)
 
     def run(self) -> tuple[dict[str, float], dict[str, list[dict[str, Any]]]]:
@@ -139,7 +141,7 @@ class _Controller:
 
     def _train(self, first: int) -> dict[str, float]:
         config, metrics = self.config, {}
-        guards = Guards(config, self.out.path / "metrics.jsonl")
+        guards, sl_batches = Guards(config, self.out.path / "metrics.jsonl"), self._sl_batches(first)
         self.begun, self.before = time.monotonic(), dict(self.out.phases)
         for step in range(first, config.steps):
             # 1. Roll out on the engines, which hold the actor's weights; kept on disk before anything else happens.
@@ -184,7 +186,7 @@ class _Controller:
             for role, plan in plans.items():
                 each = [(list(own), totals, self.kl.coef) for own in zip(*plan, strict=True)]
                 if role == "actor" and self.sl_rows is not None:
-                    mixed = self._mixed(self.sl_rows, step, len(updates))
+                    mixed = self._mixed(list(islice(sl_batches, len(updates))))
                     each = [(*own, more, self.sl_ref) for own, more in zip(each, mixed, strict=True)]
                 calls[f"update_{role}"] = (role, "update", experience, each)
             stats = self._phases(step, calls)
@@ -231,16 +233,19 @@ class _Controller:
         ranks = len(self.groups[role].workers)
         return layout(sorted(rows), lengths, ranks, sharding.microbatch_tokens, packed=True)
 
-    def _mixed(self, rows: pa.Table, step: int, updates: int) -> list[Mixed]:
-        """What each rank of the actor learns beside the responses: as many SL rows, in an order of their own."""
-        size, responses = self.config.minibatch_size, row_lengths(rows, "response_ids")
-        lengths = [a + b for a, b in zip(row_lengths(rows, "prompt_ids"), responses, strict=True)]
-        epochs = math.ceil((step + 1) * updates * size / len(rows)) + updates
-        seed = derive_seed(self.setup.seed, "sl rows", "ppo")
-        found = islice(step_rows(rows["id"].to_pylist(), seed, epochs, size, start=step * updates), updates)
-        chosen = [batch for _, batch in found]
-        plans = [self._split("actor", batch, lengths) for batch in chosen]
-        totals = [sum(responses[row] for row in batch) for batch in chosen]
+    def _sl_batches(self, first: int) -> Iterator[list[int]]:
+        """The SL rows of each of the actor's optimizer steps from step `first` on, in an order of their own."""
+        if self.sl_rows is not None:
+            config, seed = self.config, derive_seed(self.setup.seed, "sl rows", "ppo")
+            each = config.ppo_epochs * config.rollout_batch_size // config.minibatch_size
+            start, ids = each * max(0, first - config.critic_warmup_steps), self.sl_rows["id"].to_pylist()
+            for _, batch in step_rows(ids, seed, each * config.steps, config.minibatch_size, start):
+                yield batch
+
+    def _mixed(self, batches: list[list[int]]) -> list[Mixed]:
+        """What each rank of the actor learns beside the responses."""
+        plans = [self._split("actor", batch, self.sl_lengths) for batch in batches]
+        totals = [sum(self.sl_answers[row] for row in batch) for batch in batches]
         return [Mixed(list(own), totals) for own in zip(*plans, strict=True)]
 
     def _workers(self) -> dict[str, list[dict[str, Any]]]:
@@ -254,15 +259,14 @@ class _Controller:
         `back` is how the KL's limit has led here: the checkpoint of a policy that is too far away is passed over, the
         coefficient doubles, for every later process too, and rollouts of steps that will be trained otherwise go.
         """
-        if back:
-            forget_checkpoints(self.out.checkpoints, back.step)
-        step, found = 0, last_checkpoint(self.out.checkpoints)
+        step, found = 0, last_checkpoint(self.out.checkpoints, back.step if back else math.inf)
         if found:
             folder, state = found
             loads = [c for role in self.learners for c in self.groups[role].submit("load", folder / role)]
             wait(loads, self.limit, f"loading {folder.name}")
             step = state["step"]
             if back:
+                forget_checkpoints(self.out.checkpoints, back.step)
                 state["kl"]["coef"] *= 2
                 write_atomic(folder / "manifest.json", json.dumps(state))
                 self.sampler.forget_after(step)
@@ -306,7 +310,8 @@ class _Controller:
                 shutil.rmtree(folder, ignore_errors=True)
                 saves = [c for role in self.learners for c in self.groups[role].submit("save", folder / role)]
                 wait(saves, self.limit, f"checkpoint {folder.name}")
-                commit_checkpoint(folder, {"step": step, "kl": self.kl.state_dict()}, keep=2 if config.kl_limit else 1)
+                keep = 2 if config.on_kl_limit == "roll_back" else 1
+                commit_checkpoint(folder, {"step": step, "kl": self.kl.state_dict()}, keep)
         if config.snapshots and step < config.steps and step % config.snapshots == 0:
             with self.out.phase("snapshot"):
                 target = self.out.path / "snapshots" / f"step-{step}"

@@ -1,4 +1,4 @@
-"""The four groups of workers that PPO has beside the rollout engines, started and ended together."""
+"""The groups of workers that PPO has beside the rollout engines, started and ended together."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -72,7 +72,7 @@ class Sampler:
         self._fresh = False
 
     def replace(self, error: EngineDied) -> None:
-        """Starts engines for those that are gone."""
+        """Starts engines for those that are gone; the pool ends what the others still do for nobody."""
         log.warning("%s; starting it again", error.message)
         self._engines, self._fresh = self._get_engines(), True
 

@@ -27,10 +27,11 @@ import pyarrow as pa
 from cai_ray.artifacts import StageDir
 from cai_ray.config import Cluster, Learner, Optim, PPOConfig, Sharding
 from cai_ray.generation.actor import BAD, SPAN
-from cai_ray.records import Row, row_id, to_table
+from cai_ray.records import to_table
 from cai_ray.rl import roles
 from cai_ray.rl.rollouts import ROLLOUTS
 from cai_ray.rl.setup import info, table
+from tests.bench.ppo_work import prompt_rows
 
 RESPONSE, EACH, SKIP = 8, 8, 50  # tokens; responses of a worker; steps that warm up
 
@@ -161,26 +162,12 @@ def run(ranks: int, steps: int, folder: Path) -> tuple[float, list[float]]:
         memory.append(process.memory_info().rss / 2**20)
 
     out = StageDir(folder / str(ranks), 0)
-    run_ppo(setup, prompts(), lambda: engines, out, lambda: nullcontext(watch))
+    rows = prompt_rows((f"Prompt number {i}" for i in range(64)), "helpful")
+    run_ppo(setup, rows, lambda: engines, out, lambda: nullcontext(watch))
     times = [json.loads(line)["time/step"] for line in (out.path / "metrics.jsonl").read_text("utf-8").splitlines()]
     for engine in engines:
         ray.kill(engine)
     return float(np.median(times[min(SKIP, steps // 2) :])), memory
-
-
-def prompts() -> list[Row]:
-    """A few."""
-    texts = [f"Prompt number {i}" for i in range(64)]
-    return [
-        {
-            "id": row_id(t),
-            "messages": [{"role": "user", "content": t}],
-            "kind": "helpful",
-            "source": "x",
-            "split": "train",
-        }
-        for t in texts
-    ]
 
 
 def main() -> None:
@@ -197,7 +184,7 @@ def main() -> None:
         small, _ = run(2, max(20, told.steps // 5), Path(temporary))
         large, memory = run(8, told.steps, Path(temporary))
     far = small + (large - small) / 6 * 62
-    kept = memory[SKIP:]
+    kept = memory[min(SKIP, told.steps // 2) :]
     found = {
         "step_s_2": small,
         "step_s_8": large,

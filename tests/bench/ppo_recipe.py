@@ -25,7 +25,8 @@ import pyarrow.parquet as pq
 
 from cai_ray.artifacts import StageDir
 from cai_ray.config import Cluster, Learner, Optim, PPOConfig, Sharding
-from cai_ray.records import LABELED_PAIR, Row, row_id, to_table
+from cai_ray.records import LABELED_PAIR, Row, to_table
+from tests.bench.ppo_work import prompt_rows
 from tests.bench.preference_accuracy import pairs, train
 
 THREADS = os.cpu_count() or 1
@@ -63,21 +64,6 @@ def preference_model(name: str, seed: int, rows: Sequence[Row], folder: Path) ->
     return json.loads(done.read_text())
 
 
-def prompts(rows: Sequence[Row]) -> list[Row]:
-    """The first human turns, each once."""
-    texts = sorted({row["messages"][0]["content"] for row in rows})
-    return [
-        {
-            "id": row_id(text),
-            "messages": [{"role": "user", "content": text}],
-            "kind": "harmful",
-            "source": "hh",
-            "split": "train",
-        }
-        for text in texts
-    ]
-
-
 def improve(rows: Sequence[Row], folder: Path, steps: int) -> list[dict[str, float]]:
     """PPO; the metrics of each step."""
     from cai_ray.generation.pool import EnginePool
@@ -85,6 +71,7 @@ def improve(rows: Sequence[Row], folder: Path, steps: int) -> list[dict[str, flo
     from cai_ray.rl.loop import run_ppo
     from cai_ray.rl.setup import Setup
 
+    turns = sorted({row["messages"][0]["content"] for row in rows})
     model, out = embedded_model(), StageDir(folder / "ppo", 0)
     pool = EnginePool(CLUSTER, "cpu", folder / "logs")
     reward, heldout = (folder / f"seed-{seed}" / "model" for seed in (0, 1))
@@ -97,7 +84,7 @@ def improve(rows: Sequence[Row], folder: Path, steps: int) -> list[dict[str, flo
         return pool.engines(model, dtype="float32", max_model_len=MAX_PROMPT + MAX_NEW)
 
     try:
-        run_ppo(setup, prompts(rows), engines, out, lambda: nullcontext(show))
+        run_ppo(setup, prompt_rows(turns, "harmful"), engines, out, lambda: nullcontext(show))
     finally:
         pool.close()
     return [json.loads(line) for line in (out.path / "metrics.jsonl").read_text("utf-8").splitlines()]

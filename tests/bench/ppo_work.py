@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from cai_ray.models import resolve_model
 from cai_ray.models.checkpoints import load_scalar_model, save_pretrained
 from cai_ray.models.shapes import find_shape
 from cai_ray.models.tokenization import Tokenizer
-from cai_ray.records import row_id
+from cai_ray.records import Row, row_id
 from tests.bench.training import comparisons
 
 THREADS = os.cpu_count() or 1
@@ -97,6 +97,12 @@ class Iteration:
     new_tokens: int
     ended: int  # responses that ended of themselves
     phases: dict[str, float] = field(default_factory=dict)
+
+
+def prompt_rows(texts: Iterable[str], kind: str) -> list[Row]:
+    """`Prompt` rows of one user turn each."""
+    same = {"kind": kind, "source": "bench", "split": "train"}
+    return [{**same, "id": row_id(text), "messages": [{"role": "user", "content": text}]} for text in texts]
 
 
 def rates(size: Size, counted: Sequence[Iteration]) -> dict[str, Any]:

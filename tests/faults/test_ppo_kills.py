@@ -109,6 +109,20 @@ def test_a_kill_at_every_step_over_all_roles(train, tmp_path):
     assert max(line["rollout/logprob_gap"] for line in steps) < 5e-5
 
 
+@pytest.mark.parametrize(
+    ("roles", "count", "changes"),
+    [(("EngineActor",), 2, {}), (("Actor",), 1, {"staleness": 1, "checkpoint_every": 2})],
+    ids=["one of two engines", "the actor, one step ahead"],
+)
+def test_engines_drop_what_nobody_waits_for(roles, count, changes, train, tmp_path):
+    """Weights come to idle engines only, and those that live still work on what was asked before the kill."""
+    killer = Killer(TODAY, roles, 3, 1.0)
+    train(tmp_path, config(**{"steps": 12, **changes}), progress=killer.progress, count=count)
+    killer.end()
+    assert killer.killed, f"seed {TODAY} killed nobody"
+    assert [line["step"] for line in lines(tmp_path)] == list(range(12))
+
+
 def test_a_hung_worker_is_named_within_the_limit(train, tmp_path):
     stopped = []
 

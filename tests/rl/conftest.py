@@ -75,8 +75,8 @@ def train(pool, policy, reward_model):
     from cai_ray.rl.loop import run_ppo
     from cai_ray.rl.setup import Setup
 
-    def engines():
-        return pool.engines(policy, dtype="float32", max_model_len=64 + 12)
+    def engines(count):
+        return pool.engines(policy, dtype="float32", max_model_len=64 + 12, count=count)
 
     def run(
         out,
@@ -85,8 +85,10 @@ def train(pool, policy, reward_model):
         rewards=(),
         heldout=None,
         cluster=CLUSTER,
+        count=1,
+        sl_rows=None,
     ):
         setup = Setup(settings, policy, rewards or (reward_model,), heldout, "auto", "cpu", 7, cluster, "float32")
-        return run_ppo(setup, prompts(), engines, StageDir(out, 7), progress)
+        return run_ppo(setup, prompts(), lambda: engines(count), StageDir(out, 7), progress, sl_rows)
 
     return run

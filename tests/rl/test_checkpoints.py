@@ -60,5 +60,12 @@ def test_the_checkpoint_before_can_be_kept_and_gone_back_to(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         *("rollouts-4.parquet", "rollouts-6.parquet", "step-4", "step-6"),
     ]
+    assert last_checkpoint(tmp_path, before=6)[1]["step"] == 4
     forget_checkpoints(tmp_path, 6)
     assert last_checkpoint(tmp_path)[1]["step"] == 4
+
+
+def test_a_later_folder_that_was_never_finished_costs_no_checkpoint(tmp_path):
+    fill(tmp_path / "step-6")
+    commit_checkpoint(fill(tmp_path / "step-5"), {"step": 5})
+    assert last_checkpoint(tmp_path)[1]["step"] == 5

@@ -2,6 +2,7 @@
 
 import json
 
+import pyarrow as pa
 import pytest
 
 from cai_ray.rl.guards import Guards
@@ -44,9 +45,21 @@ def test_a_bandit_is_learned_without_a_critic(train, tmp_path):
 
 def test_one_step_ahead_rollouts_and_training_overlap(train, reward_model, tmp_path):
     settings = config(
-        staleness=1, steps=4, kl_penalty="k2_loss", entropy_coef=0.01, heldout_reward="x", critic_warmup_steps=1
+        staleness=1,
+        steps=4,
+        kl_penalty="k2_loss",
+        entropy_coef=0.01,
+        heldout_reward="x",
+        critic_warmup_steps=1,
+        ptx_coef=0.1,
     )
-    train(tmp_path, settings, rewards=(reward_model, reward_model), heldout=reward_model)
+    answers = {
+        "id": ["a", "b", "c"],
+        "prompt_ids": [[5, 6], [7], [8, 9]],
+        "response_ids": [[10, 11], [12], [13, 14, 15]],
+    }
+    models = {"rewards": (reward_model, reward_model), "heldout": reward_model}
+    train(tmp_path, settings, sl_rows=pa.table(answers), **models)
     steps, seen = lines(tmp_path), spans(tmp_path)
     for step in (1, 2, 3):  # sampled while the step before was scored and trained on
         ((begun, ended),) = seen["rollout", "rollout", step]
@@ -58,6 +71,9 @@ def test_one_step_ahead_rollouts_and_training_overlap(train, reward_model, tmp_p
     # The first step only warms the critic up, so step 1's stale rollouts are the actor's own; later ones are not.
     assert "policy/loss" not in steps[0]
     assert "policy/loss" in steps[1]
+    losses = [step["policy/ptx_loss"] for step in steps[1:]]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[0] > 5  # nats a token of an untrained model
     assert steps[1]["rollout/logprob_gap"] < 5e-5
     assert min(step["rollout/logprob_gap"] for step in steps[2:]) > 1e-3
     for step in steps:
