@@ -39,6 +39,8 @@ def start_ray(config: Config) -> None:
     if not address:
         cores = os.cpu_count() or 1
         ray.init(address="local", num_cpus=max(LOGICAL_CPUS, cores), include_dashboard=False, **quiet)
+        # Nobody reads what it would pass on, and reading every worker's log ten times a second takes 1% of a core.
+        ray._private.worker._global_node.kill_log_monitor(check_alive=False)  # type: ignore[union-attr]
         return
     try:
         ray.init(address=address, **quiet)

@@ -462,6 +462,8 @@ class Learner(Section):
     """Optimizer and schedule."""
     sharding: Op[Sharding] = Sharding()
     """Layout over ranks."""
+    lora: Lora | None = None
+    """Train low-rank adapters; engines are sent, and the model is written, with them merged."""
 
 
 class PPOConfig(Sampling):

@@ -124,10 +124,10 @@ def stage_roles(config: Config, stage: Stage, device: str) -> tuple[Role, ...]:
     critics = []
     if p.has_critic:
         start = p.preference_models[0] if p.critic_init == "reward" else p.init
-        critics = [_trainer(config, "critic", start, p.critic.sharding, device, p.ppo_epochs)]
+        critics = [_trainer(config, "critic", start, p.critic.sharding, device, p.ppo_epochs, p.critic.lora)]
     return (
         engine,
-        _trainer(config, "actor", p.init, p.actor.sharding, device, p.ppo_epochs),
+        _trainer(config, "actor", p.init, p.actor.sharding, device, p.ppo_epochs, p.actor.lora),
         *critics,
         _onlooker(config, "reward", pipeline.rewards(config), p.critic.sharding, p.inference_ranks, device),
         _onlooker(config, "reference", [p.init], p.actor.sharding, p.inference_ranks, device),

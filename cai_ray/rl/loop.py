@@ -135,7 +135,8 @@ class _Controller:
                 log.warning("%s; back to the checkpoint before, with twice the kl_coef", e.message)
                 back = e
         with self.out.phase("export"):
-            wait(self.groups["actor"].submit("export", self.out.model), self.limit, "export of the policy")
+            written = self.groups["actor"].submit("export", self.out.model, self.out.path / "adapter")
+            wait(written, self.limit, "export of the policy")
             self.sampler.ask_all("load_checkpoint", self.setup.policy, self.setup.format)
         return metrics, workers
 

@@ -81,7 +81,7 @@ class Sender:
         if self._engines.gpus:
             self._nccl.send_weights()
             return
-        parameters = self._model.full_parameters()
+        parameters = self._model.merged_parameters()
         try:
             if self._model.rank == 0:
                 self._pass_on(parameters)
@@ -118,12 +118,10 @@ def _nccl_trainer(model: ShardedModel, engines: Engines) -> Any:
 
     class Source(WeightSource):
         def metadata(self) -> list[ParamMeta]:
-            # A parameter that ZeRO-3 has split keeps its whole shape in ds_shape.
-            named = model.hf.named_parameters()
-            return [ParamMeta(name, p.dtype, tuple(getattr(p, "ds_shape", p.shape))) for name, p in named]
+            return [ParamMeta(name, p.dtype, tuple(p.shape)) for name, p in model.merged_shapes().items()]
 
         def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-            return model.full_parameters()
+            return model.merged_parameters()
 
     address, port = free_address()
     world = 1 + len(engines.handles) * engines.gpus

@@ -22,6 +22,7 @@ from cai_ray.algo.ppo import nll_loss
 from cai_ray.config import Learner
 from cai_ray.models.checkpoints import load_causal_lm, load_scalar_model
 from cai_ray.models.tokenization import Tokenizer
+from cai_ray.records import derive_seed
 from cai_ray.rl.batches import Micro, Plan, collate, ragged
 from cai_ray.rl.forward import PolicyForward, ValueForward
 from cai_ray.rl.groups import free_address
@@ -29,6 +30,7 @@ from cai_ray.rl.losses import CRITIC_COLUMNS, actor_columns, actor_loss, critic_
 from cai_ray.rl.setup import Answer, Setup, info, table, timed
 from cai_ray.rl.weight_sync import Engines, Sender
 from cai_ray.training.deepspeed import ShardedModel, init_distributed, loading
+from cai_ray.training.lora import add_adapters
 
 
 def _per_token(
@@ -93,6 +95,8 @@ class _Trained:
         self._role, self._rank, self._ranks, self._setup = role, rank, ranks, setup
         self._device = setup.torch_device
         self._learner: Learner = getattr(setup.config, role)
+        self._start = setup.critic_start if role == "critic" else setup.policy
+        self._adapters: Any = None  # their configuration, where only adapters are trained
         self._kept: Any = None  # the last forward pass with its graph, for the update to go on from
         self._model: ShardedModel
 
@@ -110,6 +114,9 @@ class _Trained:
         learner = self._learner
         with loading(learner.sharding, learner.optim, self._device):
             module = self._build()
+            if learner.lora:
+                seed = derive_seed(self._setup.seed, "lora", self._role)
+                self._adapters = add_adapters(module.hf, learner.lora, self._start, seed)
         self._model = ShardedModel(module, learner.optim, learner.sharding, total_steps, self._device)
         return None, {}
 
@@ -178,7 +185,7 @@ class Actor(_Trained):
     _sender: Sender | None = None
 
     def _build(self) -> PolicyForward:
-        return PolicyForward(load_causal_lm(self._setup.policy, self._learner.sharding.dtype))
+        return PolicyForward(load_causal_lm(self._start, self._learner.sharding.dtype))
 
     @property
     def _columns(self) -> tuple[str, ...]:
@@ -220,8 +227,10 @@ class Actor(_Trained):
         shift = float((now_N - micro.columns["old_logprobs"]).abs().mean())
         return None, {"logprobs": [part.tolist() for part in logprobs_N.split(micro.lengths)], "shift": shift}
 
-    def export(self, out: Path) -> Answer:
-        """Writes the policy in Hugging Face format, with its tokenizer."""
+    def export(self, out: Path, adapter: Path | None = None) -> Answer:
+        """Writes the policy in Hugging Face format, with its tokenizer; to `adapter` also the adapters, if any."""
+        if adapter and self._adapters:
+            self._model.export_adapter(self._adapters, adapter)
         tokenizer = Tokenizer.load(self._setup.policy, self._setup.format)
         self._model.export(tokenizer, out)
         return None, {}
@@ -233,8 +242,7 @@ class Critic(_Trained):
     _columns = CRITIC_COLUMNS
 
     def _build(self) -> ValueForward:
-        start, setup = self._setup.critic_start, self._setup
-        return ValueForward(load_scalar_model(start, self._learner.sharding.dtype, seed=setup.seed))
+        return ValueForward(load_scalar_model(self._start, self._learner.sharding.dtype, seed=self._setup.seed))
 
     def _predict(self, micro: Micro) -> tuple[Tensor]:
         return (self._model.module(micro.ids_1T, micro.documents, micro.response_1T),)

@@ -302,6 +302,21 @@ class ShardedModel:
                 for name, parameter in named:
                     yield name, parameter.detach()
 
+    def merged_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """`full_parameters` of the model without adapters, whose parts are added to the weights that they stand beside.
+
+        All ranks iterate to the end.
+        """
+        return ((new, merged(self.hf, name, p)) for name, p in self.full_parameters() if (new := merged_name(name)))
+
+    def merged_shapes(self) -> dict[str, Tensor]:
+        """Name -> a tensor without data, of the whole shape, for each of `merged_parameters` in their order."""
+        return {  # a parameter that ZeRO-3 has split keeps its whole shape in ds_shape
+            new: torch.empty(getattr(p, "ds_shape", p.shape), dtype=p.dtype, device="meta")
+            for name, p in self.hf.named_parameters()
+            if (new := merged_name(name))
+        }
+
     def export(self, tokenizer: "Tokenizer", out: Path, config_updates: Mapping[str, Any] | None = None) -> None:
         """Writes a folder in Hugging Face format from rank 0, layer by layer; all ranks return when it is complete.
 
@@ -312,18 +327,15 @@ class ShardedModel:
         """
         from cai_ray.models.checkpoints import save_pretrained
 
-        tensors = ((new, merged(self.hf, name, p)) for name, p in self.full_parameters() if (new := merged_name(name)))
+        tensors = self.merged_parameters()
         if self.rank == 0:
-            shapes = {
-                new: torch.empty(getattr(p, "ds_shape", p.shape), dtype=p.dtype, device="meta")
-                for name, p in self.hf.named_parameters()
-                if (new := merged_name(name))
-            }
             persistent = self.hf.state_dict().keys()
             buffers = {name: b for name, b in self.hf.named_buffers() if name in persistent}
             config = copy.deepcopy(self.hf.config)
             config.update(config_updates or {})
-            save_pretrained(shapes | buffers, config, tokenizer, out, itertools.chain(buffers.items(), tensors))
+            save_pretrained(
+                self.merged_shapes() | buffers, config, tokenizer, out, itertools.chain(buffers.items(), tensors)
+            )
         deque(tensors, maxlen=0)  # on the other ranks; on rank 0 nothing is left
         dist.barrier()
 

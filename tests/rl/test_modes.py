@@ -4,7 +4,11 @@ import json
 
 import pyarrow as pa
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from cai_ray.config import Learner, Lora, Optim, Sharding
+from cai_ray.models.checkpoints import load_causal_lm
 from cai_ray.rl.guards import Guards
 
 from .conftest import config
@@ -79,6 +83,29 @@ def test_one_step_ahead_rollouts_and_training_overlap(train, reward_model, tmp_p
     for step in steps:
         assert step["objective/heldout_score"] == pytest.approx(step["objective/score"], abs=1e-6)
     assert {s["sample"] for s in lines(tmp_path, "samples.jsonl")} == {"best", "worst", "random"}
+
+
+def test_adapters_are_trained_and_reach_the_engines_merged(train, policy, tmp_path):
+    from peft import PeftModel
+
+    sharding = Sharding(dtype="float32", zero_stage=3)
+    learner = Learner(optim=Optim(lr=1e-2), sharding=sharding, lora=Lora(rank=4))
+    train(tmp_path, config(steps=3, checkpoint_every=2, actor=learner, critic=learner))
+    steps = lines(tmp_path)
+    assert max(step["rollout/logprob_gap"] for step in steps) < 5e-5
+    assert min(step["policy/logprob_shift"] for step in steps) > 1e-3  # the engines follow a policy that moves
+    assert steps[0]["objective/kl"] == pytest.approx(0, abs=1e-6)
+    assert steps[2]["objective/kl"] > 1e-4
+    ids = torch.arange(20, 52).reshape(2, 16)
+    with torch.no_grad():
+        base, merged = (load_causal_lm(folder, "float32").eval() for folder in (policy, tmp_path / "model"))
+        start, expected = base(ids).logits, merged(ids).logits
+        adapted = PeftModel.from_pretrained(base, tmp_path / "adapter")(ids).logits
+    torch.testing.assert_close(adapted, expected, rtol=1e-5, atol=1e-5)
+    assert (expected - start).abs().max() > 1e-3
+    before, after = load_file(policy / "model.safetensors"), load_file(tmp_path / "model" / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert torch.equal(before["model.embed_tokens.weight"], after["model.embed_tokens.weight"])
 
 
 def test_a_step_too_far_is_taken_again_from_the_checkpoint_before(train, tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,7 +25,8 @@ from cai_ray.artifacts import StageDir
 from cai_ray.config import Lora, Mix, Optim, PreferenceModelConfig, SftConfig, Sharding
 from cai_ray.errors import ConfigError, DataError, ResourceError, StageFailed
 from cai_ray.records import Row
-from cai_ray.training.checkpoints import RECORD
+from cai_ray.training.checkpoints import RECORD, Checkpoints
+from cai_ray.training.deepspeed import steps_in
 from cai_ray.training.launch import _failed, _Follow, _Watch, run_training
 from cai_ray.training.loop import Job
 from tests.training.rows import pair, revision
@@ -217,6 +219,35 @@ def test_after_a_kill_at_any_moment_the_losses_are_those_of_an_uninterrupted_run
     assert kills[0] != process_of(out, rank)  # another process has finished the work
     for key in ("train/loss", "train/lr", "train/grad_norm", "eval/loss"):
         assert curve(out, key) == curve(reference, key)
+    weights, expected = (load_file(o.path / "model" / "model.safetensors") for o in (out, reference))
+    torch.testing.assert_close(weights, expected, rtol=0, atol=0)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("moment", ["written", "copied"])
+def test_a_rank_that_dies_amid_its_checkpoint_leaves_none_that_is_loaded(moment: str, run: Any) -> None:
+    config = sft_config(2, 2, 256, checkpoint_every=4, epochs=5)
+    reference, _ = run("whole", config.model_copy(update={"checkpoint_every": 1000}))
+    out = stage_dir(reference.path.parent / "killed")
+    scratch = Checkpoints(out.path, 0, config)._scratch / "8"
+    cut, ended = [], threading.Event()
+
+    def watch() -> None:
+        while not cut and not ended.wait(0.001):
+            copies = sorted(out.checkpoints.glob("train/checkpoint_2*"))
+            for folder in [scratch] if moment == "written" else copies[1:]:
+                if list(folder.glob("shards/*")) and steps_in(folder) is None:
+                    cut.append(folder)
+                    os.kill(process_of(out, 0), signal.SIGKILL)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    run("killed", config)
+    ended.set()
+    watcher.join()
+    assert cut
+    assert set(re.findall(r"continues after step (\d+)", (out.logs / "rank-0.log").read_text())) <= {"4"}
+    assert curve(out) == curve(reference)
     weights, expected = (load_file(o.path / "model" / "model.safetensors") for o in (out, reference))
     torch.testing.assert_close(weights, expected, rtol=0, atol=0)
 
