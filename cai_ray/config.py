@@ -291,8 +291,8 @@ class Sharding(Section):
     """Training precision; bfloat16 keeps float32 master weights."""
     microbatch_tokens: Op[Annotated[int, Field(ge=8)]] = 8192
     """Most tokens (padding counted) in one forward pass of a rank."""
-    gradient_checkpointing: Op[bool] = False
-    """Recompute activations in the backward pass."""
+    gradient_checkpointing: Op[bool | Literal["selective"]] = False
+    """Compute activations again in the backward pass; selective: all but matrix products and attention."""
     cpus_per_rank: Op[PositiveInt] = 1
     """CPU threads of a rank."""
     deepspeed: Op[Annotated[dict[str, Any] | None, BeforeValidator(read_options)]] = None

@@ -89,7 +89,7 @@ def _trainer(
     """A model under training; `passes` updates see each token."""
     shape = model_shape(config, name)
     parts, host = training_memory(shape, sharding, device, lora)
-    update = (8 if sharding.gradient_checkpointing else 6) * passes
+    update = (8 if sharding.gradient_checkpointing is True else 6) * passes
     cpus, flops = (sharding.cpus_per_rank, update) if role == "rank" else (PPO_CPUS[device], update + 2)
     return Role(role, sharding.ranks, int(device == "gpu"), cpus, flops * shape.parameters, parts, host)
 

@@ -16,6 +16,7 @@ from cai_ray.config import Lora, Sharding
 GIB = 2**30
 WIDTH = {"float32": 4, "bfloat16": 2}  # bytes
 LIBRARIES_GIB = {"cpu": 0.7, "gpu": 1.5}  # Python and torch; on a GPU its context and communication buffers
+SELECTIVE = 0.55  # of a layer's activations: what selective checkpointing keeps
 GATHERED = 1e9  # parameters that ZeRO-3 holds whole at a time
 HEAD_TOKENS = 1024  # tokens whose logits exist at a time
 
@@ -78,7 +79,11 @@ def training_memory(
         for part, wanted in ((weights, sharding.offload_parameters), (optimizer, sharding.offload_optimizer and zero))
         if wanted and device == "gpu"
     ]
-    layers, inputs = (1, shape.layers) if sharding.gradient_checkpointing else (shape.layers, 0)
+    layers, inputs = {
+        False: (shape.layers, 0),
+        True: (1, shape.layers),
+        "selective": (1 + SELECTIVE * shape.layers, 0),
+    }[sharding.gradient_checkpointing]
     parts: list[Part] = [
         weights,
         ("gradients", trained * 4 / GIB, n if zero >= 2 else 1),

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from cai_ray.artifacts import write_atomic
 from cai_ray.config import Optim, Sharding
 from cai_ray.errors import CaiError, ConfigError, StageFailed
+from cai_ray.models.activations import keep_activations
 from cai_ray.training.lora import merged, merged_name, save_adapter
 
 if TYPE_CHECKING:
@@ -184,8 +185,7 @@ class ShardedModel:
         if sharding.dtype not in ("bfloat16", "float32"):
             raise ConfigError(f"training in {sharding.dtype} is not supported", "set dtype to bfloat16 or float32")
         self._stage = _stage(sharding)
-        if sharding.gradient_checkpointing:
-            self.hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        keep_activations(self.hf, sharding.gradient_checkpointing)
         model.to(device).train()
         config = _engine_config(sharding, optim, device)
         self.module: Any = deepspeed.initialize(model=model, optimizer=_adamw(model, optim), config=config)[0]

@@ -5,9 +5,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from cai_ray.errors import DataError
+from cai_ray.models.activations import keep_activations
 from cai_ray.models.packed import packed_hidden_states
 from cai_ray.models.scalar import hidden_states
 
@@ -79,15 +81,31 @@ def test_padded_rows_are_read_as_before_by_a_model_that_reads_packs() -> None:
     assert torch.equal(got, expected)
 
 
-def test_gradient_checkpointing_changes_nothing() -> None:
-    losses = []
-    for checkpointing in (False, True):
+def test_recomputed_activations_change_no_gradient_and_selective_ones_repeat_no_product() -> None:
+    grads, products = [], []
+    for recompute in (False, "selective", True):
         model = random_model("llama").train()
-        if checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        sum(h.square().sum() for h in packed(model, documents(1))).backward()
-        losses.append([p.grad for p in model.base_model.parameters()])
-    torch.testing.assert_close(losses[1], losses[0], rtol=0, atol=0)
+        keep_activations(model, recompute)
+        with FlopCounterMode(display=False) as counted:
+            sum(h.square().sum() for h in packed(model, documents(1))).backward()
+        grads.append([p.grad for p in model.base_model.parameters()])
+        products.append(counted.get_total_flops())
+    for other in grads[1:]:
+        torch.testing.assert_close(other, grads[0], rtol=0, atol=0)
+    assert products[0] == products[1] < 0.8 * products[2]
+
+
+def test_less_is_kept_between_the_passes() -> None:
+    model, ids, kept = random_model("llama").train(), torch.randint(5, 50, (1, 512)), []
+    for recompute in (True, "selective", False):
+        model.gradient_checkpointing_disable()
+        keep_activations(model, recompute)
+        with torch.profiler.profile(profile_memory=True) as profile:
+            hidden = packed_hidden_states(model, ids, [64] * 8)
+        kept.append(sum(event.self_cpu_memory_usage for event in profile.key_averages()))
+        del hidden
+    inputs, selective, everything = kept
+    assert 1e5 < inputs < selective < 0.7 * everything
 
 
 def test_a_family_that_mixes_documents_is_refused() -> None:

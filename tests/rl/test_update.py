@@ -21,12 +21,12 @@ from tests.training.ranks import on_ranks
 from .conftest import CLUSTER
 
 ROWS, STEPS = 16, 5
-KINDS = {  # ranks, ZeRO stage, tokens of a micro-batch
-    "whole": (1, 0, 1024),
-    "small micro-batches": (1, 0, 40),
-    "two ranks": (2, 0, 60),
-    "ZeRO-2": (2, 2, 60),
-    "ZeRO-3": (2, 3, 90),
+KINDS = {  # ranks, ZeRO stage, tokens of a micro-batch, activations that are computed again
+    "whole": (1, 0, 1024, False),
+    "small micro-batches": (1, 0, 40, "selective"),
+    "two ranks": (2, 0, 60, False),
+    "ZeRO-2": (2, 2, 60, False),
+    "ZeRO-3": (2, 3, 90, "selective"),
 }
 
 
@@ -54,8 +54,9 @@ def rollouts():
 
 
 def setup_of(kind, policy, reward_model, **changes):
-    ranks, stage, tokens = KINDS[kind]
-    sharding = Sharding(ranks=ranks, zero_stage=stage, microbatch_tokens=tokens, dtype="float32")
+    ranks, stage, tokens, again = KINDS[kind]
+    where = {"ranks": ranks, "zero_stage": stage, "microbatch_tokens": tokens, "gradient_checkpointing": again}
+    sharding = Sharding(dtype="float32", **where)
     actor = Learner(optim=Optim(lr=1e-3), sharding=sharding)
     # One of the critic's first gradients is 2e-8, less than the rounding of its sum. Adam makes a quarter of a step of
     # that, which at 1e-3 shows in the next losses.
