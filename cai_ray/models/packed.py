@@ -77,19 +77,24 @@ def _attention(
     if documents is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **how)
     documents.layers += 1
-    end, outputs = 0, []
+    # Split and not sliced: the gradient of each slice is the whole row, zeros but for the slice. And as tokens first,
+    # which is how they lie in memory, gradients of the kernel included: then the parts are joined without striding.
+    sizes = [size for n, (_, tail) in zip(documents.lengths, documents.forks, strict=True) for size in (n - tail, tail)]
+    tokens_first = (x.transpose(1, 2).split(sizes, dim=1) for x in (query, key, value))
+    queries, keys, values = ((part.transpose(1, 2) for part in parts) for parts in tokens_first)
+    start, outputs = 0, []
     for n, (head, tail) in zip(documents.lengths, documents.forks, strict=True):
-        start, end = end, end + n
-        part, last = slice(start, end - tail), slice(end - tail, end)
+        part, start = slice(start, start + n - tail), start + n
         mask = None if attention_mask is None else attention_mask[..., part, part]
-        q, k, v = (x[:, :, part] for x in (query, key, value))
+        q, k, v = next(queries), next(keys), next(values)
         outputs.append(sdpa_attention_forward(module, q, k, v, mask, **how)[0])
+        ends = next(queries), next(keys), next(values)
         if tail:
-            k, v = (torch.cat((x[:, :, start : start + head], x[:, :, last]), dim=2) for x in (key, value))
+            k, v = (torch.cat((x[:, :, :head], end), dim=2) for x, end in zip((k, v), ends[1:], strict=True))
             mask = torch.ones(tail, head + tail, dtype=torch.bool, device=query.device).tril(head)
             if window := how.get("sliding_window"):
                 mask = mask.triu(head + 1 - window)
-            outputs.append(sdpa_attention_forward(module, query[:, :, last], k, v, mask, **how)[0])
+            outputs.append(sdpa_attention_forward(module, ends[0], k, v, mask, **how)[0])
     return torch.cat(outputs, dim=1), None
 
 
