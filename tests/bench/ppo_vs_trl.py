@@ -61,7 +61,9 @@ def our_config(size: Size) -> PPOConfig:
     """Our side's configuration; a minibatch is the whole batch."""
 
     def learner(tokens: int) -> Learner:
-        sharding = Sharding(ranks=1, dtype="float32", microbatch_tokens=tokens, cpus_per_rank=THREADS)
+        # Selective: so that both roles can keep the whole batch's forward pass for the update.
+        how = {"gradient_checkpointing": "selective", "microbatch_tokens": tokens, "cpus_per_rank": THREADS}
+        sharding = Sharding(ranks=1, dtype="float32", **how)
         return Learner(optim=Optim(lr=work.LR, betas=work.BETAS), sharding=sharding)
 
     return PPOConfig(

@@ -64,7 +64,9 @@ def train(seed: int, folder: Path, data: Path, epochs: float) -> dict[str, float
     def show(epoch: float, epochs: float | None, words: str) -> None:
         print(f"seed {seed}: epoch {epoch:.3f} of {epochs}: {words}", flush=True)
 
-    return run_training(job, out, show)
+    found = run_training(job, out, show)
+    print(f"seed {seed}: {json.dumps(found)}", flush=True)
+    return found
 
 
 def main() -> None:
