@@ -4,11 +4,13 @@
 
 Every role but the controller is a stand-in: its methods return tables and scalars of the right form without computing.
 The loop, the groups, the sampler, the advantage task, rollouts on disk and the metrics are the real ones. A step with 2
-and with 8 workers a role (8 responses a worker) gives the seconds that one more worker of each role costs; 64 are
-extrapolated from the two. The driver's memory is read over the steps with 8 workers, its first 50 left out.
+and with 8 workers a role (8 responses a worker) gives what one more worker of each role costs, and so 64: of the step's
+time, in which all stand-ins share the cores of this machine, and of the CPU time of the driver itself, which is what a
+cluster cannot take over. The driver's memory is read over the steps with 8 workers, its first 50 left out.
 
-The last line is one JSON object: step_s_2, step_s_8, step_s_64 (extrapolated), share_of_10_s, driver_mib_first and
-driver_mib_last (means over 50 steps), driver_kib_a_step (the line through all) and the settings.
+The last line is one JSON object: step_s_2, step_s_8, step_s_64 (extrapolated) and the same of driver_cpu_s,
+share_of_10_s (of the driver's CPU time), driver_mib_first and driver_mib_last (means over 50 steps), driver_kib_a_step
+(the line through all) and the settings.
 """
 
 import argparse
@@ -133,8 +135,8 @@ class LightEngine:
         return done.replace_schema_metadata({SPAN: json.dumps([time.time(), time.time()])})
 
 
-def run(ranks: int, steps: int, folder: Path) -> tuple[float, list[float]]:
-    """Seconds of a step with so many workers a role, and the driver's memory (MiB) at each step."""
+def run(ranks: int, steps: int, folder: Path) -> tuple[float, float, list[float]]:
+    """Seconds of a step with so many workers a role, those of the driver's CPU, its memory (MiB) at each step."""
     import ray
 
     from cai_ray.models import tiny_model
@@ -156,10 +158,12 @@ def run(ranks: int, steps: int, folder: Path) -> tuple[float, list[float]]:
     setup = Setup(config, tiny_model(), (tiny_model(),), None, "auto", "cpu", 0, cluster, "float32")
     engines = [ray.remote(LightEngine).options(num_cpus=0.1).remote() for _ in range(ranks)]
     memory: list[float] = []
+    used: list[float] = []
     process = psutil.Process()
 
     def watch(done: float, total: float | None, words: str) -> None:
         memory.append(process.memory_info().rss / 2**20)
+        used.append(sum(process.cpu_times()[:2]))
 
     out = StageDir(folder / str(ranks), 0)
     rows = prompt_rows((f"Prompt number {i}" for i in range(64)), "helpful")
@@ -167,7 +171,8 @@ def run(ranks: int, steps: int, folder: Path) -> tuple[float, list[float]]:
     times = [json.loads(line)["time/step"] for line in (out.path / "metrics.jsonl").read_text("utf-8").splitlines()]
     for engine in engines:
         ray.kill(engine)
-    return float(np.median(times[min(SKIP, steps // 2) :])), memory
+    skip = min(SKIP, steps // 2)
+    return float(np.median(times[skip:])), (used[-1] - used[skip]) / (len(used) - 1 - skip), memory
 
 
 def main() -> None:
@@ -181,15 +186,18 @@ def main() -> None:
         setattr(roles, name, Light)
     ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     with tempfile.TemporaryDirectory() as temporary:
-        small, _ = run(2, max(20, told.steps // 5), Path(temporary))
-        large, memory = run(8, told.steps, Path(temporary))
-    far = small + (large - small) / 6 * 62
+        small, small_cpu, _ = run(2, max(20, told.steps // 5), Path(temporary))
+        large, large_cpu, memory = run(8, told.steps, Path(temporary))
+    far, far_cpu = (a + (b - a) / 6 * 62 for a, b in ((small, large), (small_cpu, large_cpu)))
     kept = memory[min(SKIP, told.steps // 2) :]
     found = {
         "step_s_2": small,
         "step_s_8": large,
         "step_s_64": far,
-        "share_of_10_s": far / 10,
+        "driver_cpu_s_2": small_cpu,
+        "driver_cpu_s_8": large_cpu,
+        "driver_cpu_s_64": far_cpu,
+        "share_of_10_s": far_cpu / 10,
         "driver_mib_first": float(np.mean(kept[:50])),
         "driver_mib_last": float(np.mean(kept[-50:])),
         "driver_kib_a_step": float(np.polyfit(range(len(kept)), kept, 1)[0] * 1024),

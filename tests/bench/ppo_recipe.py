@@ -44,8 +44,8 @@ def settings(steps: int) -> PPOConfig:
     sizes = {"rollout_batch_size": 32, "minibatch_size": 32, "max_prompt_tokens": MAX_PROMPT, "max_new_tokens": MAX_NEW}
     return PPOConfig(
         steps=steps,
-        # Four samples of a prompt against each other: what a prompt is worth varies more than what its answers are, and
-        # in so few steps no critic learns it (at 16 responses a step its explained variance was still below 0 after 17).
+        # Four samples of a prompt against each other: prompts differ more than their answers do, and in so few steps no
+        # critic learns that (with 16 responses a step its explained variance was still below 0 after 17).
         advantage="rloo",
         samples_per_prompt=4,
         kl_coef=0.05,
