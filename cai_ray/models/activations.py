@@ -6,9 +6,8 @@ from typing import Any, Literal
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 
-_ATTENTION = "_scaled_dot_product_"  # how torch's fused kernels are called, each with its device's suffix
-_DEAR = ("mm", "addmm", "bmm", *(f"{_ATTENTION}{kind}_attention" for kind in ("flash", "efficient", "cudnn")))
-_KEPT = {f"aten::{name}" for name in (*_DEAR, f"{_ATTENTION}flash_attention_for_cpu")}
+# Operators whose results are dear; torch's fused attention goes on in its name with kernel and device.
+_DEAR = ("aten::mm", "aten::addmm", "aten::bmm", "aten::_scaled_dot_product_")
 
 
 def keep_activations(model: PreTrainedModel, recompute: bool | Literal["selective"]) -> None:
@@ -29,4 +28,4 @@ def keep_activations(model: PreTrainedModel, recompute: bool | Literal["selectiv
 
 
 def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operator.name() in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if operator.name().startswith(_DEAR) else CheckpointPolicy.PREFER_RECOMPUTE

@@ -79,11 +79,8 @@ def training_memory(
         for part, wanted in ((weights, sharding.offload_parameters), (optimizer, sharding.offload_optimizer and zero))
         if wanted and device == "gpu"
     ]
-    layers, inputs = {
-        False: (shape.layers, 0),
-        True: (1, shape.layers),
-        "selective": (1 + SELECTIVE * shape.layers, 0),
-    }[sharding.gradient_checkpointing]
+    kept = {False: (shape.layers, 0), True: (1, shape.layers), "selective": (1 + SELECTIVE * shape.layers, 0)}
+    layers, inputs = kept[sharding.gradient_checkpointing]
     parts: list[Part] = [
         weights,
         ("gradients", trained * 4 / GIB, n if zero >= 2 else 1),

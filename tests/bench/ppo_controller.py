@@ -93,7 +93,7 @@ class Light:
         """What the engines say too."""
         return None, {"logprobs": [[-1.0] * RESPONSE] * len(rows), "shift": 1.0, **now()}
 
-    def export(self, out: Path) -> tuple[Any, Any]:
+    def export(self, out: Path, adapter: Path | None = None) -> tuple[Any, Any]:
         """Nothing to write."""
         return None, {}
 
