@@ -12,10 +12,10 @@ class Timeline:
     """
 
     def __init__(self, path: Path):
-        self._path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.is_file():
             path.write_text("[\n", "utf-8")
+        self._file = path.open("a", 1, "utf-8")  # a write a line; opening it for each of hundreds of spans is slow
 
     def add(self, who: str, what: str, step: int, span: tuple[float, float]) -> None:
         """`who` (such as "actor 0") was busy with `what` from one time to another, in seconds since the epoch."""
@@ -23,5 +23,4 @@ class Timeline:
         begun, ended = span
         times = {"ts": round(begun * 1e6), "dur": round((ended - begun) * 1e6)}  # microseconds
         event = {"name": what, "ph": "X", "pid": role, "tid": int(rank or 0), **times, "args": {"step": step}}
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(event) + ",\n")
+        self._file.write(json.dumps(event) + ",\n")
