@@ -54,24 +54,17 @@ def wait(calls: Sequence[Call], timeout_s: float, what: str) -> list[Any]:
     answers: dict[Any, Any] = {}
     while pending:
         left = max(0.0, deadline - time.monotonic())
-        if not ray.wait(list(pending), num_returns=1, timeout=left, fetch_local=False)[0]:
+        ready, _ = ray.wait(list(pending), num_returns=1, timeout=left, fetch_local=False)
+        if not ready:
             names = ", ".join(call.who for call in pending.values())
             raise StageFailed(
                 f"{what}: no answer within {timeout_s:g} s from {names}",
                 "see whether that process works or hangs (ray stack); cluster.step_timeout_s sets the limit",
             )
-        # And whoever else has answered: one by one, hundreds of workers would keep the controller busy.
-        ready = ray.wait(list(pending), num_returns=len(pending), timeout=0, fetch_local=False)[0]
-        heard = [call for call in map(pending.pop, ready) if call.fetch]
-        answers |= _answers(heard, what, max(1.0, deadline - time.monotonic()))
+        call = pending.pop(ready[0])
+        if call.fetch:
+            answers[call.done] = _answer(call, what, max(1.0, deadline - time.monotonic()))
     return [answers.get(call.done) for call in calls]
-
-
-def _answers(calls: Sequence[Call], what: str, timeout_s: float) -> dict[Any, Any]:
-    try:
-        return dict(zip([c.done for c in calls], ray.get([c.done for c in calls], timeout=timeout_s), strict=True))
-    except RayError:  # one of them: find out whose
-        return {call.done: _answer(call, what, timeout_s) for call in calls}
 
 
 def _answer(call: Call, what: str, timeout_s: float) -> Any:

@@ -8,9 +8,8 @@ and with 8 workers a role (8 responses a worker) gives what one more worker of e
 time, in which all stand-ins share the cores of this machine, and of the CPU time of the driver itself, which is what a
 cluster cannot take over. The driver's memory is read over the steps with 8 workers, its first 50 left out.
 
-The last line is one JSON object: step_s_2, step_s_8, step_s_64 (extrapolated) and the same of driver_cpu_s,
-share_of_10_s (of the driver's CPU time), driver_mib_first and driver_mib_last (means over 50 steps), driver_kib_a_step
-(the line through all) and the settings.
+The last line is one JSON object: step_s_2, step_s_8, step_s_64 (extrapolated), share_of_10_s; the same of driver_cpu_s;
+driver_mib_first and driver_mib_last (means over 50 steps), driver_kib_a_step (the line through all) and the settings.
 """
 
 import argparse
@@ -194,10 +193,11 @@ def main() -> None:
         "step_s_2": small,
         "step_s_8": large,
         "step_s_64": far,
+        "share_of_10_s": far / 10,
         "driver_cpu_s_2": small_cpu,
         "driver_cpu_s_8": large_cpu,
         "driver_cpu_s_64": far_cpu,
-        "share_of_10_s": far_cpu / 10,
+        "driver_cpu_share_of_10_s": far_cpu / 10,
         "driver_mib_first": float(np.mean(kept[:50])),
         "driver_mib_last": float(np.mean(kept[-50:])),
         "driver_kib_a_step": float(np.polyfit(range(len(kept)), kept, 1)[0] * 1024),

@@ -1,4 +1,5 @@
-"""Fifty steps of PPO on a 135M policy against a preference model of human comparisons, watched by a second one.
+"""Fifty steps of the PPO trainer, with RLOO's advantages, on a 135M policy against a preference model of human
+comparisons, watched by a second one.
 
     python -m tests.bench.ppo_recipe FOLDER [--steps 50]
 

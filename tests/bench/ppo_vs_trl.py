@@ -60,12 +60,9 @@ LIMIT_S = 5400  # for an arm
 def our_config(size: Size) -> PPOConfig:
     """Our side's configuration; a minibatch is the whole batch."""
 
-    def learner(tokens: int) -> Learner:
-        # Selective: so that both roles can keep the whole batch's forward pass for the update.
-        how = {"gradient_checkpointing": "selective", "microbatch_tokens": tokens, "cpus_per_rank": THREADS}
-        sharding = Sharding(ranks=1, dtype="float32", **how)
-        return Learner(optim=Optim(lr=work.LR, betas=work.BETAS), sharding=sharding)
-
+    # Selective: so that actor and critic can keep the whole batch's forward pass for the update.
+    how = {"gradient_checkpointing": "selective", "microbatch_tokens": size.tokens, "cpus_per_rank": THREADS}
+    learner = Learner(optim=Optim(lr=work.LR, betas=work.BETAS), sharding=Sharding(ranks=1, dtype="float32", **how))
     return PPOConfig(
         steps=WARMUP + COUNTED,
         rollout_batch_size=size.batch,
@@ -79,8 +76,8 @@ def our_config(size: Size) -> PPOConfig:
         value_clip_range=work.CLIP,
         gamma=work.GAMMA,
         gae_lambda=work.LAMBDA,
-        actor=learner(size.actor_tokens),
-        critic=learner(size.critic_tokens),
+        actor=learner,
+        critic=learner,
         checkpoint_every=1000,
     )
 

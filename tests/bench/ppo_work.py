@@ -31,16 +31,15 @@ class Size:
 
     batch: int  # prompts, with one response each
     new: int  # tokens of a response
-    actor_tokens: int  # ours: most tokens, padding counted, in a micro-batch of actor and reference
-    critic_tokens: int  # and of critic and reward; one micro-batch is kept from values to update, two are computed anew
+    tokens: int  # ours: most in a micro-batch; the only one is kept from logprobs and values to the update
     trl_rows: int  # theirs: responses in one backward pass
     model: str = "embedded"
 
 
 SIZES = {
-    "32x48": Size(32, 48, 3584, 3584, 16),
-    "16x192": Size(16, 192, 4096, 4096, 8),
-    "smoke": Size(4, 8, 288, 288, 2, "tiny"),
+    "32x48": Size(32, 48, 3584, 16),
+    "16x192": Size(16, 192, 4096, 8),
+    "smoke": Size(4, 8, 288, 2, "tiny"),
 }
 
 
