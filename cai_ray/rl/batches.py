@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from cai_ray.training.batches import layout
+
 
 def row_lengths(batch: pa.Table, name: str) -> list[int]:
     """Values in each row of a list column."""
@@ -35,6 +37,14 @@ def ragged(values_N: Tensor, lengths: Sequence[int]) -> pa.Array:
 
 
 Plan = list[list[int]]  # micro-batches of one rank, each a list of rows; an empty one is a filler
+
+
+def piece_of(batch: pa.Table, piece: tuple[int, int] | None, microbatch_tokens: int) -> tuple[pa.Table, Plan]:
+    """The rows (first, how many) that one call of a worker looks at, by default all, and their micro-batches."""
+    part = batch.slice(*piece) if piece else batch
+    prompts, responses = (row_lengths(part, name) for name in ("prompt_ids", "response_ids"))
+    lengths = [p + r for p, r in zip(prompts, responses, strict=True)]
+    return part, layout(range(len(part)), lengths, 1, microbatch_tokens, packed=True)[0]
 
 
 @dataclass(frozen=True)

@@ -91,11 +91,14 @@ class Group:
     workers: list[Any]
 
     def submit(self, method: str, *args: Any, each: Sequence[tuple] | None = None) -> list[Call]:
-        """Calls `method(*args, *each[rank])` on every worker; the payloads stay in Ray's object store."""
+        """Calls `method(*args)` on every worker, or `method(*args, *own)` for each `own`, dealt out in turn.
+
+        The payloads stay in Ray's object store.
+        """
         calls = []
-        for rank, worker in enumerate(self.workers):
-            own = each[rank] if each else ()
-            payload, done = getattr(worker, method).options(num_returns=2).remote(*args, *own)
+        for i, own in enumerate(each or [()] * len(self.workers)):
+            rank = i % len(self.workers)
+            payload, done = getattr(self.workers[rank], method).options(num_returns=2).remote(*args, *own)
             calls.append(Call(f"{self.role} {rank}", done, payload))
         return calls
 
@@ -108,9 +111,13 @@ class Group:
 def engine_calls(
     engines: Sequence[Any], method: str, *args: Any, each: Sequence[tuple] | None = None, fetch: bool = True
 ) -> list[Call]:
-    """Calls `method(*args, *each[i])` on every rollout engine."""
-    refs = [getattr(engine, method).remote(*args, *(each[i] if each else ())) for i, engine in enumerate(engines)]
-    return [Call(f"rollout {i}", ref, fetch=fetch, lost=EngineDied) for i, ref in enumerate(refs)]
+    """Calls `method(*args)` on every rollout engine, or `method(*args, *own)` for each `own`, dealt out in turn."""
+    calls = []
+    for i, own in enumerate(each or [()] * len(engines)):
+        number = i % len(engines)
+        done = getattr(engines[number], method).remote(*args, *own)
+        calls.append(Call(f"rollout {number}", done, fetch=fetch, lost=EngineDied))
+    return calls
 
 
 @dataclass(frozen=True)

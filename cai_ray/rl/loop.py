@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -31,7 +32,7 @@ from cai_ray.rl.groups import Call, EngineDied, Group, WorkerDied, wait
 from cai_ray.rl.guards import Guards, RollBack
 from cai_ray.rl.roles import started
 from cai_ray.rl.rollouts import prompts_of_steps
-from cai_ray.rl.sampler import TRIES, Sampler
+from cai_ray.rl.sampler import LOOKS, TRIES, Sampler
 from cai_ray.rl.setup import Setup
 from cai_ray.rl.timeline import Timeline
 from cai_ray.rl.weight_sync import GAP_LIMITS, check_gap, check_sync, mean_gap
@@ -115,7 +116,7 @@ class _Controller:
         if config.kl_target:
             self.kl = AdaptiveKL(config.kl_coef, config.kl_target, config.kl_horizon)
         self.timeline = Timeline(self.out.path / "timeline.json")
-        self.sampler = Sampler(self.setup, self.steps, self.out, self.groups["actor"], self.get_engines, self.timeline)
+        self.sampler = Sampler(self.setup, self.steps, self.out, self.groups, self.get_engines, self.timeline)
         if self.sl_rows is not None:
             self.sl_ref = ray.put(self.sl_rows)
             prompts, self.sl_answers = (row_lengths(self.sl_rows, name) for name in ("prompt_ids", "response_ids"))
@@ -158,16 +159,12 @@ class _Controller:
             shuffle = derive_seed(self.setup.seed, f"step {step}", "ppo/minibatches")
             updates = [rows for _, rows in step_rows(ids, shuffle, config.ppo_epochs, config.minibatch_size)]
             plans = {role: [self._split(role, rows, lengths) for rows in updates] for role in learners}
-            whole = {role: self._split(role, range(len(ids)), lengths) for role in self.groups}
-            keep = {role: role in plans and len(updates) == 1 == len(whole[role][0]) for role in self.learners}
-            forwards = {
-                "score": ("reward", "score", rollouts, [(plan,) for plan in whole["reward"]]),
-                "reference": ("reference", "logprobs", rollouts, [(plan,) for plan in whole["reference"]]),
-                "logprobs": ("actor", "logprobs", rollouts, [(plan, keep["actor"]) for plan in whole["actor"]]),
-            }
-            if "critic" in whole:
-                each = [(plan, keep["critic"]) for plan in whole["critic"]]
-                forwards["values"] = ("critic", "values", rollouts, each)
+            forwards = {phase: partial(self.sampler.look, phase, step, rollouts) for phase in LOOKS}
+            for role in self.learners:
+                whole = self._split(role, range(len(ids)), lengths)
+                keep = role in plans and len(updates) == 1 == len(whole[0])
+                each, method = [(plan, keep) for plan in whole], "values" if role == "critic" else "logprobs"
+                forwards[method] = partial(self.groups[role].submit, method, rollouts, each=each)
             parts = self._phases(step, forwards)
 
             # 4., 5., 6. Shape rewards, estimate advantages, whiten them over the whole batch: one task, which has it.
@@ -189,8 +186,9 @@ class _Controller:
                 if role == "actor" and self.sl_rows is not None:
                     mixed = self._mixed(list(islice(sl_batches, len(updates))))
                     each = [(*own, more, self.sl_ref) for own, more in zip(each, mixed, strict=True)]
-                calls[f"update_{role}"] = (role, "update", experience, each)
+                calls[f"update_{role}"] = partial(self.groups[role].submit, "update", experience, each=each)
             stats = self._phases(step, calls)
+            self.sampler.version = step + 1
             self.kl.update(metrics["objective/kl"], len(ids))
 
             # 8. Send the new weights to the engines, and see that both sides compute the same with them.
@@ -208,31 +206,22 @@ class _Controller:
     # ---- what the steps are made of ---------------------------------------------------------------------------------
 
     def _phases(
-        self, step: int, calls: Mapping[str, tuple[str, str, Any, list[tuple]]]
+        self, step: int, calls: Mapping[str, Callable[[], list[Call]]]
     ) -> dict[str, tuple[list[Call], list[Any]]]:
-        """Submits phase -> (role, method, batch, the rest for each rank) and awaits the answers.
-
-        On GPUs roles work side by side, on CPU they take turns and each has all cores.
-        """
-
-        def submit(phase: str) -> list[Call]:
-            role, method, batch, each = calls[phase]
-            return self.groups[role].submit(method, batch, each=each)
-
-        begun = {phase: submit(phase) for phase in calls} if self.setup.device == "gpu" else {}
+        """Submits the calls of every phase, all at once where roles work side by side, and awaits the answers."""
+        begun = {phase: submit() for phase, submit in calls.items()} if self.setup.side_by_side else {}
         out = {}
-        for phase in calls:
+        for phase, submit in calls.items():
             with self.out.phase(phase):
-                sent = begun.get(phase) or submit(phase)
+                sent = begun.get(phase) or submit()
                 out[phase] = sent, wait(sent, self.limit, phase)
             for call, answer in zip(*out[phase], strict=True):
                 self.timeline.add(call.who, phase, step, answer["span"])
         return out
 
     def _split(self, role: str, rows: Sequence[int], lengths: Sequence[int]) -> list[Plan]:
-        sharding = (self.config.actor if role in ("actor", "reference") else self.config.critic).sharding
-        ranks = len(self.groups[role].workers)
-        return layout(sorted(rows), lengths, ranks, sharding.microbatch_tokens, packed=True)
+        tokens, ranks = getattr(self.config, role).sharding.microbatch_tokens, len(self.groups[role].workers)
+        return layout(sorted(rows), lengths, ranks, tokens, packed=True)
 
     def _sl_batches(self, first: int) -> Iterator[list[int]]:
         """The SL rows of each of the actor's optimizer steps from step `first` on, in an order of their own."""
@@ -275,7 +264,8 @@ class _Controller:
         elif back:
             raise StageFailed(f"{back.message}; no checkpoint from before it is left", back.fix)
         self.out.forget_from(step)
-        self.sampler.sync(step)
+        self.sampler.version = step
+        self.sampler.sync()
         return step
 
     def _sync(self, experience: Any, probe: list[tuple[list[int], list[int]]], step: int) -> float:
@@ -283,7 +273,7 @@ class _Controller:
         for _ in range(TRIES):
             try:
                 with self.out.phase("sync"):
-                    self.sampler.sync(step + 1)
+                    self.sampler.sync()
                 with self.out.phase("probe"):
                     return self._probe(experience, probe, step)
             except EngineDied as e:
@@ -295,10 +285,12 @@ class _Controller:
         # Engines want room for one more token, which the longest response has used up: its last token is left out.
         room = self.config.max_prompt_tokens + self.config.max_new_tokens - 1
         ids, starts = [(p + r)[:room] for p, r in probe], [len(p) for p, _ in probe]
-        calls = self.groups["actor"].submit("probe", experience, list(range(len(probe))))
+        # One rank has all the weights, but under ZeRO-3.
+        ranks = self.groups["actor"].workers[: None if self.config.actor.sharding.zero_stage == 3 else 1]
+        calls = Group("actor", ranks).submit("probe", experience, list(range(len(probe))))
         calls += self.sampler.calls("prompt_logprobs", ids, starts)
         actor, *others = wait(calls, self.limit, f"probe after step {step}")
-        for engine in others[len(self.groups["actor"].workers) - 1 :]:
+        for engine in others[len(ranks) - 1 :]:
             check_sync(mean_gap(actor["logprobs"], engine), actor["shift"], self.gap_limit, step)
         return actor["shift"]
 

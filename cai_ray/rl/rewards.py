@@ -21,6 +21,7 @@ from cai_ray.models.checkpoints import load_causal_lm, load_scalar_model
 from cai_ray.models.scalar import document_states, lm_head
 from cai_ray.models.tokenization import Tokenizer, encode, preference_input
 from cai_ray.records import Row, derive_seed
+from cai_ray.rl.batches import piece_of
 from cai_ray.rl.forward import ScoreForward
 from cai_ray.rl.setup import Answer, Judge, Setup, info, table, timed
 from cai_ray.templates import SCORES, score_prompt, score_prompt_messages
@@ -31,6 +32,7 @@ class Reward:
 
     def __init__(self, role: str, rank: int, ranks: int, setup: Setup):
         self._least = setup.config.ensemble == "min"
+        self._microbatch_tokens = setup.config.critic.sharding.microbatch_tokens
         self._scorers = [_scorer(reward, setup) for reward in setup.rewards]
         self._heldout = Model(setup.heldout_reward, setup) if setup.heldout_reward else None
 
@@ -38,11 +40,12 @@ class Reward:
 
     @timed
     @torch.inference_mode()
-    def score(self, batch: pa.Table, plan: list[list[int]]) -> Answer:
-        """Table (row, score_raw, score), and heldout where a model watches."""
+    def score(self, batch: pa.Table, piece: tuple[int, int] | None = None) -> Answer:
+        """Table (row, score_raw, score), and heldout where a model watches, of a piece: first row and how many."""
+        batch, plan = piece_of(batch, piece, self._microbatch_tokens)
         rows = [i for chunk in plan for i in chunk]
         found: dict[str, list[float]] = {"score_raw": [], "score": [], **({"heldout": []} if self._heldout else {})}
-        for chunk in filter(None, plan):
+        for chunk in plan:
             part = batch.take(chunk)
             raw = torch.tensor([scorer.raw(part) for scorer in self._scorers], dtype=torch.float64)
             own = torch.stack([(x - s.mean) / s.std for s, x in zip(self._scorers, raw, strict=True)])
@@ -51,7 +54,7 @@ class Reward:
             if self._heldout:
                 found["heldout"] += [(x - self._heldout.mean) / self._heldout.std for x in self._heldout.raw(part)]
         columns = {name: pa.array(values, pa.float64()) for name, values in found.items()}
-        return table(rows, columns), {}
+        return table(batch, rows, columns), {}
 
 
 class Model:

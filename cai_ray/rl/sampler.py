@@ -1,4 +1,8 @@
-"""The controller's side of the rollout engines: asking for a step's responses, new weights, engines that die."""
+"""The controller's side of the rollout engines: asking for a step's responses, new weights, engines that die.
+
+A step's responses are asked for in pieces, and what only looks at them (reward and reference) takes them piece by piece
+too: where roles work side by side, while others still arrive.
+"""
 
 import logging
 from collections.abc import Callable
@@ -16,6 +20,8 @@ from cai_ray.rl.setup import Setup
 from cai_ray.rl.timeline import Timeline
 
 TRIES = 3  # of a step's rollouts or of a sync, where engines die
+PIECE = 32  # most responses in a piece
+LOOKS = {"score": ("reward", "score"), "reference": ("reference", "logprobs")}  # phase -> role and method
 log = logging.getLogger(__name__)
 
 
@@ -26,12 +32,12 @@ class Sampler:
         setup: configuration and time limits.
         steps: each step's prompts.
         out: keeps the rollouts, beside the checkpoints.
-        actor: source of the weights.
+        groups: the actor, source of the weights; reward and reference.
         get_engines: gives the engines, dead ones replaced.
         timeline: learns when engines worked.
 
     Attributes:
-        version: updates behind the actor's weights, and so the step that they are for.
+        version: updates behind the actor's weights, and so the step that they are for; whoever trains them counts.
     """
 
     def __init__(
@@ -39,14 +45,18 @@ class Sampler:
         setup: Setup,
         steps: list[list[Row]],
         out: StageDir,
-        actor: Group,
+        groups: dict[str, Group],
         get_engines: Callable[[], list[Any]],
         timeline: Timeline,
     ):
-        self._setup, self._steps, self._out, self._actor, self._timeline = setup, steps, out, actor, timeline
+        self._setup, self._steps, self._out, self._groups, self._timeline = setup, steps, out, groups, timeline
         self._get_engines, self._limit = get_engines, setup.cluster.step_timeout_s
-        self._engines, self._fresh = get_engines(), True  # fresh: the actor has yet to connect to them
+        self._engines, self._fresh = get_engines(), True  # fresh: they have yet to get the actor's weights
+        size, ranks = setup.config.rollout_batch_size, setup.config.inference_ranks
+        each = min(PIECE, -(-size // max(ranks, len(self._engines))))
+        self._pieces = [(first, min(each, size - first)) for first in range(0, size, each)]  # first row, how many
         self._asked: dict[int, list[Call]] = {}  # by step: what the engines work on
+        self._early: dict[int, dict[str, list[Call]]] = {}  # by step: who waits for it, by phase
         self._ready: dict[int, tuple[Any, dict[str, Any]]] = {}  # by step: what is on disk and not yet taken
         self._keep: Any = ray.remote(num_cpus=0, num_returns=2)(keep_rollouts)
         self.version = 0
@@ -59,16 +69,16 @@ class Sampler:
         """Every engine's answer."""
         return wait(self.calls(method, *args), self._limit, f"rollout engines ({method})")
 
-    def sync(self, version: int) -> None:
+    def sync(self) -> None:
         """Sends the actor's weights to idle engines, which then hold `version`.
 
         Raises:
             EngineDied: one is gone; after `replace` the same call can be made again.
         """
-        self.version = version
-        calls = self._actor.submit("sync", self._engines, version, self._fresh)
-        for call, answer in zip(calls, wait(calls, self._limit, f"weight sync before step {version}"), strict=True):
-            self._timeline.add(call.who, "sync", version, answer["span"])
+        calls = self._groups["actor"].submit("sync", self.version, self._engines if self._fresh else None)
+        answers = wait(calls, self._limit, f"weight sync before step {self.version}")
+        for call, answer in zip(calls, answers, strict=True):
+            self._timeline.add(call.who, "sync", self.version, answer["span"])
         self._fresh = False
 
     def replace(self, error: EngineDied) -> None:
@@ -84,15 +94,15 @@ class Sampler:
     def _ask(self, step: int) -> None:
         if step in self._asked or step in self._ready:
             return
-        calls, size = [], self._setup.config.rollout_batch_size
+        calls = []
         if not self._path(step).is_file():
-            if {info["version"] for info in self.ask_all("info")} != {self.version}:
-                self._fresh = True
-                self.sync(self.version)
+            if self._fresh:
+                self.sync()
             asked = requests(self._steps[step], self._setup.config, self._setup.seed, step)
-            share = -(-size // len(self._engines))
-            parts = [(asked.slice(i * share, share),) for i in range(len(self._engines))]
+            parts = [(asked.slice(*piece),) for piece in self._pieces]
             calls = engine_calls(self._engines, "run", RollOut(self._setup.config), each=parts, fetch=False)
+            if self._setup.side_by_side:
+                self._early[step] = {phase: self._look(phase, [(call.done,) for call in calls]) for phase in LOOKS}
         self._asked[step] = calls
 
     def finish(self, step: int) -> None:
@@ -105,7 +115,7 @@ class Sampler:
                         self._ready[step] = self._collect(step)
                 return
             except EngineDied as e:
-                self._asked.pop(step, None)
+                self._asked.pop(step, None), self._early.pop(step, None)
                 self.replace(e)
         raise StageFailed(f"rollout of step {step}: engines died {TRIES} times", "see the engines' logs")
 
@@ -114,6 +124,15 @@ class Sampler:
         self.finish(step)
         return self._ready.pop(step)
 
+    def look(self, phase: str, step: int, rollouts: Any) -> list[Call]:
+        """Calls of the workers that a phase of `LOOKS` takes, over what `take` gave; some may have answered already."""
+        early = self._early.get(step, {}).pop(phase, None)
+        return early or self._look(phase, [(rollouts, piece) for piece in self._pieces])
+
+    def _look(self, phase: str, each: list[tuple]) -> list[Call]:
+        role, method = LOOKS[phase]
+        return self._groups[role].submit(method, each=each)
+
     def forget_after(self, step: int) -> None:
         """Drops what was sampled for later steps than `step`."""
         for path in self._out.checkpoints.glob("rollouts-*.parquet"):
@@ -121,7 +140,7 @@ class Sampler:
                 path.unlink()
         for calls in self._asked.values():
             wait(calls, self._limit, "rollouts that are of no use")
-        self._asked, self._ready = {}, {}
+        self._asked, self._ready, self._early = {}, {}, {}
 
     def _path(self, step: int) -> Any:
         return self._out.checkpoints / f"rollouts-{step}.parquet"

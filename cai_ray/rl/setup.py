@@ -41,6 +41,11 @@ class Setup:
     engine_dtype: str  # decides, with the actor's, how far log-probs of engine and actor may differ
 
     @property
+    def side_by_side(self) -> bool:
+        """Whether roles work at the same time; on CPU they take turns and each has all cores."""
+        return self.device == "gpu"
+
+    @property
     def torch_device(self) -> torch.device:
         """Where a worker's tensors live; Ray shows a worker only its own GPU."""
         return torch.device("cuda", 0) if self.device == "gpu" else torch.device("cpu")
@@ -69,6 +74,6 @@ def info(self: Any) -> Answer:
     return None, {"pid": os.getpid(), "node": os.uname().nodename}
 
 
-def table(rows: Sequence[int], columns: Mapping[str, pa.Array]) -> pa.Table:
-    """A table of (row, …): what a worker computed for rows of the batch."""
-    return pa.table({"row": pa.array(rows, pa.int32()), **columns})
+def table(batch: pa.Table, rows: Sequence[int], columns: Mapping[str, pa.Array]) -> pa.Table:
+    """A table of (row, …): what a worker computed for some rows of the table that it was given."""
+    return pa.table({"row": batch["row"].take(pa.array(rows, pa.int32())), **columns})

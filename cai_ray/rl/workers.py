@@ -23,7 +23,7 @@ from cai_ray.config import Learner
 from cai_ray.models.checkpoints import load_causal_lm, load_scalar_model
 from cai_ray.models.tokenization import Tokenizer
 from cai_ray.records import derive_seed
-from cai_ray.rl.batches import Micro, Plan, collate, ragged
+from cai_ray.rl.batches import Micro, Plan, collate, piece_of, ragged
 from cai_ray.rl.forward import PolicyForward, ValueForward
 from cai_ray.rl.groups import free_address
 from cai_ray.rl.losses import CRITIC_COLUMNS, actor_columns, actor_loss, critic_loss
@@ -37,12 +37,12 @@ def _per_token(
     name: str, batch: pa.Table, plan: Plan, device: torch.device, predict: Callable[[Micro], Tensor]
 ) -> pa.Table:
     """A table of (row, `name`) with one value per response token."""
-    parts = [table([], {name: pa.array([], pa.list_(pa.float32()))})]
+    parts = [table(batch, [], {name: pa.array([], pa.list_(pa.float32()))})]
     for rows in plan:
         micro = collate(batch, rows, device)
         values_N = predict(micro)  # for a filler too: the other ranks wait in the same collectives
         if rows:
-            parts.append(table(rows, {name: ragged(values_N, micro.lengths)}))
+            parts.append(table(batch, rows, {name: ragged(values_N, micro.lengths)}))
     return pa.concat_tables(parts)
 
 
@@ -66,20 +66,21 @@ class Reference:
     def __init__(self, role: str, rank: int, ranks: int, setup: Setup):
         self._device, self._temperature = setup.torch_device, setup.config.temperature
         # The actor's own dtype: the KL at the first step is then 0, not the distance between two precisions.
-        dtype = setup.config.actor.sharding.dtype
-        self._model = PolicyForward(load_causal_lm(setup.policy, dtype)).to(self._device).eval()
+        self._sharding = setup.config.actor.sharding
+        self._model = PolicyForward(load_causal_lm(setup.policy, self._sharding.dtype)).to(self._device).eval()
 
     info = info
 
     @timed
     @torch.inference_mode()
-    def logprobs(self, batch: pa.Table, plan: Plan) -> Answer:
-        """Table (row, ref_logprobs)."""
+    def logprobs(self, batch: pa.Table, piece: tuple[int, int] | None = None) -> Answer:
+        """Table (row, ref_logprobs) of a piece of the batch: first row and how many."""
 
         def predict(micro: Micro) -> Tensor:
             return self._model(micro.ids_1T, micro.documents, micro.response_1T, self._temperature)[0]
 
-        return _per_token("ref_logprobs", batch, plan, self._device, predict), {}
+        part, plan = piece_of(batch, piece, self._sharding.microbatch_tokens)
+        return _per_token("ref_logprobs", part, plan, self._device, predict), {}
 
 
 class _Trained:
@@ -182,7 +183,7 @@ class _Trained:
 class Actor(_Trained):
     """The policy under training."""
 
-    _sender: Sender | None = None
+    _sender: Sender
 
     def _build(self) -> PolicyForward:
         return PolicyForward(load_causal_lm(self._start, self._learner.sharding.dtype))
@@ -205,9 +206,12 @@ class Actor(_Trained):
         return self._forward("old_logprobs", batch, plan, keep)
 
     @timed
-    def sync(self, engines: list[Any], version: int, fresh: bool) -> Answer:
-        """Sends the weights to the engines, which then hold version `version`; `fresh` connects to them anew."""
-        if fresh or self._sender is None:
+    def sync(self, version: int, engines: list[Any] | None) -> Answer:
+        """Sends the weights to the engines, which then hold version `version`; None stands for those of the last time.
+
+        Handles of 64 engines for each of 64 ranks would cost the controller more than all else in a step.
+        """
+        if engines is not None:
             cluster = self._setup.cluster
             gpus = cluster.tensor_parallel_size if self._setup.device == "gpu" else 0
             self._sender = Sender(self._model, Engines(engines, gpus, cluster.step_timeout_s))

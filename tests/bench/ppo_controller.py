@@ -30,6 +30,7 @@ from cai_ray.config import Cluster, Learner, Optim, PPOConfig, Sharding
 from cai_ray.generation.actor import BAD, SPAN
 from cai_ray.records import to_table
 from cai_ray.rl import roles
+from cai_ray.rl.batches import Plan
 from cai_ray.rl.rollouts import ROLLOUTS
 from cai_ray.rl.setup import info, table
 from tests.bench.ppo_work import prompt_rows
@@ -37,10 +38,14 @@ from tests.bench.ppo_work import prompt_rows
 RESPONSE, EACH, SKIP = 8, 8, 50  # tokens; responses of a worker; steps that warm up
 
 
-def lists(plan: list[list[int]], name: str) -> pa.Table:
-    """A value for each response token of the plan's rows."""
-    rows = [row for micro in plan for row in micro]
-    return table(rows, {name: pa.array([[-1.0] * RESPONSE] * len(rows), pa.list_(pa.float32()))})
+def lists(batch: pa.Table, rows: list[int], name: str) -> pa.Table:
+    """A value for each response token of some rows."""
+    return table(batch, rows, {name: pa.array([[-1.0] * RESPONSE] * len(rows), pa.list_(pa.float32()))})
+
+
+def flat(plan: Plan) -> list[int]:
+    """All rows of a plan."""
+    return [row for micro in plan for row in micro]
 
 
 def now() -> dict[str, Any]:
@@ -52,7 +57,7 @@ class Light:
     """Answers for any role beside the engines."""
 
     def __init__(self, role: str, rank: int, ranks: int, setup: Any):
-        self._engines: list[Any] = []
+        self._rank, self._engines = rank, list[Any]()
 
     info = info
 
@@ -64,28 +69,34 @@ class Light:
         """Nothing to join."""
         return None, {}
 
-    def score(self, batch: pa.Table, plan: list[list[int]]) -> tuple[Any, Any]:
+    def score(self, batch: pa.Table, piece: tuple[int, int]) -> tuple[Any, Any]:
         """A score a row."""
-        rows = [row for micro in plan for row in micro]
-        return table(rows, {n: pa.array([float(r) for r in rows]) for n in ("score", "score_raw")}), now()
+        part = batch.slice(*piece)
+        scores = pa.array([float(r) for r in range(len(part))])
+        return table(part, list(range(len(part))), dict.fromkeys(("score", "score_raw"), scores)), now()
 
-    def logprobs(self, batch: pa.Table, plan: list[list[int]], keep: bool | None = None) -> tuple[Any, Any]:
-        """The actor's, or without `keep` the reference's."""
-        return lists(plan, "ref_logprobs" if keep is None else "old_logprobs"), now()
+    def logprobs(self, batch: pa.Table, what: Any, keep: bool | None = None) -> tuple[Any, Any]:
+        """The actor's of a plan, or without `keep` the reference's of a piece."""
+        if keep is None:
+            part = batch.slice(*what)
+            return lists(part, list(range(len(part))), "ref_logprobs"), now()
+        return lists(batch, flat(what), "old_logprobs"), now()
 
-    def values(self, batch: pa.Table, plan: list[list[int]], keep: bool) -> tuple[Any, Any]:
+    def values(self, batch: pa.Table, plan: Plan, keep: bool) -> tuple[Any, Any]:
         """The critic's."""
-        return lists(plan, "values"), now()
+        return lists(batch, flat(plan), "values"), now()
 
     def update(self, *args: Any) -> tuple[Any, Any]:
         """Stats of an update."""
         return None, {"sums": {"loss": 0.0}, "grad_norm": 1.0, "lr": 0.0, **now()}
 
-    def sync(self, engines: list[Any], version: int, fresh: bool) -> tuple[Any, Any]:
-        """Tells the engines their version, as rank 0 of the actor does."""
+    def sync(self, version: int, engines: list[Any] | None) -> tuple[Any, Any]:
+        """Rank 0 tells the engines their version."""
         import ray
 
-        ray.get([engine.finish_weight_update.remote(version) for engine in engines])
+        self._engines = engines or self._engines
+        if self._rank == 0:
+            ray.get([engine.finish_weight_update.remote(version) for engine in self._engines])
         return None, now()
 
     def probe(self, batch: pa.Table, rows: list[int]) -> tuple[Any, Any]:

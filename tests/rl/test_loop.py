@@ -112,9 +112,9 @@ def test_the_engine_holds_the_first_policy_again(killed_once, pool, policy):
 def test_two_ranks_take_the_same_step_and_a_skipped_sync_is_caught(killed_once, train, tmp_path, monkeypatch):
     sync = Sampler.sync
 
-    def forgetful(self, version):
-        if version < 2:
-            sync(self, version)
+    def forgetful(self):
+        if self.version < 2:
+            sync(self)
 
     monkeypatch.setattr(Sampler, "sync", forgetful)
     settings = config(ranks=2, zero_stage=2, microbatch_tokens=130)

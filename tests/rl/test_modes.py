@@ -9,7 +9,9 @@ from safetensors.torch import load_file
 
 from cai_ray.config import Learner, Lora, Optim, Sharding
 from cai_ray.models.checkpoints import load_causal_lm
+from cai_ray.rl import sampler
 from cai_ray.rl.guards import Guards
+from cai_ray.rl.setup import Setup
 
 from .conftest import config
 
@@ -83,6 +85,25 @@ def test_one_step_ahead_rollouts_and_training_overlap(train, reward_model, tmp_p
     for step in steps:
         assert step["objective/heldout_score"] == pytest.approx(step["objective/score"], abs=1e-6)
     assert {s["sample"] for s in lines(tmp_path, "samples.jsonl")} == {"best", "worst", "random"}
+
+
+def test_side_by_side_responses_are_looked_at_while_others_arrive(train, tmp_path, monkeypatch):
+    monkeypatch.setattr(sampler, "PIECE", 8)
+    settings = config(steps=2, rollout_batch_size=48, minibatch_size=48)
+    train(tmp_path / "in turn", settings)
+    monkeypatch.setattr(Setup, "side_by_side", True)  # as on GPUs
+    train(tmp_path / "at once", settings)
+    times = {name: spans(tmp_path / name) for name in ("in turn", "at once")}
+    for phase, role in (("score", "reward"), ("reference", "reference")):
+        for step in (0, 1):  # the engine takes 16 at a time
+            begun = {name: min(seen[role, phase, step])[0] for name, seen in times.items()}
+            ended = {name: max(end for _, end in seen["rollout", "rollout", step]) for name, seen in times.items()}
+            assert len(times["at once"][role, phase, step]) == len(times["at once"]["rollout", "rollout", step]) == 6
+            assert begun["in turn"] > ended["in turn"]
+            assert begun["at once"] < ended["at once"]
+    one, other = (lines(tmp_path / name)[0] for name in times)
+    for key in (k for k in one if k.startswith(("objective/", "policy/", "value/"))):
+        assert other[key] == pytest.approx(one[key], rel=1e-4, abs=1e-6), key
 
 
 def test_adapters_are_trained_and_reach_the_engines_merged(train, policy, tmp_path):

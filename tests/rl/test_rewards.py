@@ -22,6 +22,7 @@ from .conftest import CLUSTER
 
 BATCH = pa.table(
     {
+        "row": pa.array([0, 1, 2], pa.int32()),
         "prompt": ["p", "q", "r"],
         "response": ["one", "three", "seven"],
         "prompt_ids": pa.array([[5, 6, 7], [8], [9, 10]], pa.list_(pa.int32())),
@@ -54,12 +55,12 @@ def second(policy, tmp_path_factory):
     return out
 
 
-def scored(policy, rewards, plan, heldout=None, **changes):
+def scored(policy, rewards, piece=None, heldout=None, **changes):
     small = {"max_prompt_tokens": 8, "max_new_tokens": 8, "critic_init": "policy"}
     critic = {"optim": {"lr": 1e-3}, "sharding": {"dtype": "float32"}}
     config = PPOConfig(**{**small, "critic": critic, **changes})
     setup = Setup(config, policy, tuple(rewards), heldout, "auto", "cpu", 7, CLUSTER, "float32")
-    answer, _ = Reward("reward", 0, 1, setup).score(BATCH, plan)
+    answer, _ = Reward("reward", 0, 1, setup).score(BATCH, piece)
     return answer.sort_by("row").to_pydict()
 
 
@@ -77,23 +78,25 @@ def alone(folder, policy):
 def test_scores_are_each_model_s_own_in_its_own_spread(policy, reward_model, second):
     raw = [alone(folder, policy) for folder in (reward_model, second)]
     own = [(raw[0] - 0.25) / 2.0, (raw[1] + 1.0) / 0.5]
-    plan = [[2, 0], [], [1]]
-    one = scored(policy, [reward_model], plan)
+    one = scored(policy, [reward_model])
     assert one["row"] == [0, 1, 2]
     assert one["score_raw"] == pytest.approx(raw[0].tolist(), abs=1e-5)
     assert one["score"] == pytest.approx(own[0].tolist(), abs=1e-5)
-    both = scored(policy, [reward_model, second], plan)
+    pieces = [scored(policy, [reward_model], piece) for piece in ((0, 2), (2, 1))]
+    assert [row for piece in pieces for row in piece["row"]] == [0, 1, 2]
+    assert [x for piece in pieces for x in piece["score"]] == pytest.approx(one["score"], abs=1e-5)
+    both = scored(policy, [reward_model, second])
     assert both["score"] == pytest.approx(((own[0] + own[1]) / 2).tolist(), abs=1e-5)
     assert both["score_raw"] == pytest.approx(((raw[0] + raw[1]) / 2).tolist(), abs=1e-5)
-    least = scored(policy, [reward_model, second], plan, ensemble="min")
+    least = scored(policy, [reward_model, second], ensemble="min")
     assert least["score"] == pytest.approx(torch.minimum(*own).tolist(), abs=1e-5)
-    watched = scored(policy, [reward_model], plan, heldout=second)
+    watched = scored(policy, [reward_model], heldout=second)
     assert watched["heldout"] == pytest.approx(own[1].tolist(), abs=1e-5)
     assert watched["score"] == one["score"]
 
 
 def test_a_function_scores_responses(policy):
-    assert scored(policy, [f"{__name__}:lengths"], [[0, 2], [1]])["score"] == [3.0, 5.0, 5.0]
+    assert scored(policy, [f"{__name__}:lengths"])["score"] == [3.0, 5.0, 5.0]
 
 
 def test_a_function_that_is_not_there_or_answers_badly_is_an_error():
@@ -114,8 +117,8 @@ def test_a_model_without_its_scale_is_refused(policy, reward_model, tmp_path):
     del config["reward_std"]
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(DataError, match="reward_std None"):
-        scored(policy, [folder], [[0]])
-    assert scored(policy, [folder], [[0]], normalize_scores=False)["row"] == [0]
+        scored(policy, [folder], (0, 1))
+    assert scored(policy, [folder], (0, 1), normalize_scores=False)["row"] == [0]
 
 
 def test_a_feedback_model_rates_each_response_under_its_principle(policy):
@@ -126,7 +129,7 @@ def test_a_feedback_model_rates_each_response_under_its_principle(policy):
     config = PPOConfig(critic_init="policy", critic={"optim": {"lr": 1e-3}, "sharding": {"dtype": "float32"}})
     judge = Judge(policy, "plain", constitution)
     setup = Setup(config, policy, (judge,), None, "auto", "cpu", 7, CLUSTER, "float32")
-    answer, _ = Reward("reward", 0, 1, setup).score(batch, [[0, 1], [2]])
+    answer, _ = Reward("reward", 0, 1, setup).score(batch)
     tokenizer, model, expected = Tokenizer.load(policy, "plain"), load_causal_lm(policy, "float32"), []
 
     def after(ids, token):
