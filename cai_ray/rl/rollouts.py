@@ -122,10 +122,7 @@ class RollOut:
 
     config: PPOConfig
 
-    @property
-    def schema(self) -> pa.Schema:
-        """Schema of the rows that come out."""
-        return ROLLOUTS
+    schema = ROLLOUTS
 
     async def __call__(self, row: Row, engine: Any) -> Row:
         """The request's `ROLLOUTS` row."""

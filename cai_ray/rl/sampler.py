@@ -115,7 +115,8 @@ class Sampler:
                         self._ready[step] = self._collect(step)
                 return
             except EngineDied as e:
-                self._asked.pop(step, None), self._early.pop(step, None)
+                for known in (self._asked, self._early):
+                    known.pop(step, None)
                 self.replace(e)
         raise StageFailed(f"rollout of step {step}: engines died {TRIES} times", "see the engines' logs")
 

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import ray.data
 
@@ -80,10 +79,7 @@ class Answer:
     seed: int
     model: str
 
-    @property
-    def schema(self) -> pa.Schema:
-        """Schema of the rows that come out."""
-        return ANSWER
+    schema = ANSWER
 
     async def __call__(self, row: Row, engine: Any) -> Row:
         """The row's answer.

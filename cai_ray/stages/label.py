@@ -12,8 +12,6 @@ from functools import cached_property, partial
 from itertools import product
 from typing import Any
 
-import pyarrow as pa
-
 from cai_ray import templates
 from cai_ray.algo.rating import ELO_PER_NAT, fit_elo
 from cai_ray.algo.scores import choice_distribution, expected_score, probability_higher
@@ -145,10 +143,7 @@ class LabelPair:
     constitution: Constitution
     seed: int
 
-    @property
-    def schema(self) -> pa.Schema:
-        """Schema of the rows that come out."""
-        return LABELED_PAIR
+    schema = LABELED_PAIR
 
     @cached_property
     def shots(self) -> tuple[FeedbackFewShot, ...]:

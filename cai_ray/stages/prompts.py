@@ -138,10 +138,7 @@ class WritePrompt:
     config: GeneratePrompts
     seed: int
 
-    @property
-    def schema(self) -> pa.Schema:
-        """Schema of the rows that come out."""
-        return _WRITTEN
+    schema = _WRITTEN
 
     async def __call__(self, row: Row, engine: Any) -> Row:
         """The line, and whether it came to its end.

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-import pyarrow as pa
-
 from cai_ray.artifacts import Manifest, StageDir
 from cai_ray.config import ReviseConfig
 from cai_ray.constitution import Constitution, Principle, draw, draw_distinct
@@ -134,10 +132,7 @@ class ReviseRow:
     constitution: Constitution
     seed: int
 
-    @property
-    def schema(self) -> pa.Schema:
-        """Schema of the rows that come out."""
-        return REVISION
+    schema = REVISION
 
     async def __call__(self, row: Row, engine: Any) -> Row:
         """The row's `Revision`.

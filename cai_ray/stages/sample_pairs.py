@@ -81,10 +81,7 @@ class SampleResponses:
     config: SamplePairsConfig
     seed: int
 
-    @property
-    def schema(self) -> pa.Schema:
-        """Schema of the rows that come out."""
-        return RESPONSES
+    schema = RESPONSES
 
     async def __call__(self, row: Row, engine: Any) -> Row:
         """The row with its answers.
