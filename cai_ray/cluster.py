@@ -51,15 +51,6 @@ def start_ray(config: Config) -> None:
         ) from e
 
 
-def ray_logs() -> Path | None:
-    """The folder of Ray's own logs on this machine; None before Ray runs."""
-    import ray
-
-    if not ray.is_initialized():
-        return None
-    return Path(ray._private.worker._global_node.get_logs_dir_path())  # type: ignore[union-attr]
-
-
 @contextmanager
 def stops_on_interrupt(farewell: Callable[[], None]) -> Iterator[None]:
     """Ctrl-C and SIGTERM end this process within seconds, with everything it started; the exit code is 130.

@@ -13,6 +13,7 @@ from itertools import product
 from typing import Any
 
 from cai_ray import templates
+from cai_ray.algo.preference import clamp_probability
 from cai_ray.algo.rating import ELO_PER_NAT, fit_elo
 from cai_ray.algo.scores import choice_distribution, expected_score, probability_higher
 from cai_ray.artifacts import Manifest, StageDir
@@ -258,5 +259,4 @@ def final_label(config: LabelConfig, prob: float) -> float:
     """P(A better), made hard or clamped when the configuration says so."""
     if config.hard:
         return prob if prob == 0.5 else float(prob > 0.5)
-    low, high = config.clamp or (0.0, 1.0)
-    return min(max(prob, low), high)
+    return clamp_probability(prob, *(config.clamp or (0.0, 1.0)))

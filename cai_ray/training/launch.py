@@ -30,8 +30,8 @@ KEEP_MEMORY = {
     "THP_MEM_ALLOC_ENABLE": "1",  # torch asks for huge pages
 }
 RETURN_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "1000000"}
-# Torch's own words on GPU and CPU, and Ray's when its monitor ends a worker.
-_OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|running low on memory|OutOfMemoryError")
+# Torch's own words on GPU and CPU, Python's, and Ray's when its monitor ends a worker.
+_OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|running low on memory|MemoryError")
 
 OnProgress = Callable[[float, float | None, str], None]  # epochs done, epochs in all, a few words
 

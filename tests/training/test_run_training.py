@@ -24,10 +24,11 @@ from safetensors.torch import load_file, save_file
 from cai_ray.artifacts import StageDir
 from cai_ray.config import Lora, Mix, Optim, PreferenceModelConfig, SftConfig, Sharding
 from cai_ray.errors import ConfigError, DataError, ResourceError, StageFailed
-from cai_ray.records import Row
+from cai_ray.records import Row, answers
+from cai_ray.training.batches import epoch_order
 from cai_ray.training.checkpoints import RECORD, Checkpoints
 from cai_ray.training.deepspeed import steps_in
-from cai_ray.training.launch import _failed, _Follow, _Watch, run_training
+from cai_ray.training.launch import MAX_FAILURES, _failed, _Follow, _Watch, run_training
 from cai_ray.training.loop import Job
 from tests.training.rows import pair, revision
 
@@ -435,6 +436,30 @@ def test_lack_of_memory_is_explained(tmp_path: Path, tiny: Path) -> None:
         assert dial in error.fix
     Failed.worker_failures = {1: RuntimeError("another\nreason")}
     assert "memory of a rank" not in str(_failed(Failed(), job(tmp_path, config, tiny, [])))
+
+
+@pytest.mark.full
+def test_a_rank_that_runs_out_of_memory_says_so(
+    ray_cluster: None, write_rows: Write, tiny: Path, tmp_path: Path
+) -> None:
+    """The system refuses the memory that the last step needs, whose row is far longer than the others."""
+    rows = [{**revision(i), "split": "train"} for i in range(400)]
+    of = {name: row for row in rows for name, _ in answers(row, "last")}
+    ids, out, limited = sorted(of), stage_dir(tmp_path / "sft"), []
+    of[ids[epoch_order(ids, 7, 0)[-1]]]["rounds"][-1]["revision"] = "Yes. " * 30000
+
+    def limit(epoch: float, epochs: float | None, words: str) -> None:
+        if (pid := process_of(out, 0)) not in limited:
+            limited.append(pid)
+            process = psutil.Process(pid)
+            process.rlimit(psutil.RLIMIT_AS, (process.memory_info().vms + 2**27,) * 2)  # type: ignore[arg-type]
+
+    config = sft_config(tokens=70_000, batch_size=2, max_tokens=70_000, rounds="last")
+    with pytest.raises(StageFailed, match=r"rank 0: .*memory.*\n.*memory of a rank: .*activations") as error:
+        run_training(job(out.path, config, tiny, [write_rows(rows)]), out, limit)
+    assert "microbatch_tokens (it is 70000)" in error.value.fix
+    assert len(limited) == 1 + MAX_FAILURES
+    assert lines(out)[-1]["step"] == 198  # of 0 to 199
 
 
 # ---- watching and following, without Ray ----------------------------------------------------------------------------
