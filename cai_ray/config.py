@@ -545,6 +545,8 @@ class PPOConfig(Sampling):
     """Rollout engines."""
     inference_ranks: Op[PositiveInt] = 1
     """Reward workers, and as many reference workers."""
+    inference_sharded: Op[bool] = False
+    """Cut each model of reward and reference over its workers (ZeRO-3), where one GPU is too small for it."""
     checkpoint_every: Op[PositiveInt] = 10
     """Steps between checkpoints of actor, critic and controller."""
 
@@ -580,6 +582,8 @@ class PPOConfig(Sampling):
             raise ValueError(f"kl_horizon {self.kl_horizon:g} is not above a fifth of rollout_batch_size")
         if self.critic_init == "reward" and self.has_critic and not self.preference_models:
             raise ValueError("ppo.reward has no preference model for the critic to start from: set critic_init: policy")
+        if self.inference_sharded and FEEDBACK in self.reward:
+            raise ValueError(f"a {FEEDBACK} as a reward cannot be sharded: set inference_sharded to false")
         for role in (self.actor, self.critic):
             check_options(role.sharding.deepspeed, role.sharding, role.optim, self.minibatch_size)
             if self.minibatch_size % role.sharding.ranks:

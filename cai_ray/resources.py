@@ -27,7 +27,6 @@ START_MINUTES = 0.5  # of a stage's processes
 TRAIN_SHARE = 0.9  # of conversations; the rest is held out
 PPO_CPUS = {"cpu": 0.1, "gpu": 1.0}  # logical CPUs of a worker, as `rl.groups` asks for them
 ENGINE_TOKENS = 8192  # tokens of one engine step on a GPU
-SHARD_ABOVE_GIB = 60.0  # weights that only look are sharded over their ranks where one 80 GB GPU is too small
 
 
 def model_shape(config: Config, name: str) -> Shape:
@@ -94,14 +93,16 @@ def _trainer(
     return Role(role, sharding.ranks, int(device == "gpu"), cpus, flops * shape.parameters, parts, host)
 
 
-def _onlooker(config: Config, role: str, names: Sequence[str], sharding: Sharding, ranks: int, device: str) -> Role:
-    """Models that only look, one after the other: reference, reward, scorer."""
+def _onlooker(
+    config: Config, role: str, names: Sequence[str], sharding: Sharding, device: str, ranks: int = 1, parts: int = 1
+) -> Role:
+    """Models that only look, one after the other: reference, reward, scorer; each cut into so many parts."""
     width, gpus = WIDTH[sharding.dtype], int(device == "gpu")
     shapes = [model_shape(config, name) for name in names]
-    weights = [("weights", s.gib(width), ranks if gpus and s.gib(width) > SHARD_ABOVE_GIB else 1) for s in shapes]
+    weights: list[Part] = [("weights", s.gib(width), parts) for s in shapes]
     work: Part = ("activations", max((s.work_gib(sharding.microbatch_tokens, width) for s in shapes), default=0.0), 1)
-    parts = (*weights, work, ("libraries", LIBRARIES_GIB[device], 1))
-    return Role(role, ranks, gpus, PPO_CPUS[device], 2 * sum(s.parameters for s in shapes), parts)
+    memory = (*weights, work, ("libraries", LIBRARIES_GIB[device], 1))
+    return Role(role, ranks, gpus, PPO_CPUS[device], 2 * sum(s.parameters for s in shapes), memory)
 
 
 def stage_roles(config: Config, stage: Stage, device: str) -> tuple[Role, ...]:
@@ -118,19 +119,20 @@ def stage_roles(config: Config, stage: Stage, device: str) -> tuple[Role, ...]:
     engine = _engine(config, stage, device)
     if name == "evaluate":
         looks = Sharding(dtype="float32", microbatch_tokens=context_tokens(config, name))
-        return (engine, _onlooker(config, "scorer", [pipeline.scorer(config)], looks, 1, device))
+        return (engine, _onlooker(config, "scorer", [pipeline.scorer(config)], looks, device))
     if name != "ppo":
         return (engine,)
     critics = []
     if p.has_critic:
         start = p.preference_models[0] if p.critic_init == "reward" else p.init
         critics = [_trainer(config, "critic", start, p.critic.sharding, device, p.ppo_epochs, p.critic.lora)]
+    many = (p.inference_ranks, p.inference_ranks if p.inference_sharded else 1)
     return (
         engine,
         _trainer(config, "actor", p.init, p.actor.sharding, device, p.ppo_epochs, p.actor.lora),
         *critics,
-        _onlooker(config, "reward", pipeline.rewards(config), p.critic.sharding, p.inference_ranks, device),
-        _onlooker(config, "reference", [p.init], p.actor.sharding, p.inference_ranks, device),
+        _onlooker(config, "reward", pipeline.rewards(config), p.critic.sharding, device, *many),
+        _onlooker(config, "reference", [p.init], p.actor.sharding, device, *many),
     )
 
 

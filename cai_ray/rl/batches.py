@@ -39,12 +39,14 @@ def ragged(values_N: Tensor, lengths: Sequence[int]) -> pa.Array:
 Plan = list[list[int]]  # micro-batches of one rank, each a list of rows; an empty one is a filler
 
 
-def piece_of(batch: pa.Table, piece: tuple[int, int] | None, microbatch_tokens: int) -> tuple[pa.Table, Plan]:
-    """The rows (first, how many) that one call of a worker looks at, by default all, and their micro-batches."""
+def piece_of(
+    batch: pa.Table, piece: tuple[int, int] | None, microbatch_tokens: int, rank: int = 0, ranks: int = 1
+) -> tuple[pa.Table, Plan]:
+    """The rows (first, how many) that calls of workers look at, by default all, and this rank's micro-batches."""
     part = batch.slice(*piece) if piece else batch
     prompts, responses = (row_lengths(part, name) for name in ("prompt_ids", "response_ids"))
     lengths = [p + r for p, r in zip(prompts, responses, strict=True)]
-    return part, layout(range(len(part)), lengths, 1, microbatch_tokens, packed=True)[0]
+    return part, layout(range(len(part)), lengths, ranks, microbatch_tokens, packed=True)[rank]
 
 
 @dataclass(frozen=True)

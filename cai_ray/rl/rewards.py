@@ -23,36 +23,36 @@ from cai_ray.models.tokenization import Tokenizer, encode, preference_input
 from cai_ray.records import Row, derive_seed
 from cai_ray.rl.batches import piece_of
 from cai_ray.rl.forward import ScoreForward
-from cai_ray.rl.setup import Answer, Judge, Setup, info, table, timed
+from cai_ray.rl.setup import Answer, Judge, Onlooker, Setup, onlooker, table, timed
 from cai_ray.templates import SCORES, score_prompt, score_prompt_messages
 
 
-class Reward:
+class Reward(Onlooker):
     """Every reward of the run. It alone normalises scores and combines them."""
 
-    def __init__(self, role: str, rank: int, ranks: int, setup: Setup):
+    def _load(self) -> None:
+        setup = self._setup
         self._least = setup.config.ensemble == "min"
         self._microbatch_tokens = setup.config.critic.sharding.microbatch_tokens
         self._scorers = [_scorer(reward, setup) for reward in setup.rewards]
         self._heldout = Model(setup.heldout_reward, setup) if setup.heldout_reward else None
 
-    info = info
-
     @timed
-    @torch.inference_mode()
+    @torch.no_grad()
     def score(self, batch: pa.Table, piece: tuple[int, int] | None = None) -> Answer:
         """Table (row, score_raw, score), and heldout where a model watches, of a piece: first row and how many."""
-        batch, plan = piece_of(batch, piece, self._microbatch_tokens)
+        batch, plan = piece_of(batch, piece, self._microbatch_tokens, *self._share)
         rows = [i for chunk in plan for i in chunk]
         found: dict[str, list[float]] = {"score_raw": [], "score": [], **({"heldout": []} if self._heldout else {})}
         for chunk in plan:
-            part = batch.take(chunk)
-            raw = torch.tensor([scorer.raw(part) for scorer in self._scorers], dtype=torch.float64)
+            part = batch.take(chunk or [0])  # for a filler too: the other ranks wait in the same collectives
+            raw = torch.tensor([scorer.raw(part)[: len(chunk)] for scorer in self._scorers], dtype=torch.float64)
             own = torch.stack([(x - s.mean) / s.std for s, x in zip(self._scorers, raw, strict=True)])
             found["score_raw"] += raw.mean(0).tolist()
             found["score"] += (own.amin(0) if self._least else own.mean(0)).tolist()
             if self._heldout:
-                found["heldout"] += [(x - self._heldout.mean) / self._heldout.std for x in self._heldout.raw(part)]
+                watched = self._heldout.raw(part)[: len(chunk)]
+                found["heldout"] += [(x - self._heldout.mean) / self._heldout.std for x in watched]
         columns = {name: pa.array(values, pa.float64()) for name, values in found.items()}
         return table(batch, rows, columns), {}
 
@@ -64,10 +64,9 @@ class Model:
         config = setup.config
         self._device = setup.torch_device
         self._max_tokens = config.max_prompt_tokens + config.max_new_tokens + 1  # EOS for a truncated response
-        model: Any = load_scalar_model(folder, config.critic.sharding.dtype)
-        self._model = ScoreForward(model).to(self._device).eval()
+        self._model: Any = onlooker(setup, config.critic, lambda dtype: ScoreForward(load_scalar_model(folder, dtype)))
         self._eos = _same_tokens(folder, setup).eos_id
-        self.mean, self.std = _moments(folder, model.config) if config.normalize_scores else (0.0, 1.0)
+        self.mean, self.std = _moments(folder, self._model.hf.config) if config.normalize_scores else (0.0, 1.0)
 
     def raw(self, part: pa.Table) -> list[float]:
         """Scores of a micro-batch, in the model's own units."""

@@ -29,19 +29,25 @@ def started(setup: Setup) -> Iterator[dict[str, Group]]:
     if not config.has_critic:
         del roles["critic"]
     updates = config.ppo_epochs * config.rollout_batch_size // config.minibatch_size
-    steps = {"actor": config.steps - config.critic_warmup_steps, "critic": config.steps}
+    # Roles whose ranks are one process group, which none can leave and come back to, and what they are told to join it.
+    joined = {"actor": [updates * (config.steps - config.critic_warmup_steps)], "critic": [updates * config.steps]}
+    if config.inference_sharded:
+        joined |= {"reward": [], "reference": []}
     memory = {} if setup.device == "gpu" else KEEP_MEMORY
     groups: dict[str, Group] = {}
     with placed({role: ranks for role, (_, ranks, _) in roles.items()}, setup.device, timeout_s) as placement:
         try:
             for role, (cls, ranks, threads) in roles.items():
                 env = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", **memory}
-                retries = 0 if role in steps else RETRIES
+                retries = 0 if role in joined else RETRIES
                 groups[role] = placement.start(role, cls, ranks, env, retries, setup)
-            ready: list[Call] = groups["reward"].submit("info") + groups["reference"].submit("info")
-            for role in filter(groups.get, steps):
-                (where, *_) = wait(groups[role].submit("address"), timeout_s, f"start of the {role}")
-                ready += groups[role].submit("join", *where, updates * steps[role])
+            ready: list[Call] = []
+            for role, group in groups.items():
+                if role not in joined:
+                    ready += group.submit("info")
+                    continue
+                (where, *_) = wait(group.submit("address"), timeout_s, f"start of the {role}")
+                ready += group.submit("join", *where, *joined[role])
             wait(ready, timeout_s, "start of PPO's workers")
             yield groups
         finally:

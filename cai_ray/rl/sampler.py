@@ -132,7 +132,8 @@ class Sampler:
 
     def _look(self, phase: str, each: list[tuple]) -> list[Call]:
         role, method = LOOKS[phase]
-        return self._groups[role].submit(method, each=each)
+        group, sharded = self._groups[role], self._setup.config.inference_sharded
+        return group.submit(method, each=[own for own in each for _ in (group.workers if sharded else [None])])
 
     def forget_after(self, step: int) -> None:
         """Drops what was sampled for later steps than `step`."""

@@ -25,11 +25,10 @@ from cai_ray.models.tokenization import Tokenizer
 from cai_ray.records import derive_seed
 from cai_ray.rl.batches import Micro, Plan, collate, piece_of, ragged
 from cai_ray.rl.forward import PolicyForward, ValueForward
-from cai_ray.rl.groups import free_address
 from cai_ray.rl.losses import CRITIC_COLUMNS, actor_columns, actor_loss, critic_loss
-from cai_ray.rl.setup import Answer, Setup, info, table, timed
+from cai_ray.rl.setup import Answer, Onlooker, Setup, address, info, join_ranks, onlooker, table, timed
 from cai_ray.rl.weight_sync import Engines, Sender
-from cai_ray.training.deepspeed import ShardedModel, init_distributed, loading
+from cai_ray.training.deepspeed import ShardedModel, loading
 from cai_ray.training.lora import add_adapters
 
 
@@ -60,26 +59,26 @@ def give_back() -> None:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
-class Reference:
+class Reference(Onlooker):
     """The policy as it was at the start."""
 
-    def __init__(self, role: str, rank: int, ranks: int, setup: Setup):
+    def _load(self) -> None:
+        setup = self._setup
         self._device, self._temperature = setup.torch_device, setup.config.temperature
         # The actor's own dtype: the KL at the first step is then 0, not the distance between two precisions.
-        self._sharding = setup.config.actor.sharding
-        self._model = PolicyForward(load_causal_lm(setup.policy, self._sharding.dtype)).to(self._device).eval()
-
-    info = info
+        self._model = onlooker(
+            setup, setup.config.actor, lambda dtype: PolicyForward(load_causal_lm(setup.policy, dtype))
+        )
 
     @timed
-    @torch.inference_mode()
+    @torch.no_grad()
     def logprobs(self, batch: pa.Table, piece: tuple[int, int] | None = None) -> Answer:
         """Table (row, ref_logprobs) of a piece of the batch: first row and how many."""
 
         def predict(micro: Micro) -> Tensor:
             return self._model(micro.ids_1T, micro.documents, micro.response_1T, self._temperature)[0]
 
-        part, plan = piece_of(batch, piece, self._sharding.microbatch_tokens)
+        part, plan = piece_of(batch, piece, self._setup.config.actor.sharding.microbatch_tokens, *self._share)
         return _per_token("ref_logprobs", part, plan, self._device, predict), {}
 
 
@@ -101,17 +100,11 @@ class _Trained:
         self._kept: Any = None  # the last forward pass with its graph, for the update to go on from
         self._model: ShardedModel
 
-    info = info
-
-    def address(self) -> Answer:
-        """Where the other ranks meet rank 0: its node's address and a free port."""
-        return None, free_address()
+    info, address = info, address
 
     def join(self, address: str, port: int, total_steps: int) -> Answer:
         """Joins the group's process group and loads the model; `total_steps` optimizer steps are the whole run."""
-        where = {"MASTER_ADDR": address, "MASTER_PORT": port, "RANK": self._rank, "WORLD_SIZE": self._ranks}
-        os.environ.update({name: str(value) for name, value in where.items()}, LOCAL_RANK="0")
-        init_distributed(self._device, self._setup.cluster.step_timeout_s)
+        join_ranks(self._setup, self._rank, self._ranks, address, port)
         learner = self._learner
         with loading(learner.sharding, learner.optim, self._device):
             module = self._build()

@@ -348,6 +348,15 @@ class ShardedModel:
         dist.barrier()
 
 
+def sharded_to_look(model: nn.Module, optim: Optim, sharding: Sharding, device: torch.device) -> nn.Module:
+    """A model that was loaded under ZeRO-3 and is not trained; all ranks call it equally often, without gradients."""
+    import deepspeed
+
+    engine: Any = deepspeed.initialize(model=model.to(device), config=_engine_config(sharding, optim, device))[0]
+    engine.eval()
+    return engine
+
+
 def _adamw(model: nn.Module, optim: Optim) -> torch.optim.AdamW:
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [

@@ -87,23 +87,35 @@ def test_one_step_ahead_rollouts_and_training_overlap(train, reward_model, tmp_p
     assert {s["sample"] for s in lines(tmp_path, "samples.jsonl")} == {"best", "worst", "random"}
 
 
-def test_side_by_side_responses_are_looked_at_while_others_arrive(train, tmp_path, monkeypatch):
+def test_side_by_side_responses_are_looked_at_while_others_arrive(train, reward_model, tmp_path, monkeypatch):
+    """And by models that are cut over two workers; what they say is what whole ones say, one role after the other."""
     monkeypatch.setattr(sampler, "PIECE", 8)
-    settings = config(steps=2, rollout_batch_size=48, minibatch_size=48)
-    train(tmp_path / "in turn", settings)
-    monkeypatch.setattr(Setup, "side_by_side", True)  # as on GPUs
-    train(tmp_path / "at once", settings)
+    sharding = Sharding(dtype="float32", microbatch_tokens=200)  # three rows, so that a rank has fillers
+    learner = Learner(optim=Optim(lr=1e-3), sharding=sharding)
+    for name, sharded in {"in turn": False, "at once": True}.items():
+        monkeypatch.setattr(Setup, "side_by_side", sharded)  # as on GPUs
+        settings = config(steps=2, rollout_batch_size=48, minibatch_size=48, actor=learner, critic=learner)
+        settings = settings.model_copy(update={"inference_ranks": 2, "inference_sharded": sharded})
+        train(tmp_path / name, settings, rewards=(reward_model, reward_model), heldout=reward_model)
     times = {name: spans(tmp_path / name) for name in ("in turn", "at once")}
     for phase, role in (("score", "reward"), ("reference", "reference")):
         for step in (0, 1):  # the engine takes 16 at a time
             begun = {name: min(seen[role, phase, step])[0] for name, seen in times.items()}
             ended = {name: max(end for _, end in seen["rollout", "rollout", step]) for name, seen in times.items()}
-            assert len(times["at once"][role, phase, step]) == len(times["at once"]["rollout", "rollout", step]) == 6
+            assert len(times["at once"]["rollout", "rollout", step]) == 6
+            assert len(times["at once"][role, phase, step]) == 12
             assert begun["in turn"] > ended["in turn"]
             assert begun["at once"] < ended["at once"]
-    one, other = (lines(tmp_path / name)[0] for name in times)
-    for key in (k for k in one if k.startswith(("objective/", "policy/", "value/"))):
-        assert other[key] == pytest.approx(one[key], rel=1e-4, abs=1e-6), key
+    one, other = (lines(tmp_path / name) for name in times)
+    for step in (0, 1):
+        for key in (k for k in one[step] if k.startswith(("objective/", "policy/", "value/"))):
+            assert other[step][key] == pytest.approx(one[step][key], rel=1e-4, abs=1e-6), key
+    assert abs(one[1]["objective/kl"]) > 1e-3
+
+
+def test_a_judge_cannot_be_sharded():
+    with pytest.raises(ValueError, match="feedback_model as a reward cannot be sharded"):
+        config(inference_sharded=True, critic_init="policy", reward=["feedback_model"])
 
 
 def test_adapters_are_trained_and_reach_the_engines_merged(train, policy, tmp_path):

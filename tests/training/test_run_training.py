@@ -446,18 +446,18 @@ def test_a_rank_that_runs_out_of_memory_says_so(
     rows = [{**revision(i), "split": "train"} for i in range(400)]
     of = {name: row for row in rows for name, _ in answers(row, "last")}
     ids, out, limited = sorted(of), stage_dir(tmp_path / "sft"), []
-    of[ids[epoch_order(ids, 7, 0)[-1]]]["rounds"][-1]["revision"] = "Yes. " * 30000
+    of[ids[epoch_order(ids, 7, 0)[-1]]]["rounds"][-1]["revision"] = "Yes. " * 20000
 
     def limit(epoch: float, epochs: float | None, words: str) -> None:
         if (pid := process_of(out, 0)) not in limited:
             limited.append(pid)
             process = psutil.Process(pid)
-            process.rlimit(psutil.RLIMIT_AS, (process.memory_info().vms + 2**27,) * 2)  # type: ignore[arg-type]
+            process.rlimit(psutil.RLIMIT_AS, (process.memory_info().vms + 2**25,) * 2)  # type: ignore[arg-type]
 
-    config = sft_config(tokens=70_000, batch_size=2, max_tokens=70_000, rounds="last")
+    config = sft_config(tokens=50_000, batch_size=2, max_tokens=50_000, rounds="last")
     with pytest.raises(StageFailed, match=r"rank 0: .*memory.*\n.*memory of a rank: .*activations") as error:
         run_training(job(out.path, config, tiny, [write_rows(rows)]), out, limit)
-    assert "microbatch_tokens (it is 70000)" in error.value.fix
+    assert "microbatch_tokens (it is 50000)" in error.value.fix
     assert len(limited) == 1 + MAX_FAILURES
     assert lines(out)[-1]["step"] == 198  # of 0 to 199
 
