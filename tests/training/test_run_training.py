@@ -24,11 +24,14 @@ from safetensors.torch import load_file, save_file
 from cai_ray.artifacts import StageDir
 from cai_ray.config import Lora, Mix, Optim, PreferenceModelConfig, SftConfig, Sharding
 from cai_ray.errors import ConfigError, DataError, ResourceError, StageFailed
+from cai_ray.models.checkpoints import load_causal_lm, save_pretrained
+from cai_ray.models.tokenization import Tokenizer
 from cai_ray.records import Row, answers
+from cai_ray.training import launch
 from cai_ray.training.batches import epoch_order
 from cai_ray.training.checkpoints import RECORD, Checkpoints
 from cai_ray.training.deepspeed import steps_in
-from cai_ray.training.launch import MAX_FAILURES, _failed, _Follow, _Watch, run_training
+from cai_ray.training.launch import _failed, _Follow, _Watch, run_training
 from cai_ray.training.loop import Job
 from tests.training.rows import pair, revision
 
@@ -440,25 +443,29 @@ def test_lack_of_memory_is_explained(tmp_path: Path, tiny: Path) -> None:
 
 @pytest.mark.full
 def test_a_rank_that_runs_out_of_memory_says_so(
-    ray_cluster: None, write_rows: Write, tiny: Path, tmp_path: Path
+    ray_cluster: None, write_rows: Write, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The system refuses the memory that the last step needs, whose row is far longer than the others."""
+    monkeypatch.setattr(launch, "MAX_FAILURES", 0)  # the limit is on one process, and not on the next
+    model = load_causal_lm(tiny, "float32")
+    model.config.intermediate_size = 8192  # 134 MB for each of the MLP's results over 4,000 tokens
+    model = type(model)(model.config)
+    save_pretrained(model.state_dict(), model.config, Tokenizer.load(tiny), tmp_path / "wide")
     rows = [{**revision(i), "split": "train"} for i in range(400)]
     of = {name: row for row in rows for name, _ in answers(row, "last")}
     ids, out, limited = sorted(of), stage_dir(tmp_path / "sft"), []
-    of[ids[epoch_order(ids, 7, 0)[-1]]]["rounds"][-1]["revision"] = "Yes. " * 20000
+    of[ids[epoch_order(ids, 7, 0)[-1]]]["rounds"][-1]["revision"] = "Yes. " * 2000
 
     def limit(epoch: float, epochs: float | None, words: str) -> None:
         if (pid := process_of(out, 0)) not in limited:
             limited.append(pid)
             process = psutil.Process(pid)
-            process.rlimit(psutil.RLIMIT_AS, (process.memory_info().vms + 2**25,) * 2)  # type: ignore[arg-type]
+            process.rlimit(psutil.RLIMIT_AS, (process.memory_info().vms + 2**26,) * 2)  # type: ignore[arg-type]
 
-    config = sft_config(tokens=50_000, batch_size=2, max_tokens=50_000, rounds="last")
+    config = sft_config(tokens=5000, batch_size=2, max_tokens=5000, rounds="last")
     with pytest.raises(StageFailed, match=r"rank 0: .*memory.*\n.*memory of a rank: .*activations") as error:
-        run_training(job(out.path, config, tiny, [write_rows(rows)]), out, limit)
-    assert "microbatch_tokens (it is 50000)" in error.value.fix
-    assert len(limited) == 1 + MAX_FAILURES
+        run_training(job(out.path, config, tmp_path / "wide", [write_rows(rows)]), out, limit)
+    assert "microbatch_tokens (it is 5000)" in error.value.fix
     assert lines(out)[-1]["step"] == 198  # of 0 to 199
 
 
