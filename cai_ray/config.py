@@ -546,7 +546,10 @@ class PPOConfig(Sampling):
     inference_ranks: Op[PositiveInt] = 1
     """Reward workers, and as many reference workers."""
     inference_sharded: Op[bool] = False
-    """Cut each model of reward and reference over its workers (ZeRO-3), where one GPU is too small for it."""
+    """Cut each model of reward and reference over its workers (ZeRO-3), where one GPU is too small for it.
+
+    A worker that dies takes PPO back to the last checkpoint then; whole models are only started again.
+    """
     checkpoint_every: Op[PositiveInt] = 10
     """Steps between checkpoints of actor, critic and controller."""
 

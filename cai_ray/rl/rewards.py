@@ -23,7 +23,8 @@ from cai_ray.models.tokenization import Tokenizer, encode, preference_input
 from cai_ray.records import Row, derive_seed
 from cai_ray.rl.batches import piece_of
 from cai_ray.rl.forward import ScoreForward
-from cai_ray.rl.setup import Answer, Judge, Onlooker, Setup, onlooker, table, timed
+from cai_ray.rl.setup import Answer, Judge, Setup, table, timed
+from cai_ray.rl.worker import Onlooker, load_to_look
 from cai_ray.templates import SCORES, score_prompt, score_prompt_messages
 
 
@@ -64,7 +65,9 @@ class Model:
         config = setup.config
         self._device = setup.torch_device
         self._max_tokens = config.max_prompt_tokens + config.max_new_tokens + 1  # EOS for a truncated response
-        self._model: Any = onlooker(setup, config.critic, lambda dtype: ScoreForward(load_scalar_model(folder, dtype)))
+        self._model: Any = load_to_look(
+            setup, config.critic, lambda dtype: ScoreForward(load_scalar_model(folder, dtype))
+        )
         self._eos = _same_tokens(folder, setup).eos_id
         self.mean, self.std = _moments(folder, self._model.hf.config) if config.normalize_scores else (0.0, 1.0)
 

@@ -26,8 +26,9 @@ from cai_ray.records import derive_seed
 from cai_ray.rl.batches import Micro, Plan, collate, piece_of, ragged
 from cai_ray.rl.forward import PolicyForward, ValueForward
 from cai_ray.rl.losses import CRITIC_COLUMNS, actor_columns, actor_loss, critic_loss
-from cai_ray.rl.setup import Answer, Onlooker, Setup, address, info, join_ranks, onlooker, table, timed
+from cai_ray.rl.setup import Answer, Setup, table, timed
 from cai_ray.rl.weight_sync import Engines, Sender
+from cai_ray.rl.worker import Onlooker, Worker, load_to_look
 from cai_ray.training.deepspeed import ShardedModel, loading
 from cai_ray.training.lora import add_adapters
 
@@ -64,9 +65,9 @@ class Reference(Onlooker):
 
     def _load(self) -> None:
         setup = self._setup
-        self._device, self._temperature = setup.torch_device, setup.config.temperature
+        self._temperature = setup.config.temperature
         # The actor's own dtype: the KL at the first step is then 0, not the distance between two precisions.
-        self._model = onlooker(
+        self._model = load_to_look(
             setup, setup.config.actor, lambda dtype: PolicyForward(load_causal_lm(setup.policy, dtype))
         )
 
@@ -82,7 +83,7 @@ class Reference(Onlooker):
         return _per_token("ref_logprobs", part, plan, self._device, predict), {}
 
 
-class _Trained:
+class _Trained(Worker):
     """What actor and critic share: the process group of their ranks, the walk over a plan, checkpoints."""
 
     # Each role's own: its module, its forward pass, its loss with its stats, and the columns that the loss reads.
@@ -92,19 +93,16 @@ class _Trained:
     _columns: tuple[str, ...]
 
     def __init__(self, role: str, rank: int, ranks: int, setup: Setup):
-        self._role, self._rank, self._ranks, self._setup = role, rank, ranks, setup
-        self._device = setup.torch_device
+        super().__init__(role, rank, ranks, setup)
         self._learner: Learner = getattr(setup.config, role)
         self._start = setup.critic_start if role == "critic" else setup.policy
         self._adapters: Any = None  # their configuration, where only adapters are trained
         self._kept: Any = None  # the last forward pass with its graph, for the update to go on from
         self._model: ShardedModel
 
-    info, address = info, address
-
     def join(self, address: str, port: int, total_steps: int) -> Answer:
         """Joins the group's process group and loads the model; `total_steps` optimizer steps are the whole run."""
-        join_ranks(self._setup, self._rank, self._ranks, address, port)
+        self._meet(address, port)
         learner = self._learner
         with loading(learner.sharding, learner.optim, self._device):
             module = self._build()

@@ -32,7 +32,8 @@ from cai_ray.records import to_table
 from cai_ray.rl import roles
 from cai_ray.rl.batches import Plan
 from cai_ray.rl.rollouts import ROLLOUTS
-from cai_ray.rl.setup import info, table
+from cai_ray.rl.setup import table
+from cai_ray.rl.worker import Worker
 from tests.bench.ppo_work import prompt_rows
 
 RESPONSE, EACH, SKIP = 8, 8, 50  # tokens; responses of a worker; steps that warm up
@@ -53,17 +54,12 @@ def now() -> dict[str, Any]:
     return {"span": (time.time(), time.time())}
 
 
-class Light:
+class Light(Worker):
     """Answers for any role beside the engines."""
 
     def __init__(self, role: str, rank: int, ranks: int, setup: Any):
-        self._rank, self._engines = rank, list[Any]()
-
-    info = info
-
-    def address(self) -> tuple[Any, Any]:
-        """Nowhere."""
-        return None, ("127.0.0.1", 1)
+        super().__init__(role, rank, ranks, setup)
+        self._engines = list[Any]()
 
     def join(self, address: str, port: int, total_steps: int) -> tuple[Any, Any]:
         """Nothing to join."""

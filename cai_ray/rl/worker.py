@@ -1,0 +1,72 @@
+"""What a worker of any role is, and one that trains nothing: with whole models, or with its part of them.
+
+Whole, a worker may die and is started again by Ray. A part is of use only beside the others: their ranks are one
+process group, every call goes to all of them, and a death takes PPO back to the last checkpoint.
+"""
+
+import os
+from collections.abc import Callable
+
+from torch import nn
+
+from cai_ray.config import Learner
+from cai_ray.rl.groups import free_address
+from cai_ray.rl.setup import Answer, Setup
+from cai_ray.training.deepspeed import init_distributed, loading, sharded_to_look
+
+
+class Worker:
+    """One rank of a role, a plain class that becomes a Ray actor."""
+
+    def __init__(self, role: str, rank: int, ranks: int, setup: Setup):
+        self._role, self._rank, self._ranks, self._setup = role, rank, ranks, setup
+        self._device = setup.torch_device
+
+    def info(self) -> Answer:
+        """Process and node."""
+        return None, {"pid": os.getpid(), "node": os.uname().nodename}
+
+    def address(self) -> Answer:
+        """Where the other ranks meet rank 0: its node's address and a free port."""
+        return None, free_address()
+
+    def _meet(self, address: str, port: int) -> None:
+        """Joins the process group of the role's ranks."""
+        where = {"MASTER_ADDR": address, "MASTER_PORT": port, "RANK": self._rank, "WORLD_SIZE": self._ranks}
+        os.environ.update({name: str(value) for name, value in where.items()}, LOCAL_RANK="0")
+        init_distributed(self._device, self._setup.cluster.step_timeout_s)
+
+
+class Onlooker(Worker):
+    """Complete as it starts, or with `ppo.inference_sharded` once it has joined the others; `_load` completes it."""
+
+    _load: Callable[[], None]
+
+    def __init__(self, role: str, rank: int, ranks: int, setup: Setup):
+        super().__init__(role, rank, ranks, setup)
+        self._share = (rank, ranks) if setup.config.inference_sharded else (0, 1)  # of the rows of a call
+        if not setup.config.inference_sharded:
+            self._load()
+
+    def join(self, address: str, port: int) -> Answer:
+        """Joins the others and loads this rank's part of the models."""
+        self._meet(address, port)
+        self._load()
+        return None, {}
+
+
+def load_to_look(setup: Setup, learner: Learner, load: Callable[[str], nn.Module]) -> nn.Module:
+    """A model that is not trained, on this worker's device; with `ppo.inference_sharded` a part of it (ZeRO-3).
+
+    Args:
+        setup: says whether it is sharded; the worker has joined the others then.
+        learner: whose dtype and DeepSpeed options it shares.
+        load: loads it in the dtype it is given.
+    """
+    sharding, optim, device = learner.sharding, learner.optim, setup.torch_device
+    if not setup.config.inference_sharded:
+        return load(sharding.dtype).to(device).eval()
+    sharding = sharding.model_copy(update={"zero_stage": 3, "offload_optimizer": False})
+    with loading(sharding, optim, device):
+        module = load(sharding.dtype)
+    return sharded_to_look(module, optim, sharding, device)
