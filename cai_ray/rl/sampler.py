@@ -56,7 +56,7 @@ class Sampler:
         each = min(PIECE, -(-size // max(ranks, len(self._engines))))
         self._pieces = [(first, min(each, size - first)) for first in range(0, size, each)]  # first row, how many
         self._asked: dict[int, list[Call]] = {}  # by step: what the engines work on
-        self._early: dict[int, dict[str, list[Call]]] = {}  # by step: who waits for it, by phase
+        self._early: dict[tuple[int, str], list[Call]] = {}  # by step and phase: who waits for that
         self._ready: dict[int, tuple[Any, dict[str, Any]]] = {}  # by step: what is on disk and not yet taken
         self._keep: Any = ray.remote(num_cpus=0, num_returns=2)(keep_rollouts)
         self.version = 0
@@ -102,7 +102,8 @@ class Sampler:
             parts = [(asked.slice(*piece),) for piece in self._pieces]
             calls = engine_calls(self._engines, "run", RollOut(self._setup.config), each=parts, fetch=False)
             if self._setup.side_by_side:
-                self._early[step] = {phase: self._look(phase, [(call.done,) for call in calls]) for phase in LOOKS}
+                for phase in LOOKS:
+                    self._early[step, phase] = self._look(phase, [(call.done,) for call in calls])
         self._asked[step] = calls
 
     def finish(self, step: int) -> None:
@@ -115,8 +116,8 @@ class Sampler:
                         self._ready[step] = self._collect(step)
                 return
             except EngineDied as e:
-                for known in (self._asked, self._early):
-                    known.pop(step, None)
+                self._asked.pop(step, None)
+                self._early = {key: calls for key, calls in self._early.items() if key[0] != step}
                 self.replace(e)
         raise StageFailed(f"rollout of step {step}: engines died {TRIES} times", "see the engines' logs")
 
@@ -127,7 +128,7 @@ class Sampler:
 
     def look(self, phase: str, step: int, rollouts: Any) -> list[Call]:
         """Calls of the workers that a phase of `LOOKS` takes, over what `take` gave; some may have answered already."""
-        early = self._early.get(step, {}).pop(phase, None)
+        early = self._early.pop((step, phase), None)
         return early or self._look(phase, [(rollouts, piece) for piece in self._pieces])
 
     def _look(self, phase: str, each: list[tuple]) -> list[Call]:
