@@ -3,6 +3,7 @@
 import json
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 from cai_ray.config import Learner, Lora, Optim, Sharding
 from cai_ray.models.checkpoints import load_causal_lm
 from cai_ray.rl import sampler
+from cai_ray.rl.batches import piece_of
 from cai_ray.rl.guards import Guards
 from cai_ray.rl.setup import Setup
 
@@ -89,8 +91,8 @@ def test_one_step_ahead_rollouts_and_training_overlap(train, reward_model, tmp_p
 
 def test_side_by_side_responses_are_looked_at_while_others_arrive(train, reward_model, tmp_path, monkeypatch):
     """And by models that are cut over two workers; what they say is what whole ones say, one role after the other."""
-    monkeypatch.setattr(sampler, "PIECE", 8)
-    sharding = Sharding(dtype="float32", microbatch_tokens=200)  # three rows, so that a rank has fillers
+    monkeypatch.setattr(sampler, "PIECE", 7)
+    sharding = Sharding(dtype="float32", microbatch_tokens=76)  # of a prompt and a response at their longest
     learner = Learner(optim=Optim(lr=1e-3), sharding=sharding)
     for name, sharded in {"in turn": False, "at once": True}.items():
         monkeypatch.setattr(Setup, "side_by_side", sharded)  # as on GPUs
@@ -102,10 +104,12 @@ def test_side_by_side_responses_are_looked_at_while_others_arrive(train, reward_
         for step in (0, 1):  # the engine takes 16 at a time
             begun = {name: min(seen[role, phase, step])[0] for name, seen in times.items()}
             ended = {name: max(end for _, end in seen["rollout", "rollout", step]) for name, seen in times.items()}
-            assert len(times["at once"]["rollout", "rollout", step]) == 6
-            assert len(times["at once"][role, phase, step]) == 12
+            assert len(times["at once"]["rollout", "rollout", step]) == 7
+            assert len(times["at once"][role, phase, step]) == 14
             assert begun["in turn"] > ended["in turn"]
             assert begun["at once"] < ended["at once"]
+    batch = pq.read_table(tmp_path / "at once" / "checkpoints" / "rollouts-0.parquet")
+    assert [] in piece_of(batch, (0, 7), 76, 1, 2)[1]  # a filler: rank 1 has less to do than rank 0
     one, other = (lines(tmp_path / name) for name in times)
     for step in (0, 1):
         for key in (k for k in one[step] if k.startswith(("objective/", "policy/"))):
