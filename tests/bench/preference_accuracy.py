@@ -1,6 +1,6 @@
 """How well a preference model trained on human comparisons does on conversations that it never saw.
 
-    python -m tests.bench.preference_accuracy [--seeds 1] [--epochs 0.5]
+    python -m tests.bench.preference_accuracy [--seeds 0 1 2] [--epochs 0.5]
 
 Data: the 2,299 usable pairs of HH's harmless-base test split (Bai et al. 2022, arXiv 2204.05862), below
 `CAI_RAY_TEST_DATA` or beside the checkout. Pairs are ordered by a hash of their first human turn: the first 1,800 are
@@ -72,7 +72,7 @@ def train(seed: int, folder: Path, data: Path, epochs: float) -> dict[str, float
 def main() -> None:
     """Runs the seeds one after the other and prints the JSON object."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--epochs", type=float, default=0.5)
     told = parser.parse_args()
     import ray
@@ -83,7 +83,7 @@ def main() -> None:
         data = folder / "data"
         data.mkdir()
         pq.write_table(to_table(pairs(), LABELED_PAIR), data / "part.parquet")
-        runs = [train(seed, folder, data, told.epochs) for seed in range(told.seeds)]
+        runs = [train(seed, folder, data, told.epochs) for seed in told.seeds]
     found: dict[str, Any] = {key: float(np.mean([run[f"eval/{key}"] for run in runs])) for key in KEYS}
     half = 1.96 * math.sqrt(found["accuracy"] * (1 - found["accuracy"]) / runs[0]["test_examples"])
     found["interval"] = [found["accuracy"] - half, found["accuracy"] + half]
