@@ -82,7 +82,7 @@ class StageDir:
         manifest_path: written last; its presence is what makes the stage finished.
         phases: wall seconds by name.
         on_metrics: is told (stage, step, values) of each line of metrics.
-        card: makes README.md of the published model from the stage's metrics.
+        card: makes README.md of a published model from metrics.
     """
 
     def __init__(self, path: Path, seed: int = 0):
@@ -154,6 +154,11 @@ class StageDir:
         if self.on_warning:
             self.on_warning(text)
 
+    def write_card(self, folder: Path, metrics: Mapping[str, Any]) -> None:
+        """README.md of a model folder that the stage publishes."""
+        if self.card:
+            write_atomic(folder / "README.md", self.card(metrics))
+
     def sample(self, row: Mapping[str, Any]) -> None:
         """Appends one example to samples.jsonl."""
         self._append("samples.jsonl", row)
@@ -196,9 +201,9 @@ class StageDir:
             self.phases[name] = self.phases.get(name, 0.0) + time.monotonic() - start
 
     def outputs(self) -> list[dict[str, Any]]:
-        """Every published file under data/, model/ and adapter/: path, bytes, sha256 and, for parquet, rows."""
+        """Every published file, below data/, model/, adapter/ or snapshots/: path, bytes, sha256; for parquet, rows."""
         out = []
-        for folder in ("data", "model", "adapter"):
+        for folder in ("data", "model", "adapter", "snapshots"):
             for path in sorted((self.path / folder).rglob("*")):
                 if path.is_file():
                     entry: dict[str, Any] = {"path": str(path.relative_to(self.path)), "bytes": path.stat().st_size}
@@ -212,8 +217,7 @@ class StageDir:
     def commit(self, plan: "StageKey", metrics: Mapping[str, Any], **extra: Any) -> Manifest:
         """Writes the manifest, atomically and last; `extra` are further Manifest fields (workers, device_s)."""
         wall = time.monotonic() - self._started
-        if self.card:
-            write_atomic(self.model / "README.md", self.card(metrics))
+        self.write_card(self.model, metrics)
         manifest = Manifest(
             stage=self.name,
             key=plan.key,

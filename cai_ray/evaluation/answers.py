@@ -33,9 +33,8 @@ class Scorer:
     def __call__(self, table: pa.Table) -> pa.Table:
         """The table with a `score` column: raw scores, in the preference model's own units."""
         import torch
-        from torch.nn.utils.rnn import pad_sequence
 
-        from cai_ray.models.scalar import scores_at_end
+        from cai_ray.models.scalar import document_scores
         from cai_ray.models.tokenization import preference_input
 
         tok, rows = self._tokenizer, table.to_pylist()
@@ -48,9 +47,8 @@ class Scorer:
         with torch.inference_mode():
             for first in range(0, len(order), BATCH):
                 chosen = order[first : first + BATCH]
-                lengths_B = torch.tensor([len(inputs[i]) for i in chosen])
-                ids_BT = pad_sequence([inputs[i] for i in chosen], batch_first=True)
-                scores_B = scores_at_end(self._model, ids_BT.to(self._device), lengths_B.to(self._device))
+                ids_1T = torch.cat([inputs[i] for i in chosen])[None].to(self._device)
+                scores_B = document_scores(self._model, ids_1T, [len(inputs[i]) for i in chosen])
                 for i, score in zip(chosen, scores_B.tolist(), strict=True):
                     scores[i] = score
         return to_table(({**r, "score": s} for r, s in zip(rows, scores, strict=True)), SCORED)

@@ -66,21 +66,6 @@ def lm_head(model: PreTrainedModel, hidden_NH: torch.Tensor) -> tuple[torch.Tens
     return torch.cat([hidden_NH, ones_N1], 1), torch.cat([head.weight, head.bias[:, None]], 1)
 
 
-def scores_at_end(model: PreTrainedModel, ids_BT: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:
-    """One float32 score per sequence, read at its last real token.
-
-    Equals `AutoModelForSequenceClassification`'s logits in float32.
-
-    Args:
-        model: from `load_scalar_model`.
-        ids_BT: token ids, padded on the right.
-        lengths_B: real tokens of each row, at least 1.
-    """
-    columns_T = torch.arange(ids_BT.shape[1], device=ids_BT.device)
-    last_BT = columns_T == lengths_B[:, None] - 1
-    return values_at(model, ids_BT, columns_T < lengths_B[:, None], last_BT)[last_BT]
-
-
 def document_states(model: PreTrainedModel, ids_1T: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
     """The last hidden states hidden_TH of documents that stand one after the other in one row, without padding.
 
@@ -93,6 +78,15 @@ def document_states(model: PreTrainedModel, ids_1T: torch.Tensor, lengths: Seque
     return hidden_states(model, ids_BT, real_BT.to(ids_BT.device))[real_BT]
 
 
+def document_scores(model: PreTrainedModel, ids_1T: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+    """One float32 score per document of a row without padding, read at its last token.
+
+    Equals `AutoModelForSequenceClassification`'s logits in float32; `model` is from `load_scalar_model`.
+    """
+    hidden_TH = document_states(model, ids_1T, lengths)
+    return model.get_submodule("score")(hidden_TH[[end - 1 for end in accumulate(lengths)]])[:, 0]
+
+
 def shares_prompt(model: PreTrainedModel) -> bool:
     """Whether `pair_scores` can be used: a family known to tell its layers where documents fork."""
     return model.config.get_text_config().model_type in _FORKING
@@ -103,7 +97,7 @@ def pair_scores(
 ) -> tuple[torch.Tensor, ...]:
     """(score_a_N, score_b_N) of two answers to one prompt in float32; the prompt is computed once.
 
-    The second answer goes on from the prompt and does not see the first: both scores are those of `scores_at_end` on
+    The second answer goes on from the prompt and does not see the first: both scores are those of `document_scores` on
     the answers apart.
 
     Args:
@@ -115,19 +109,3 @@ def pair_scores(
     hidden_1TH = packed_hidden_states(model, ids_1T, lengths, forks)
     ends = [(end - 1 - second, end - 1) for end, (_, second) in zip(accumulate(lengths), forks, strict=True)]
     return model.get_submodule("score")(hidden_1TH[0, torch.tensor(ends)])[..., 0].unbind(1)
-
-
-def values_at(
-    model: PreTrainedModel, ids_BT: torch.Tensor, attention_mask_BT: torch.Tensor, positions_BT: torch.Tensor
-) -> torch.Tensor:
-    """Float32 values_BT at the chosen positions, 0 elsewhere.
-
-    Args:
-        model: from `load_scalar_model`.
-        ids_BT: token ids, padded left or right.
-        attention_mask_BT: True or 1 where a token is real.
-        positions_BT: bool, True where a value is wanted.
-    """
-    chosen_NH = hidden_states(model, ids_BT, attention_mask_BT)[positions_BT]
-    values_BT = torch.zeros(ids_BT.shape, dtype=torch.float32, device=ids_BT.device)
-    return values_BT.masked_scatter(positions_BT, model.get_submodule("score")(chosen_NH))

@@ -5,14 +5,13 @@ Shapes: B sequences, T tokens of all of them, N response tokens of all of them.
 """
 
 from collections.abc import Sequence
-from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from cai_ray.algo.ppo import logprobs_from_hidden
-from cai_ray.models.scalar import document_states, lm_head
+from cai_ray.models.scalar import document_scores, document_states, lm_head
 
 
 class _Forward(nn.Module):
@@ -47,8 +46,7 @@ class ScoreForward(_Forward):
 
     def forward(self, ids_1T: Tensor, documents: Sequence[int]) -> Tensor:
         """scores_B in float32."""
-        hidden_TH = document_states(self.hf, ids_1T, documents)
-        return self.hf.get_submodule("score")(hidden_TH[[end - 1 for end in accumulate(documents)]])[:, 0]
+        return document_scores(self.hf, ids_1T, documents)
 
 
 def _before(response_1T: Tensor) -> Tensor:

@@ -200,7 +200,7 @@ class _Controller:
             for role, name in (("actor", "policy"), ("critic", "value")):
                 metrics |= _learning(name, stats[f"update_{role}"][1]) if role in plans else {}
             self._log(step, metrics, shaped["samples"], seen)
-            self._keep(step + 1)
+            self._keep(step + 1, metrics)
         return metrics
 
     # ---- what the steps are made of ---------------------------------------------------------------------------------
@@ -294,9 +294,15 @@ class _Controller:
             check_sync(mean_gap(actor["logprobs"], engine), actor["shift"], self.gap_limit, step)
         return actor["shift"]
 
-    def _keep(self, step: int) -> None:
-        """A checkpoint from which step `step` continues, and a snapshot, where they are due."""
+    def _keep(self, step: int, metrics: Mapping[str, float]) -> None:
+        """A snapshot, and a checkpoint from which step `step` continues, where they are due."""
         config, actor = self.config, self.groups["actor"]
+        # The snapshot comes first: whoever dies while it is written comes back to a step before it and writes it again.
+        if config.snapshots and step < config.steps and step % config.snapshots == 0:
+            with self.out.phase("snapshot"):
+                target = self.out.path / "snapshots" / f"step-{step}"
+                wait(actor.submit("export", target), self.limit, f"snapshot {target.name}")
+                self.out.write_card(target, {"steps": step, **metrics})
         if step < config.steps and step % config.checkpoint_every == 0:
             with self.out.phase("checkpoint"):
                 folder = self.out.checkpoints / f"step-{step}"
@@ -305,10 +311,6 @@ class _Controller:
                 wait(saves, self.limit, f"checkpoint {folder.name}")
                 keep = 2 if config.on_kl_limit == "roll_back" else 1
                 commit_checkpoint(folder, {"step": step, "kl": self.kl.state_dict()}, keep)
-        if config.snapshots and step < config.steps and step % config.snapshots == 0:
-            with self.out.phase("snapshot"):
-                target = self.out.path / "snapshots" / f"step-{step}"
-                wait(actor.submit("export", target), self.limit, f"snapshot {target.name}")
 
     def _log(self, step: int, metrics: dict[str, float], samples: list[Row], seen: dict[str, Any]) -> None:
         wall, tokens, before = time.monotonic() - self.begun, sum(seen["lengths"]), self.before

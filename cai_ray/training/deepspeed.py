@@ -129,7 +129,8 @@ def _engine_config(sharding: Sharding, optim: Optim, device: torch.device) -> di
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # DeepSpeed's own CPU Adam would be compiled on first use
         "bf16": {"enabled": sharding.dtype == "bfloat16"},
-        "data_types": {"grad_accum_dtype": "fp32"},
+        # Rotary frequencies are a buffer: in bfloat16, as ZeRO-3 would make it, angles at token 2000 are radians off.
+        "data_types": {"grad_accum_dtype": "fp32", "keep_in_fp32_modules": ["inv_freq"]},
         "zero_optimization": {"stage": stage},
     }
     return _over(_over({"zero_optimization": zero}, sharding.deepspeed or {}), fixed)
@@ -184,7 +185,7 @@ class ShardedModel:
         self.rank, self.world_size, self.steps_done = dist.get_rank(), dist.get_world_size(), 0
         if sharding.dtype not in ("bfloat16", "float32"):
             raise ConfigError(f"training in {sharding.dtype} is not supported", "set dtype to bfloat16 or float32")
-        self._stage = _stage(sharding)
+        self._stage, self._dtype = _stage(sharding), sharding.dtype
         keep_activations(self.hf, sharding.gradient_checkpointing)
         model.to(device).train()
         config = _engine_config(sharding, optim, device)
@@ -248,8 +249,8 @@ class ShardedModel:
         dist.all_gather_object(parts, mine)
         if self.rank == 0:
             files = {name: size for part in parts for name, size in part.items()}
-            state = {"steps_done": self.steps_done, "zero_stage": self._stage, "ranks": self.world_size}
-            write_atomic(folder / _STATE, json.dumps({**state, "files": files}))
+            state = {"steps_done": self.steps_done, "ranks": self.world_size, "files": files}
+            write_atomic(folder / _STATE, json.dumps({**state, "zero_stage": self._stage, "dtype": self._dtype}))
         dist.barrier()
 
     def load(self, folder: Path) -> None:
@@ -258,7 +259,7 @@ class ShardedModel:
         With another number of ranks it goes through DeepSpeed's universal checkpoint: the same up to rounding.
 
         Raises:
-            StageFailed: a file of it is missing or cut off, or it was written with another ZeRO stage.
+            StageFailed: a file of it is missing or cut off, or it was written with another ZeRO stage or dtype.
         """
         if steps_in(folder) is None:
             raise StageFailed(
@@ -266,16 +267,23 @@ class ShardedModel:
                 "remove the stage's checkpoints folder to start the stage over",
             )
         state = json.loads((folder / _STATE).read_text("utf-8"))
-        if state["zero_stage"] != self._stage:
-            raise StageFailed(
-                f"the checkpoint {folder} is of ZeRO stage {state['zero_stage']}, this run has stage {self._stage}",
-                "continue with the zero_stage it was begun with, or remove the folder to start the stage over",
-            )
+        for name, ours in (("zero_stage", self._stage), ("dtype", self._dtype)):
+            if state[name] != ours:
+                raise StageFailed(
+                    f"the checkpoint {folder} was written with {name} {state[name]}, this run has {ours}",
+                    "set it back, or remove the stage's checkpoints folder to start the stage over",
+                )
         universal = bool(self._stage) and state["ranks"] != self.world_size  # at stage 0 every rank has everything
         if universal:
             self._make_universal(folder)
         self.module._config.load_universal_checkpoint = universal
+        decays = [group["weight_decay"] for group in self.module.optimizer.param_groups]
         self.module.load_checkpoint(str(folder), tag=_UNIVERSAL if universal else _TAG)
+        if universal:  # ZeRO-3 gives all parts one step counter and the first group's settings; it is left on the CPU
+            for parameter, moments in self.module.optimizer.optimizer.state.items():
+                moments["step"] = moments["step"].to(parameter.device, copy=True)
+            for group, decay in zip(self.module.optimizer.param_groups, decays, strict=True):
+                group["weight_decay"] = decay
         self.steps_done = state["steps_done"]
 
     def _make_universal(self, folder: Path) -> None:

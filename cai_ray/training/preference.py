@@ -12,13 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from cai_ray.algo.preference import expected_calibration_error, preference_loss
 from cai_ray.config import PreferenceModelConfig
 from cai_ray.errors import DataError
 from cai_ray.models.checkpoints import load_scalar_model
-from cai_ray.models.scalar import pair_scores, scores_at_end, shares_prompt
+from cai_ray.models.scalar import document_scores, pair_scores, shares_prompt
 from cai_ray.models.tokenization import Tokenizer, preference_inputs
 from cai_ray.records import Row
 
@@ -69,9 +68,8 @@ class PairScores(nn.Module):
         order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
         found = []
         for half in (order[: len(parts)], order[len(parts) :]):
-            lengths_N = torch.tensor([len(sequences[i]) for i in half], device=ids_1T.device)
-            ids_NT = pad_sequence([sequences[i] for i in half], batch_first=True)
-            found.append(scores_at_end(self.hf, ids_NT, lengths_N))
+            chosen = [sequences[i] for i in half]
+            found.append(document_scores(self.hf, torch.cat(chosen)[None], [len(ids) for ids in chosen]))
         return torch.cat(found)[torch.tensor(order).argsort().to(ids_1T.device)].chunk(2)
 
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from cai_ray.models.scalar import pair_scores, scores_at_end, shares_prompt
+from cai_ray.models.scalar import pair_scores, shares_prompt
 from cai_ray.training.preference import PairScores
+from tests.reference import values_of
 
 SMALL: dict[str, Any] = {
     "hidden_size": 64,
@@ -54,8 +55,8 @@ def apart(model: Any, ids_1T: torch.Tensor) -> torch.Tensor:
     pieces, scores = ids_1T[0].split([n for parts in PARTS for n in parts]), []
     for prompt, *answers in zip(pieces[::3], pieces[1::3], pieces[2::3], strict=True):
         for sequence in (torch.cat((prompt, answer)) for answer in answers):
-            scores.append(scores_at_end(model, sequence[None], torch.tensor([len(sequence)])))
-    return torch.cat(scores).view(-1, 2)
+            scores.append(values_of(model, sequence.tolist())[-1])
+    return torch.stack(scores).view(-1, 2)
 
 
 def gradients(model: Any, scores_N2: torch.Tensor) -> dict[str, torch.Tensor]:

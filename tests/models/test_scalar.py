@@ -5,7 +5,7 @@ from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2LMH
 
 from cai_ray.errors import DataError
 from cai_ray.models.checkpoints import load_causal_lm, load_scalar_model, save_pretrained
-from cai_ray.models.scalar import hidden_states, lm_head, scores_at_end, values_at
+from cai_ray.models.scalar import document_scores, hidden_states, lm_head
 from cai_ray.models.tokenization import Tokenizer, preference_input
 
 PROMPTS = ["Hello?", "How do plants grow in the dark, and for how long?", "Why"]
@@ -37,12 +37,15 @@ def pad(rows, pad_id, left=False):
     return torch.tensor(ids), torch.tensor(mask)
 
 
+def in_a_row(model, rows):
+    return document_scores(model, torch.tensor([[i for row in rows for i in row]]), list(map(len, rows)))
+
+
 @torch.no_grad()
 def test_scores_equal_transformers_logits_padded_either_way(scalar, rows, tiny, tmp_path):
     save_pretrained(scalar.state_dict(), scalar.config, Tokenizer.load(tiny), tmp_path / "pm")
     theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / "pm").eval()
-    ids, mask = pad(rows, scalar.config.pad_token_id)
-    scores = scores_at_end(scalar, ids, mask.sum(1))
+    scores = in_a_row(scalar, rows)
     assert scores.dtype == torch.float32
     assert scores.std() > 0.1  # else the comparison would prove nothing
     for left in (False, True):
@@ -59,58 +62,17 @@ def test_with_padding_equal_to_eos_transformers_would_read_one_token_early(scala
     theirs.load_state_dict(scalar.state_dict())
     assert theirs.config.pad_token_id == rows[0][-1]
     early = theirs(input_ids=torch.tensor([rows[0]])).logits[0, 0]
-    ids = torch.tensor([rows[0]])
-    assert torch.allclose(early, scores_at_end(scalar, ids, torch.tensor([len(rows[0]) - 1]))[0], atol=1e-5)
-    assert not torch.allclose(early, scores_at_end(scalar, ids, torch.tensor([len(rows[0])]))[0], atol=1e-3)
-
-
-@torch.no_grad()
-def test_what_stands_at_padding_does_not_matter(scalar, rows):
-    ids, mask = pad(rows, 0)
-    other = torch.where(mask.bool(), ids, 777)
-    lengths = mask.sum(1)
-    assert torch.equal(scores_at_end(scalar, ids, lengths), scores_at_end(scalar, other, lengths))
-
-
-@torch.no_grad()
-def test_values_stand_at_the_chosen_positions_and_nowhere_else(scalar, rows):
-    ids, mask = pad(rows, 0)
-    lengths, columns = mask.sum(1), torch.arange(ids.shape[1])
-    positions = (columns[None] >= lengths[:, None] - 3) & mask.bool()
-    values = values_at(scalar, ids, mask, positions)
-    assert values.dtype == torch.float32
-    assert torch.equal(values != 0, positions)
-    for back in (1, 2, 3):
-        expected = scores_at_end(scalar, ids, lengths - back + 1)
-        assert torch.allclose(values[torch.arange(3), lengths - back], expected, atol=1e-5, rtol=0)
-    left_ids, left_mask = pad(rows, 0, left=True)
-    left = values_at(scalar, left_ids, left_mask, left_mask.bool())
-    right = values_at(scalar, ids, mask, mask.bool())
-    for row, n in enumerate(lengths.tolist()):
-        assert torch.allclose(left[row, -n:], right[row, :n], atol=1e-5, rtol=0)
-
-
-def test_values_of_no_position_are_zero_and_differentiable(scalar, rows):
-    ids, mask = pad(rows, 0)
-    none = torch.zeros_like(mask, dtype=torch.bool)
-    values = values_at(scalar, ids, mask, none)
-    assert values.shape == ids.shape
-    assert not values.any()
-    values_at(scalar, ids, mask, mask.bool()).sum().backward()
-    assert scalar.score.weight.grad is not None
-    assert scalar.score.weight.grad.abs().sum() > 0
-    scalar.zero_grad()
+    assert torch.allclose(early, in_a_row(scalar, [rows[0][:-1]])[0], atol=1e-5)
+    assert not torch.allclose(early, in_a_row(scalar, [rows[0]])[0], atol=1e-3)
 
 
 @torch.no_grad()
 def test_heads_run_in_float32_in_a_bfloat16_model(tiny, rows):
     model = load_scalar_model(tiny, "bfloat16", seed=1).eval()
-    ids, mask = pad(rows, 0)
-    lengths = mask.sum(1)
-    hidden = hidden_states(model, ids, mask)
-    assert hidden.dtype == torch.bfloat16
-    expected = (hidden[torch.arange(3), lengths - 1].double() @ model.score.weight.double().T)[:, 0]
-    assert torch.allclose(scores_at_end(model, ids, lengths).double(), expected, atol=1e-6, rtol=0)
+    last = [model.base_model(torch.tensor([row]))[0][0, -1] for row in rows]
+    assert last[0].dtype == torch.bfloat16
+    expected = (torch.stack(last).double() @ model.score.weight.double().T)[:, 0]
+    assert torch.allclose(in_a_row(model, rows).double(), expected, atol=1e-6, rtol=0)
 
 
 @torch.no_grad()

@@ -87,8 +87,11 @@ def train(pool, policy, reward_model):
         cluster=CLUSTER,
         count=1,
         sl_rows=None,
+        card=None,
     ):
         setup = Setup(settings, policy, rewards or (reward_model,), heldout, "auto", "cpu", 7, cluster, "float32")
-        return run_ppo(setup, prompts(), lambda: engines(count), StageDir(out, 7), progress, sl_rows)
+        stage = StageDir(out, 7)
+        stage.card = card
+        return run_ppo(setup, prompts(), lambda: engines(count), stage, progress, sl_rows)
 
     return run

@@ -6,8 +6,8 @@ import torch
 from cai_ray.algo.ppo import logprobs_from_logits
 from cai_ray.models import scalar
 from cai_ray.models.checkpoints import load_causal_lm, load_scalar_model
-from cai_ray.models.scalar import scores_at_end, values_at
 from cai_ray.rl.forward import PolicyForward, ScoreForward, ValueForward
+from tests.reference import values_of
 
 PROMPTS, RESPONSES = [[5, 6, 7], [8], [9, 10, 11, 12, 13]], [[1, 2], [3, 4, 11, 20, 21], [30]]
 SEQUENCES = [p + r for p, r in zip(PROMPTS, RESPONSES, strict=True)]
@@ -42,9 +42,9 @@ def test_values_and_scores_are_those_of_each_sequence_alone(reward_model, how):
     values_N, scores_B = ValueForward(hf)(IDS, LENGTHS, RESPONSE), ScoreForward(hf)(IDS, LENGTHS)
     plain, values, scores = load_scalar_model(reward_model, "float32"), [], []
     for sequence, response in zip(SEQUENCES, RESPONSES, strict=True):
-        ids, every = torch.tensor([sequence]), torch.ones(1, len(sequence), dtype=torch.bool)
-        values += values_at(plain, ids, every, every)[0, -len(response) - 1 : -1].tolist()
-        scores += scores_at_end(plain, ids, torch.tensor([len(sequence)])).tolist()
+        expected = values_of(plain, sequence).tolist()
+        values += expected[-len(response) - 1 : -1]
+        scores.append(expected[-1])
     assert values_N.tolist() == pytest.approx(values, abs=2e-5)
     assert scores_B.tolist() == pytest.approx(scores, abs=2e-5)
 

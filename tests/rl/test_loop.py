@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from cai_ray.algo.ppo import logprobs_from_logits
+from cai_ray.artifacts import StageDir
 from cai_ray.errors import StageFailed
 from cai_ray.models.checkpoints import load_causal_lm
 from cai_ray.rl.sampler import Sampler
@@ -49,7 +50,7 @@ def killed_once(pool, train, tmp_path_factory):
 
         yield bar
 
-    metrics, workers = train(out, config(checkpoint_every=1, snapshots=2), progress=progress)
+    metrics, workers = train(out, config(checkpoint_every=1, snapshots=2), progress=progress, card=json.dumps)
     return {"out": out, "metrics": metrics, "workers": workers, **seen}
 
 
@@ -94,6 +95,10 @@ def test_the_policy_and_its_snapshot_are_models_of_their_own(killed_once, policy
     for a, b in ((first, snapshot), (snapshot, last)):
         assert not all(torch.equal(a[name], b[name]) for name in a)
     assert (out / "model" / "chat_template.jinja").is_file()
+    card = json.loads((out / "snapshots/step-2/README.md").read_text())
+    assert card["steps"] == 2
+    assert card["objective/score"] == lines(out)[1]["objective/score"]
+    assert "snapshots/step-2/model.safetensors" in {entry["path"] for entry in StageDir(out).outputs()}
     samples = lines(out, "samples.jsonl")
     assert len(samples) == 9
     assert {s["prompt"] for s in samples} <= set(TEXTS)

@@ -11,12 +11,12 @@ from cai_ray.config import PPOConfig
 from cai_ray.constitution import draw, load_constitution
 from cai_ray.errors import ConfigError, DataError
 from cai_ray.models.checkpoints import load_causal_lm, load_scalar_model, save_pretrained
-from cai_ray.models.scalar import scores_at_end
 from cai_ray.models.tokenization import Tokenizer
 from cai_ray.records import PROMPT, derive_seed
 from cai_ray.rl.rewards import Function, Reward
 from cai_ray.rl.setup import Judge, Setup
 from cai_ray.templates import SCORES, score_prompt
+from tests.reference import values_of
 
 from .conftest import CLUSTER
 
@@ -70,8 +70,7 @@ def alone(folder, policy):
     out = []
     for row in BATCH.to_pylist():
         ids = row["prompt_ids"] + row["response_ids"]
-        ids = torch.tensor([ids if ids[-1] == eos else [*ids, eos]])
-        out.append(float(scores_at_end(model, ids, torch.tensor([ids.shape[1]]))))
+        out.append(float(values_of(model, ids if ids[-1] == eos else [*ids, eos])[-1]))
     return torch.tensor(out, dtype=torch.float64)
 
 

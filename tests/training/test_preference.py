@@ -18,6 +18,7 @@ from cai_ray.records import Row
 from cai_ray.training import preference
 from cai_ray.training.launch import run_training
 from cai_ray.training.loop import Job, _examples
+from tests.reference import values_of
 from tests.training.rows import pair
 
 CPU = torch.device("cpu")
@@ -106,15 +107,14 @@ def batch(tokenizer: Any) -> list[preference.Example]:
 def test_the_scores_of_a_pair_are_those_that_ppo_and_evaluation_give(
     module: preference.PairScores, batch: list[preference.Example], tokenizer: Any
 ) -> None:
-    from cai_ray.models.scalar import scores_at_end
     from cai_ray.models.tokenization import preference_input
 
     found = preference.score(module, batch, preference.collate(batch, tokenizer.pad_id, CPU, CONFIG))
     for row, scores in zip(map(pair, range(6)), found, strict=True):
         for name, score in zip(("response_a", "response_b"), scores, strict=True):
             prompt, response = tokenizer.prompt(row["messages"]), tokenizer.response(row[name])
-            ids = torch.tensor([preference_input(prompt, response, tokenizer.eos_id, 500)[0]])
-            assert score == pytest.approx(float(scores_at_end(module.hf, ids, torch.tensor([ids.shape[1]]))), abs=1e-5)
+            ids, _ = preference_input(prompt, response, tokenizer.eos_id, 500)
+            assert score == pytest.approx(float(values_of(module.hf, ids)[-1]), abs=1e-5)
     assert np.std(found) > 0.1
 
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from cai_ray.config import Optim, Sharding
 from cai_ray.errors import ConfigError, StageFailed
 from cai_ray.training import sft
-from cai_ray.training.deepspeed import ShardedModel, learning_rate, steps_in
+from cai_ray.training.deepspeed import ShardedModel, learning_rate, loading, steps_in
+from tests.training.ranks import on_ranks
 
 CPU = torch.device("cpu")
 OPTIM = Optim(lr=0.01, schedule="linear", weight_decay=0.1, max_grad_norm=0.5)
@@ -95,9 +96,32 @@ def test_a_loaded_model_goes_on_as_if_nothing_had_happened(stage: int, tmp_path:
     torch.testing.assert_close(weights(again), weights(model), rtol=0, atol=0)
 
 
-def test_a_checkpoint_of_another_stage_is_refused(tmp_path: Path) -> None:
+def two_steps_of_two_ranks(rank: int, stage: int, folder: Path) -> None:
+    model = sharded(small_model(), stage)
+    for step in range(2):
+        model.backward(list(micro_losses(model.module, step))[rank])
+        model.step()
+    model.save(folder)
+
+
+@pytest.mark.parametrize("stage", [*(pytest.param(n, marks=pytest.mark.full) for n in (0, 1, 2)), 3])
+def test_another_number_of_ranks_goes_on_with_the_same_moments(stage: int, tmp_path: Path) -> None:
+    on_ranks(2, two_steps_of_two_ranks, stage, tmp_path)
+    model, again = sharded(small_model(), stage), sharded(small_model(), stage)
+    for step in range(2):
+        take_step(model, step)
+    again.load(tmp_path)
+    for step in range(2, STEPS):
+        assert take_step(again, step) == pytest.approx(take_step(model, step), rel=1e-5)
+    torch.testing.assert_close(weights(again), weights(model), rtol=1e-5, atol=1e-7)
+
+
+def test_a_checkpoint_of_another_stage_or_dtype_is_refused(tmp_path: Path) -> None:
+    sharded(small_model(), 2).save(tmp_path)
+    with pytest.raises(StageFailed, match=r"dtype float32, this run has bfloat16.*\n?.*set it back"):
+        sharded(small_model(), 2, dtype="bfloat16").load(tmp_path)
     sharded(small_model(), 0).save(tmp_path)
-    with pytest.raises(StageFailed, match=r"ZeRO stage 0, this run has stage 2"):
+    with pytest.raises(StageFailed, match=r"zero_stage 0, this run has 2"):
         sharded(small_model(), 2).load(tmp_path)
 
 
@@ -135,6 +159,20 @@ def test_offloading_changes_no_step(stage: int, fields: tuple[str, ...]) -> None
     assert (config.offload_param is not None) == ("offload_parameters" in fields)
     for step in range(STEPS):
         assert take_step(offloaded, step) == pytest.approx(take_step(plain, step), rel=1e-6)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_rotary_frequencies_stay_exact_in_bfloat16(stage: int, tiny: Path) -> None:
+    from cai_ray.models.checkpoints import load_causal_lm
+
+    sharding = Sharding(zero_stage=stage, dtype="bfloat16")  # type: ignore[arg-type]
+    with loading(sharding, OPTIM, CPU):
+        module = sft.load(tiny, "bfloat16", 0)
+    model, plain = ShardedModel(module, OPTIM, sharding, STEPS, CPU), load_causal_lm(tiny, "float32")
+    found = {name: buffer for name, buffer in model.hf.named_buffers() if name.endswith("inv_freq")}
+    assert found
+    for name, buffer in found.items():
+        torch.testing.assert_close(buffer, plain.get_buffer(name), rtol=0, atol=0)
 
 
 def test_float16_is_refused() -> None:
