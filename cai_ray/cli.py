@@ -1,15 +1,15 @@
 """The command line: parsing only. Everything heavy is imported inside the command that needs it."""
 
-import contextlib
-import os
+import json
+import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
-from cai_ray.errors import CaiError
+from cai_ray.errors import CaiError, StageFailed
 
 WIFI = "Can you help me get into my neighbour's wifi?"
 WIFI_ZH = "你能帮我连上邻居家的无线网络吗？"
@@ -24,11 +24,28 @@ class _Formatter(click.Command):
             formatter.write("\nExamples:\n" + "".join(f"  {line}\n" for line in self.epilog.splitlines()))
 
 
-def _command(epilog: str) -> Callable[[Callable[..., Any]], click.Command]:
-    return main.command(cls=_Formatter, epilog=epilog, context_settings={"help_option_names": ["-h", "--help"]})
+def _command(
+    epilog: str, group: click.Group | None = None, name: str | None = None
+) -> Callable[[Callable[..., Any]], click.Command]:
+    names = {"help_option_names": ["-h", "--help"]}
+    return (group or main).command(name, cls=_Formatter, epilog=epilog, context_settings=names)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class _Readable(click.Group):
+    """Commands whose errors a user can mend: one message and an exit code, 2 for bad input, 3 for a failed stage."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Runs the command."""
+        try:
+            return super().invoke(ctx)
+        except CaiError as e:
+            click.echo(f"error: {e}", err=True)
+            if isinstance(e, StageFailed) and ctx.invoked_subcommand == "run":
+                click.echo(_continues(), err=True)
+            raise SystemExit(e.exit_code) from None
+
+
+@click.group(cls=_Readable, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="cai-ray")
 def main() -> None:
     """Constitutional AI on Ray: from a written constitution and a helpful model to a harmless policy.
@@ -39,35 +56,18 @@ def main() -> None:
     """
 
 
-@contextlib.contextmanager
-def _readable_errors(report: Callable[[], str] | None = None) -> Iterator[None]:
-    """Turns errors a user can mend into one message and an exit code: 2 for bad input, 3 for a failed stage."""
-    try:
-        yield
-    except CaiError as e:
-        code, text = e.exit_code, str(e)
-    else:
-        return
-    click.echo(f"error: {text}", err=True)
-    if report:
-        click.echo(report(), err=True)
-    raise SystemExit(code)
-
-
-def _again() -> str:
-    return "cai-ray " + " ".join(_quote(a) for a in sys.argv[1:] if a != "--rebuild")
-
-
-def _quote(text: str) -> str:
-    import shlex
-
-    return shlex.quote(text)
+def _continues() -> str:
+    """How to go on. --rebuild with a stage would redo it once more; alone it discards only what has changed."""
+    named = any(a.startswith(("--from", "--only")) for a in sys.argv[1:])
+    again = shlex.join(["cai-ray", *(a for a in sys.argv[1:] if not (named and a == "--rebuild"))])
+    return f"  what is finished is kept; continue with:\n    {again}"
 
 
 def _load(config: str, overrides: tuple[str, ...], name: str | None = None) -> Any:
     from cai_ray.config_files import load_config
 
-    return load_config(config, (*overrides, f"run.name={name}") if name else overrides)
+    # Quoted: a name such as 7 or 2025-06-01 is text.
+    return load_config(config, (*overrides, f"run.name={json.dumps(name)}") if name else overrides)
 
 
 def _run(directory: Path) -> Any:
@@ -104,10 +104,7 @@ def run(
     """
     from cai_ray.cluster import stops_on_interrupt
 
-    def continues() -> str:
-        return f"  what is finished is kept; continue with:\n    {_again()}"
-
-    with stops_on_interrupt(lambda: click.echo(f"\nstopped.\n{continues()}", err=True)), _readable_errors(continues):
+    with stops_on_interrupt(lambda: click.echo(f"\nstopped.\n{_continues()}", err=True)):
         settings = _load(config, overrides, name)
         from cai_ray.console import run_and_summarize
         from cai_ray.execution import Request
@@ -121,10 +118,9 @@ def run(
 @click.option("--name", help="Name of the run.")
 def plan(config: str, overrides: tuple[str, ...], name: str | None) -> None:
     """Shows what a run of CONFIG would do: stages, what is done, rows, resources, memory, minutes."""
-    with _readable_errors():
-        from cai_ray.console import print_plan
+    from cai_ray.console import print_plan
 
-        print_plan(_load(config, overrides, name))
+    print_plan(_load(config, overrides, name))
 
 
 @main.group("config")
@@ -132,17 +128,14 @@ def config_group() -> None:
     """Looks at configurations."""
 
 
-@config_group.command(
-    "show", cls=_Formatter, epilog="cai-ray config show quickstart\ncai-ray config show paper ppo.steps=10"
-)
+@_command("cai-ray config show quickstart\ncai-ray config show paper ppo.steps=10", config_group)
 @click.argument("config")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 def show(config: str, overrides: tuple[str, ...]) -> None:
     """Prints CONFIG resolved: every default spelled out, overrides applied."""
-    with _readable_errors():
-        from cai_ray.config_files import to_yaml
+    from cai_ray.config_files import to_yaml
 
-        click.echo(to_yaml(_load(config, overrides)), nl=False)
+    click.echo(to_yaml(_load(config, overrides)), nl=False)
 
 
 @main.group("constitution")
@@ -150,11 +143,11 @@ def constitution_group() -> None:
     """Imports and checks constitutions."""
 
 
-@constitution_group.command(
-    "import",
-    cls=_Formatter,
-    epilog="cai-ray constitution import ConstitutionalHarmlessnessPaper published.yaml\n"
+@_command(
+    "cai-ray constitution import ConstitutionalHarmlessnessPaper published.yaml\n"
     "cai-ray constitution import ConstitutionalHarmlessnessPaper/prompts mine.yaml --force",
+    constitution_group,
+    "import",
 )
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.argument("out", metavar="OUT.yaml", type=click.Path(path_type=Path))
@@ -165,46 +158,41 @@ def import_(folder: Path, out: Path, force: bool) -> None:
     FOLDER is a clone of github.com/anthropics/ConstitutionalHarmlessnessPaper, or its folder prompts. That repository
     states no licence: ask before you share the file.
     """
-    with _readable_errors():
-        from cai_ray.artifacts import write_atomic
-        from cai_ray.console import holdings
-        from cai_ray.constitution import import_published, to_yaml
-        from cai_ray.errors import ConfigError
+    from cai_ray.artifacts import write_atomic
+    from cai_ray.console import holdings
+    from cai_ray.constitution import import_published, to_yaml
+    from cai_ray.errors import ConfigError
 
-        if out.exists() and not force:
-            raise ConfigError(f"{out} exists", "name another file, or --force to overwrite it")
-        imported = import_published(folder)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(out, to_yaml(imported))
-        click.echo(f"{holdings(imported)}\n{out} sha256 {imported.sha256}")
+    if out.exists() and not force:
+        raise ConfigError(f"{out} exists", "name another file, or --force to overwrite it")
+    imported = import_published(folder)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(out, to_yaml(imported))
+    click.echo(f"{holdings(imported)}\n{out} sha256 {imported.sha256}")
 
 
-@constitution_group.command(
-    "check", cls=_Formatter, epilog="cai-ray constitution check mine.yaml\ncai-ray constitution check default"
-)
+@_command("cai-ray constitution check mine.yaml\ncai-ray constitution check default", constitution_group)
 @click.argument("file", metavar="FILE|NAME")
 def check(file: str) -> None:
     """Lists everything that is wrong with a constitution, then prints it as a table; exit code 2 if anything is."""
-    with _readable_errors():
-        from cai_ray.console import print_constitution
-        from cai_ray.constitution_checks import check_constitution
+    from cai_ray.console import print_constitution
+    from cai_ray.constitution_checks import check_constitution
 
-        constitution, problems = check_constitution(file)
-        for problem in problems:
-            click.echo(f"error: {problem}", err=True)
-        print_constitution(constitution)
-        if problems:
-            raise SystemExit(2)
+    constitution, problems = check_constitution(file)
+    for problem in problems:
+        click.echo(f"error: {problem}", err=True)
+    print_constitution(constitution)
+    if problems:
+        raise SystemExit(2)
 
 
 @_command("cai-ray report runs/quickstart\ncai-ray report /mnt/shared/runs/7b_8xgpu")
 @click.argument("run_directory", metavar="RUN", type=click.Path(path_type=Path))
 def report(run_directory: Path) -> None:
     """Writes RUN/report.html from what the run directory holds, finished or not."""
-    with _readable_errors():
-        from cai_ray.report import write_report
+    from cai_ray.report import write_report
 
-        click.echo(write_report(_run(run_directory)))
+    click.echo(write_report(_run(run_directory)))
 
 
 @_command("cai-ray export runs/quickstart --to data\ncai-ray export runs/quickstart --to data --force")
@@ -219,11 +207,10 @@ def export(run_directory: Path, to: Path, force: bool) -> None:
     datasets.load_dataset("DIR/preferences")    prompt, chosen, rejected, label_prob
     datasets.load_dataset("DIR/cai")            init_prompt, init_response, critic_prompt, …
     """
-    with _readable_errors():
-        from cai_ray.export import export_run
+    from cai_ray.export import export_run
 
-        for line in export_run(_run(run_directory), to, force):
-            click.echo(line)
+    for line in export_run(_run(run_directory), to, force):
+        click.echo(line)
 
 
 @_command("cai-ray chat runs/quickstart\ncai-ray chat embedded")
@@ -232,11 +219,10 @@ def export(run_directory: Path, to: Path, force: bool) -> None:
 @click.option("--temperature", default=1.0, show_default=True, help="Sampling temperature.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the first answer.")
 def chat(model: str, max_new_tokens: int, temperature: float, seed: int) -> None:
-    """Talks to a run's policy or to any model, on the engine that the run used. An empty line ends it."""
-    with _readable_errors():
-        from cai_ray.serving import chat_loop
+    """Talks to a run's policy or to any model, on a vLLM engine in this process. An empty line ends it."""
+    from cai_ray.serving import chat_loop
 
-        chat_loop(model, max_new_tokens, temperature, seed)
+    chat_loop(model, max_new_tokens, temperature, seed)
 
 
 @_command(f'cai-ray critique "{WIFI}"\ncai-ray critique "{WIFI_ZH}" --constitution zh')
@@ -247,27 +233,24 @@ def chat(model: str, max_new_tokens: int, temperature: float, seed: int) -> None
 @click.option("--seed", default=0, show_default=True, help="Draws the principle and samples the texts.")
 def critique(prompt: str, response: str | None, constitution: str, model: str, seed: int) -> None:
     """Shows one round for PROMPT: response, drawn principle, critique, revision, and the SFT pair that results."""
-    with _readable_errors():
-        from cai_ray.serving import critique_once
+    from cai_ray.serving import critique_once
 
-        critique_once(prompt, response, constitution, model, seed)
+    critique_once(prompt, response, constitution, model, seed)
 
 
 @_command("cai-ray doctor\ncai-ray doctor && cai-ray run quickstart")
 def doctor() -> None:
     """Checks this machine: versions, memory, disk, GPUs, tokens (present or not, never their values)."""
-    with _readable_errors():
-        from cai_ray.doctor import diagnose
+    from cai_ray.doctor import diagnose
 
-        checks = diagnose()
-        for check in checks:
-            click.echo(f"{'ok  ' if check.ok else 'FAIL'} {check.name}: {check.detail}")
-            if not check.ok and check.fix:
-                click.echo(f"       fix: {check.fix}")
-        if not all(c.ok for c in checks):
-            raise SystemExit(2)
+    checks = diagnose()
+    for check in checks:
+        click.echo(f"{'ok  ' if check.ok else 'FAIL'} {check.name}: {check.detail}")
+        if not check.ok and check.fix:
+            click.echo(f"       fix: {check.fix}")
+    if not all(c.ok for c in checks):
+        raise SystemExit(2)
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     main()

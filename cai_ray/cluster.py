@@ -6,9 +6,10 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from cai_ray.config import Config
 from cai_ray.errors import ResourceError
@@ -35,20 +36,23 @@ def start_ray(config: Config) -> None:
     import ray
 
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
-    quiet = {"log_to_driver": False, "logging_level": "ERROR"}
-    if not address:
-        cores = os.cpu_count() or 1
-        ray.init(address="local", num_cpus=max(LOGICAL_CPUS, cores), include_dashboard=False, **quiet)
-        # Nobody reads what it would pass on, and reading every worker's log ten times a second takes 1% of a core.
-        ray._private.worker._global_node.kill_log_monitor(check_alive=False)  # type: ignore[union-attr]
-        return
+    how: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    own = {"num_cpus": max(LOGICAL_CPUS, os.cpu_count() or 1), "include_dashboard": False}
+    mendable = (ConnectionError, ValueError, RuntimeError) if address else ()
+    handler = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(address=address, **quiet)
-    except (ConnectionError, ValueError, RuntimeError) as e:
+        ray.init(address=address or "local", **how, **({} if address else own))
+    except mendable as e:
         raise ResourceError(
             f"no Ray cluster answers at {address}: {str(e).splitlines()[0]}",
             "check cluster.address or RAY_ADDRESS; without either a cluster is started on this machine",
         ) from e
+    finally:
+        if threading.current_thread() is threading.main_thread():  # Ray's own handler exits with 15: back to ours
+            signal.signal(signal.SIGTERM, handler)
+    if not address:
+        # Nobody reads what it would pass on, and reading every worker's log ten times a second takes 1% of a core.
+        ray._private.worker._global_node.kill_log_monitor(check_alive=False)  # type: ignore[union-attr]
 
 
 @contextmanager
@@ -65,11 +69,13 @@ def stops_on_interrupt(farewell: Callable[[], None]) -> Iterator[None]:
     def stop(signum: int, frame: FrameType | None) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        end_children()
-        farewell()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(130)
+        try:
+            end_children()
+            farewell()
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:  # also when nobody reads any more: Ctrl-C has ended the `tee` behind us too
+            os._exit(130)
 
     previous = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -96,11 +102,8 @@ def end_children() -> None:
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def _signal(process: "object", number: int) -> None:
+def _signal(process: Any, number: int) -> None:
     import psutil
 
-    assert isinstance(process, psutil.Process)
-    try:
+    with suppress(psutil.NoSuchProcess):
         process.send_signal(number)
-    except psutil.NoSuchProcess:
-        return

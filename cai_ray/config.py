@@ -23,6 +23,7 @@ from pydantic import (
 from cai_ray.deepspeed_options import check_options, read_options
 
 FEEDBACK = "feedback_model"  # as a reward: it rates each response
+VERDICT_TOKENS = 24  # at most: what asks for the verdict after a rationale
 FUNCTION = re.compile(r"(?!run:)[A-Za-z_][\w.]*:[A-Za-z_]\w*")  # module:function, as a reward
 
 T = TypeVar("T")
@@ -35,9 +36,9 @@ OneOrMore = BeforeValidator(lambda v: (v,) if isinstance(v, str) else v)
 
 
 class Section(BaseModel):
-    """Base of every section: immutable, no unknown keys."""
+    """Base of every section: immutable, no unknown keys; a number is text where text is wanted (a revision)."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, coerce_numbers_to_str=True)
 
     def identity(self) -> dict[str, Any]:
         """The fields that decide what comes out, as plain JSON values: all but the operational ones."""
@@ -84,7 +85,7 @@ class ModelSpec(Section):
     """Branch, tag or commit on the hub."""
     format: Literal["auto", "plain", "chat"] = "auto"
     """Prompt format; auto is chat where the tokenizer has a chat template, else plain."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    dtype: Op[Literal["bfloat16", "float32"]] = "bfloat16"
     """Precision in which engines hold the weights."""
 
 
@@ -421,6 +422,11 @@ class LabelConfig(Section):
     def reasons(self) -> bool:
         """Whether a rationale is sampled before the choice."""
         return self.format == "cot" or self.chain_of_thought
+
+    @property
+    def max_tokens(self) -> int:
+        """The longest sequence: the question, the rationale and what asks for the verdict, the choice."""
+        return self.max_prompt_tokens + (self.max_rationale_tokens + VERDICT_TOKENS if self.reasons else 0) + 8
 
     @model_validator(mode="after")
     def _agree(self) -> "LabelConfig":

@@ -1,8 +1,8 @@
 """Configuration files: YAML that is read, overridden from the command line, and checked against the schema."""
 
-import contextlib
 import difflib
 import json
+from datetime import date
 from pathlib import Path
 from typing import Any, get_args
 
@@ -62,15 +62,14 @@ def _override(tree: dict[str, Any], item: str) -> None:
         if not isinstance(child, dict):
             raise ConfigError(f"override {item!r}: {p} is not a section")
         node = child
-    value: Any
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError as e:
+    except (yaml.YAMLError, ValueError) as e:
         raise ConfigError(f"override {item!r}: the value is not YAML: {e}") from e
-    if isinstance(value, str):  # YAML 1.1 reads 1e-5 as text; a number is what people mean
-        with contextlib.suppress(ValueError):
-            value = float(value)
-    node[last] = value
+    # The schema reads numbers from text (1e-5, which YAML 1.1 takes for text, too), and only it knows which of 0123,
+    # 12e5678 and 2025-06-01 are a name.
+    name = isinstance(value, date) or (type(value) in (int, float) and str(value) != text)
+    node[last] = text if name else value
 
 
 def _explain(err: Any) -> str:

@@ -35,13 +35,15 @@ def print_plan(config: Config) -> None:
     for what in ("critique", "feedback"):
         chosen = constitution_of(getattr(config.constitution, what))
         reporter.say(f"{what}: constitution {chosen.name} with {len(chosen.principles)} principles")
-    table = Table("stage", "state", "rows", "processes", "memory", "minutes", box=None, pad_edge=False)
-    for step, need in zip(plan(config, run), estimate(config), strict=True):
-        cells = (need.rows_text, need.processes, need.memory_text, need.minutes_text)
-        table.add_row(need.stage, _ACTIONS[step.action], *cells)
+    table = Table("stage", "state", "rows", "processes", "minutes", box=None, pad_edge=False)
+    needs = estimate(config)
+    for step, need in zip(plan(config, run), needs, strict=True):
+        table.add_row(need.stage, _ACTIONS[step.action], need.rows_text, need.processes, need.minutes_text)
         for line in step.differs[:4]:
             table.add_row("", f"  {line}")
     reporter.console.print(table)
+    lines = [f"  {need.stage} {line}" for need in needs for line in need.arithmetic.splitlines()]
+    reporter.say("\n".join(["memory of each process", *lines]))
     left_out = [s.name for s in STAGES if s not in needed(config)]
     if left_out:
         reporter.say(f"left out, because nothing reads them: {', '.join(left_out)}")

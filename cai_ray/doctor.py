@@ -18,7 +18,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 GIB = 2**30
-MIN_MEMORY_GIB = 8.0  # the quickstart with all roles of PPO on CPU
+MIN_MEMORY_GIB = 15.0  # the quickstart with all roles of PPO on CPU: 14.3 GiB by `cai-ray plan`
 MIN_DISK_GIB = 5.0  # the converted model, checkpoints and reports of a small run
 MIN_SHM_GIB = 2.0  # Ray's object store, and weights on their way to the engines
 MIN_FILES = 8192  # Ray opens a socket for each pair of workers that talk

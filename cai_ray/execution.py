@@ -3,6 +3,7 @@
 import json
 import shutil
 import time
+from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,7 +20,7 @@ from cai_ray.config import FEEDBACK, Config
 from cai_ray.config_files import to_yaml
 from cai_ray.errors import CaiError, ConfigError, ResourceError, StageFailed
 from cai_ray.progress import Reporter, quiet_libraries
-from cai_ray.resources import check_here, context_tokens
+from cai_ray.resources import check, check_here, context_tokens
 from cai_ray.tracking import StageTracker
 
 MIN_FREE_GIB = 2.0
@@ -47,10 +48,7 @@ def run_pipeline(config: Config, request: Request, reporter: Reporter) -> RunDir
         ConfigError: a change would discard work, or a stage to start from lacks what it reads.
         StageFailed: a stage stopped; what it finished is kept.
     """
-    run = run_dir(config)
-    for name in (request.only, request.start):
-        if name and name not in pipeline.NAMES:
-            raise ConfigError(f"no stage {name!r}", f"stages are {', '.join(pipeline.NAMES)}")
+    run, chosen = run_dir(config), _chosen(config, request)
     check_disk(run.path)
     run.path.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
@@ -59,14 +57,15 @@ def run_pipeline(config: Config, request: Request, reporter: Reporter) -> RunDir
         except Timeout:
             fix = "wait for it, stop it, or give this run another --name"
             raise ConfigError(f"another process works on {run.path}", fix) from None
-        _settle_changes(config, request, run)
+        doomed = _doomed(config, request, run)
+        _take_over(config, request, run, reporter, doomed)
+        waiting = [s for s in chosen if s.name in doomed or run.stage(s.name).manifest() is None]
+        preflight(config, waiting)
+        for name in doomed:  # only now: what would stop the run must not cost finished work
+            run.discard(name)
         _take_over(config, request, run, reporter)
-        chosen = [s for s in pipeline.needed(config) if request.only in (None, s.name)]
-        if request.start:
-            chosen = chosen[[s.name for s in chosen].index(request.start) :]
-        preflight(config, [s for s in chosen if run.stage(s.name).manifest() is None])
         write_atomic(run.path / "config.yaml", to_yaml(config))
-        execution = Execution(config, run, reporter, stack)
+        execution = Execution(config, run, reporter, stack, [s.name for s in waiting], request.rebuild)
         for number, stage in enumerate(chosen, 1):
             execution.execute(stage, f"[{number}/{len(chosen)}]")
     return run
@@ -89,7 +88,20 @@ def preflight(config: Config, stages: list[pipeline.Stage]) -> None:
         for name in stage.models(config):
             if name not in pipeline.STAGE_MODELS:
                 pipeline.model_folder(pipeline.model_spec(config, name))
-    check_here(config)
+    check_here(config, [s.name for s in stages])
+
+
+def _chosen(config: Config, request: Request) -> list[pipeline.Stage]:
+    """The stages that --only and --from leave, in order."""
+    stages, name = list(pipeline.needed(config)), request.only or request.start
+    names = [s.name for s in stages]
+    if request.only and request.start:
+        raise ConfigError("--only and --from are given both", "give one of them")
+    if name and name not in names:
+        what = f"{name} is left out: nothing reads it" if name in pipeline.NAMES else f"no stage {name!r}"
+        raise ConfigError(what, f"stages are {', '.join(names)}")
+    first = names.index(name) if name else 0
+    return stages[first : first + 1] if request.only else stages[first:]
 
 
 def check_disk(path: Path) -> None:
@@ -107,28 +119,29 @@ def check_disk(path: Path) -> None:
         )
 
 
-def _settle_changes(config: Config, request: Request, run: RunDir) -> None:
-    """Discards what --rebuild says; refuses a change that would discard work unasked."""
+def _doomed(config: Config, request: Request, run: RunDir) -> list[str]:
+    """What --rebuild discards, the last stage first, so that no finished one is left without what it was made of.
+
+    Raises:
+        ConfigError: a change would discard work unasked.
+    """
     first = request.start or request.only
-    if request.rebuild and first:
-        for name in pipeline.downstream(config, first):
-            run.discard(name)
-    changed = [s for s in pipeline.plan(config, run) if s.action == "changed"]
+    doomed = set(pipeline.downstream(config, first)) if request.rebuild and first else set()
+    changed = [s for s in pipeline.plan(config, run, doomed) if s.action == "changed"]
     if changed and not request.rebuild:
-        raise pipeline.refuse_change(changed[0], run)
-    for step in changed:
-        for name in pipeline.downstream(config, step.stage.name):
-            run.discard(name)
+        raise pipeline.refuse_change(changed[0].stage.name, changed[0].differs, run)
+    doomed.update(*(pipeline.downstream(config, step.stage.name) for step in changed))
+    return [name for name in reversed(pipeline.NAMES) if name in doomed]
 
 
-def _take_over(config: Config, request: Request, run: RunDir, reporter: Reporter) -> None:
-    """Takes over, by reference, every stage of --reuse whose key is equal."""
+def _take_over(config: Config, request: Request, run: RunDir, reporter: Reporter, doomed: Collection[str] = ()) -> None:
+    """Takes over, by reference, every stage of --reuse whose key is equal, but for those that are to be discarded."""
     if request.reuse is None:
         return
     other = RunDir(request.reuse.absolute())
     if not other.path.is_dir():
         raise ConfigError(f"--reuse {request.reuse}: no such run directory")
-    for stage in pipeline.needed(config):
+    for stage in (s for s in pipeline.needed(config) if s.name not in doomed):
         key, theirs = pipeline.stage_key(config, stage, run), other.stage(stage.name)
         if key is None or run.stage(stage.name).manifest() or stage.name == "report":
             continue
@@ -154,8 +167,11 @@ def _readable(error: BaseException, stage: str, out: StageDir) -> BaseException:
 class Execution:
     """A run in progress: Ray and the engines, which end with `stack`, and each stage's inputs."""
 
-    def __init__(self, config: Config, run: RunDir, reporter: Reporter, stack: ExitStack):
+    def __init__(
+        self, config: Config, run: RunDir, reporter: Reporter, stack: ExitStack, waiting: Collection[str], rebuild: bool
+    ):
         self.config, self.run, self.reporter, self._stack = config, run, reporter, stack
+        self._waiting, self._rebuild = waiting, rebuild  # stages that are to run; whether changed ones are discarded
 
     # ---- Ray and the engines ------------------------------------------------------------------------------------
 
@@ -167,13 +183,12 @@ class Execution:
         quiet_libraries()
         start_ray(self.config)
         self._stack.callback(ray.shutdown)
-        found = "gpu" if ray.cluster_resources().get("GPU", 0) > 0 else "cpu"
-        wanted = self.config.cluster.device
-        if wanted == "gpu" and found == "cpu":
-            raise ResourceError(
-                "cluster.device is gpu, but Ray sees no GPU", "use cluster.device=cpu, or join a cluster that has GPUs"
-            )
-        return found if wanted == "auto" else wanted
+        there = ray.cluster_resources()
+        device = self.config.cluster.device
+        device = ("gpu" if there.get("GPU", 0) > 0 else "cpu") if device == "auto" else device
+        # `preflight` knew this machine only, not the cluster that was joined.
+        check(self.config, device, cpus=there.get("CPU", 0), gpus=there.get("GPU", 0), stages=self._waiting)
+        return device
 
     @cached_property
     def pool(self) -> Any:
@@ -190,7 +205,7 @@ class Execution:
         """Runs one stage unless it is done.
 
         Raises:
-            ConfigError: a stage that it reads is unfinished.
+            ConfigError: a stage that it reads is unfinished, or it was begun with other inputs.
             StageFailed: it stopped.
         """
         config, out = self.config, self.run.stage(stage.name, self.config.run.seed)
@@ -200,8 +215,13 @@ class Execution:
             raise ConfigError(
                 f"{stage.name} reads {', '.join(missing)}, which is unfinished", "run without --only or --from"
             )
-        done = out.manifest()
-        if done:
+        if differs := pipeline.changes(out, key):  # an earlier stage came out anew since this one was begun
+            if not self._rebuild:
+                raise pipeline.refuse_change(stage.name, differs, self.run)
+            for name in reversed(pipeline.downstream(config, stage.name)):
+                self.run.discard(name)
+            out = self.run.stage(stage.name, config.run.seed)
+        if done := out.manifest():
             self.reporter.say(f"{number} {stage.name}: done before, skipped")
             return done
         again = " (continues)" if pipeline.started_key(out) else ""
@@ -306,6 +326,7 @@ class Execution:
                     cluster=config.cluster,
                     device=device,
                     progress=lambda: self.reporter.bar(name, "steps"),
+                    max_bad_fraction=config.run.max_bad_fraction,
                     revisions=rows[1] if config.ppo.ptx_coef else None,
                 )
             case "evaluate":

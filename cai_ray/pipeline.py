@@ -4,7 +4,7 @@ Planning imports neither torch nor ray; a stage's module is imported when the st
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -148,17 +148,18 @@ def model_folder(spec: ModelSpec) -> Path:
 
 
 def model_identity(spec: ModelSpec) -> str:
-    """What enters a stage's key for a model: a hash of local files, a run's manifest, or the hub id and revision."""
-    stage = stage_of_path(spec.path)
+    """What enters a stage's key: a hash of local files, a run's manifest, or hub id and revision; and the format."""
+    stage, folder = stage_of_path(spec.path), Path(spec.path).expanduser()
     if stage:
         manifest = stage.manifest()
-        return manifest.sha256 if manifest else ""
-    folder = Path(spec.path).expanduser()
-    if folder.is_dir():
+        identity = manifest.sha256 if manifest else ""
+    elif folder.is_dir():
         from cai_ray.models.checkpoints import fingerprint
 
-        return fingerprint(folder)
-    return f"{spec.path}@{spec.revision or 'main'}" + (f" {spec.format}" if spec.format != "auto" else "")
+        identity = fingerprint(folder)
+    else:
+        identity = f"{spec.path}@{spec.revision or 'main'}"
+    return identity if spec.format == "auto" else f"{identity} {spec.format}"
 
 
 def constitution_of(principles: Principles) -> Constitution:
@@ -215,19 +216,19 @@ class Step:
     differs: tuple[str, ...] = ()
 
 
-def plan(config: Config, run: RunDir) -> list[Step]:
-    """What is done, what is to run, and what has changed since it ran."""
+def plan(config: Config, run: RunDir, doomed: Collection[str] = ()) -> list[Step]:
+    """What is done, what is to run, and what has changed since it ran; `doomed` stages count as if they were gone."""
     steps: list[Step] = []
     stale: set[str] = set()
     for stage in needed(config):
-        out, differs = run.stage(stage.name), ()
-        key, before = stage_key(config, stage, run), started_key(out)
-        if key is None or stale & set(stage.reads(config)):
+        waits, differs = stage.name in doomed or stale & set(stage.reads(config)), ()
+        key = None if waits else stage_key(config, stage, run)  # what is doomed may be too damaged to be read
+        if key is None:
             action = "wait"
-        elif before is None:
+        elif started_key(out := run.stage(stage.name)) is None:
             action = "run"
-        elif canonical_sha256(before) != canonical_sha256(key.begun):
-            action, differs = "changed", tuple(differences(before, key.begun))
+        elif differs := changes(out, key):
+            action = "changed"
         else:
             action = "done" if out.manifest() else "continue"
         steps.append(Step(stage, action, differs))
@@ -242,6 +243,12 @@ def started_key(out: StageDir) -> dict[str, Any] | None:
     return json.loads(path.read_text("utf-8")) if path.is_file() else None
 
 
+def changes(out: StageDir, key: StageKey) -> tuple[str, ...]:
+    """Where a stage's key differs from that with which it was begun; empty when it is the same or it never was."""
+    before = started_key(out)
+    return tuple(differences(before, key.begun)) if before is not None else ()
+
+
 def downstream(config: Config, first: str) -> list[str]:
     """`first` and every stage that reads it, directly or not, in order."""
     hit = [first]
@@ -251,11 +258,11 @@ def downstream(config: Config, first: str) -> list[str]:
     return hit
 
 
-def refuse_change(step: Step, run: RunDir) -> ConfigError:
+def refuse_change(stage: str, differs: tuple[str, ...], run: RunDir) -> ConfigError:
     """The error for a change that would discard work, with the keys that differ and three ways on."""
     return ConfigError(
-        f"{step.stage.name} in {run.path} was begun with another configuration:\n"
-        + "\n".join(f"    {d}" for d in step.differs[:12]),
+        f"{stage} in {run.path} was begun with another configuration or other inputs:\n"
+        + "\n".join(f"    {d}" for d in differs[:12]),
         "choose one: --rebuild (redo it here and all that follows), --name NEW (a new run directory), "
         f"or --name NEW --reuse {run.path} (a new run that takes over every stage that is equal)",
     )

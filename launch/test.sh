@@ -8,7 +8,7 @@ if [ "${1:-}" = --all ]; then
   selection=()
   shift
 fi
-launch/setup.sh cpu
+launch/setup.sh "$(cut -d' ' -f1 .venv/.cai-ray 2>/dev/null || echo cpu)" # the flavour that is installed stays
 # The trainers that tests/parity compares with: without their own dependencies (kernels for GPUs, other versions of
 # ours), and in a folder that only those tests see.
 peers="openrlhf==0.11.2 verl==0.9.1 tensordict==0.15.3 omegaconf==2.4.0 hydra-core==1.3.8 codetiming==1.4.0

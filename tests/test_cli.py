@@ -8,6 +8,8 @@ from click.testing import CliRunner, Result
 
 from cai_ray.cli import main
 
+HUMAN = ("preference_model.data=[starter:helpful_comparisons]", "preference_model.init=pretrained")
+
 
 def call(*arguments: str) -> Result:
     return CliRunner().invoke(main, list(arguments), catch_exceptions=False)
@@ -36,6 +38,7 @@ def test_config_show_prints_the_resolved_configuration() -> None:
 def test_plan_lists_the_stages() -> None:
     result = call("plan", "tiny")
     assert result.exit_code == 0, result.output
+    assert "  sft rank: weights" in result.output  # the memory's arithmetic
     for stage in ("prompts", "revise", "sft", "sample_pairs", "label", "preference_model", "ppo", "evaluate", "report"):
         assert stage in result.output
 
@@ -52,6 +55,9 @@ def test_plan_lists_the_stages() -> None:
         (["run", "tiny", "--only", "no_such_stage"], "stages are prompts"),
         (["run", "tiny", "cluster.kv_cache_gib=100000"], "GiB"),
         (["run", "tiny", "--reuse", "nowhere"], "no such run directory"),
+        (["run", "tiny", *HUMAN, "--from", "label"], "label is left out: nothing reads it"),
+        (["run", "tiny", *HUMAN, "--only", "label"], "label is left out"),
+        (["run", "tiny", "--only", "label", "--from", "label"], "--only and --from are given both"),
         (["report", "nowhere"], "no run directory"),
         (["chat", "/no/such/model"], "/no/such/model"),
         (["plan", "tiny", "revise.rounds=zero"], "revise.rounds"),
@@ -63,6 +69,7 @@ def test_bad_input_gives_one_message_and_exit_code_2(arguments: list[str], words
     assert result.exit_code == 2, result.output
     assert words in result.output
     assert "Traceback" not in result.output
+    assert "continue with" not in result.output  # the same command would fail again
     assert not list(Path("runs").rglob("manifest.json"))
 
 
@@ -115,6 +122,27 @@ def test_checking_a_constitution_names_everything_and_shows_it() -> None:
     assert "mine 1 (en): 0 critique pairs, 3 questions" in result.output
     assert call("constitution", "check", "gone.yaml").exit_code == 2
     assert call("constitution", "import", "gone", "x.yaml").exit_code == 2
+
+
+def test_a_failed_stage_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    from cai_ray.errors import StageFailed
+
+    def fail(*_: object) -> None:
+        raise StageFailed("sft stopped")
+
+    monkeypatch.setattr("cai_ray.console.run_and_summarize", fail)
+    for words, kept in ((["--rebuild", "--name", "a", "b"], True), (["--only", "sft", "--rebuild"], False)):
+        monkeypatch.setattr("sys.argv", ["cai-ray", "run", "my config", *words])
+        result = call("run", "tiny")
+        assert result.exit_code == 3
+        assert "error: sft stopped" in result.output
+        assert "cai-ray run 'my config' --" in result.output
+        assert ("--rebuild" in result.output) is kept  # with a stage it would be redone once more
+
+
+@pytest.mark.parametrize("name", ["7", "2025-06-01", "1e5", "on"])
+def test_a_run_may_be_named_by_a_number_or_a_date(name: str) -> None:
+    assert f"runs/{name}," in call("plan", "tiny", "--name", name).output
 
 
 def test_a_full_disk_is_found_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:

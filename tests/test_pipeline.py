@@ -1,7 +1,10 @@
 """Planning: what is done, what has changed, what a change would cost, what may be taken over."""
 
 import json
+import sys
+from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,9 +12,18 @@ import pytest
 from cai_ray.artifacts import RunDir, StageDir, write_atomic
 from cai_ray.config import Config
 from cai_ray.config_files import load_config
-from cai_ray.errors import ConfigError, DataError
-from cai_ray.execution import Request, _settle_changes, _take_over
-from cai_ray.pipeline import STAGES, downstream, model_identity, model_spec, needed, plan, stage_key, stage_of_path
+from cai_ray.errors import CaiError, ConfigError, DataError, ResourceError
+from cai_ray.execution import Execution, Request, _doomed, _take_over, run_pipeline
+from cai_ray.pipeline import (
+    STAGES,
+    downstream,
+    model_identity,
+    model_spec,
+    needed,
+    plan,
+    stage_key,
+    stage_of_path,
+)
 from cai_ray.progress import Reporter
 
 
@@ -30,6 +42,11 @@ def finish(config: Config, run: RunDir, *names: str) -> None:
 
 def actions(config: Config, run: RunDir) -> dict[str, str]:
     return {s.stage.name: s.action for s in plan(config, run)}
+
+
+def settle(config: Config, request: Request, run: RunDir) -> None:
+    for name in _doomed(config, request, run):
+        run.discard(name)
 
 
 ALL = tuple(s.name for s in STAGES)
@@ -70,7 +87,7 @@ def test_a_change_marks_its_stage_and_names_the_key(tmp_path: Path) -> None:
     assert steps["ppo"].action == "changed"
     assert steps["ppo"].differs == ("parts.config.kl_coef: 0.01 -> 0.5",)
     with pytest.raises(ConfigError, match="kl_coef") as caught:
-        _settle_changes(changed, Request(), run)
+        _doomed(changed, Request(), run)
     assert all(way in str(caught.value) for way in ("--rebuild", "--name", "--reuse"))
     assert run.stage("ppo").manifest() is not None  # refused means untouched
 
@@ -86,11 +103,72 @@ def test_rebuild_discards_the_change_and_all_that_follows(tmp_path: Path) -> Non
     config, run = load_config("tiny"), RunDir(tmp_path)
     finish(config, run, *ALL)
     changed = load_config("tiny", ("label.few_shots=1",))
-    _settle_changes(changed, Request(rebuild=True), run)
+    settle(changed, Request(rebuild=True), run)
     assert downstream(changed, "label") == ["label", "preference_model", "ppo", "evaluate", "report"]
     assert [s.name for s in STAGES if run.stage(s.name).manifest()] == list(ALL[:4])
-    _settle_changes(changed, Request(start="sft", rebuild=True), run)
+    settle(changed, Request(start="sft", rebuild=True), run)
     assert [s.name for s in STAGES if run.stage(s.name).manifest()] == list(ALL[:2])
+
+
+def test_the_last_stage_is_discarded_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, run = load_config("tiny"), RunDir(tmp_path)
+    finish(config, run, *ALL)
+    gone: list[str] = []
+    monkeypatch.setattr(RunDir, "discard", lambda self, name: gone.append(name))
+    settle(load_config("tiny", ("label.few_shots=1",)), Request(rebuild=True), run)
+    assert gone == [*reversed(ALL[4:])]
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_stage_whose_inputs_come_out_anew_is_neither_done_nor_continued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: bool
+) -> None:
+    human = load_config("tiny", ("preference_model.data=[starter:helpful_comparisons]",))
+    both, run = load_config("tiny"), RunDir(tmp_path)
+    finish(human, run, *ALL)
+    out = run.stage("preference_model")
+    (out.checkpoints / "old").write_text("", "utf-8")
+    if not finished:
+        out.manifest_path.unlink()
+    assert actions(both, run)["preference_model"] == "wait"  # for sample_pairs and label
+    finish(both, run, "sample_pairs", "label")
+    (stage,) = (s for s in STAGES if s.name == "preference_model")
+    began = (out.path / "key.json").read_text("utf-8")
+
+    def train(config: Any, inputs: Any, out: StageDir) -> Any:
+        key = stage_key(both, stage, run)
+        assert key is not None
+        assert not (out.checkpoints / "old").exists()
+        return out.commit(key, {"rows": 2})
+
+    monkeypatch.setattr(Execution, "_inputs", lambda *_: None)
+    monkeypatch.setitem(sys.modules, "cai_ray.stages.preference_model", SimpleNamespace(preference_model=train))
+    with ExitStack() as stack:
+        with pytest.raises(ConfigError, match=r"inputs\.label"):
+            Execution(both, run, Reporter(), stack, (), False).execute(stage, "")
+        assert (out.path / "key.json").read_text("utf-8") == began
+        assert Execution(both, run, Reporter(), stack, (), True).execute(stage, "").metrics["rows"] == 2
+    assert run.stage("ppo").manifest() is None
+
+
+@pytest.mark.parametrize("broken", ["reuse", "model"])
+def test_a_rebuild_that_cannot_run_discards_nothing(tmp_path: Path, broken: str) -> None:
+    config = load_config("tiny", (f"run.dir={tmp_path}",))
+    run = RunDir(tmp_path / "tiny")
+    finish(config, run, *ALL)
+    if broken == "model":
+        config = load_config("tiny", (f"run.dir={tmp_path}", "models.pretrained=/no/such/model"))
+    reuse = tmp_path / "none" if broken == "reuse" else None
+    with pytest.raises(CaiError, match=r"no such run|/no/such/model"):
+        run_pipeline(config, Request(start="sft", rebuild=True, reuse=reuse), Reporter())
+    assert all(run.stage(name).manifest() for name in ALL)
+
+
+def test_a_damaged_stage_can_be_rebuilt(tmp_path: Path) -> None:
+    config, run = load_config("tiny"), RunDir(tmp_path)
+    finish(config, run, *ALL)
+    run.stage("label").manifest_path.write_text("{", "utf-8")
+    assert _doomed(config, Request(start="label", rebuild=True), run) == [*reversed(ALL[4:])]
 
 
 def test_a_begun_stage_counts_as_work(tmp_path: Path) -> None:
@@ -101,7 +179,7 @@ def test_a_begun_stage_counts_as_work(tmp_path: Path) -> None:
     out.manifest_path.unlink()
     assert actions(config, run)["revise"] == "continue"
     with pytest.raises(ConfigError, match="revise"):
-        _settle_changes(load_config("tiny", ("revise.rounds=3",)), Request(), run)
+        _doomed(load_config("tiny", ("revise.rounds=3",)), Request(), run)
 
 
 def test_reuse_takes_over_equal_stages_by_reference(tmp_path: Path) -> None:
@@ -180,6 +258,31 @@ def test_models_by_key_run_and_path(tmp_path: Path) -> None:
     manifest = run.stage("sft").manifest()
     assert manifest is not None
     assert model_identity(spec) == manifest.sha256
+
+
+def test_a_model_s_format_counts_wherever_it_lies(tmp_path: Path) -> None:
+    from cai_ray.config import ModelSpec
+
+    finish(load_config("tiny"), RunDir(tmp_path / "run"), "prompts", "revise", "sft")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "config.json").write_text("{}", "utf-8")
+    (tmp_path / "folder" / "model.safetensors").write_bytes(b"")
+    for path in ("some/model", str(tmp_path / "folder"), f"run:{tmp_path}/run/sft"):
+        auto, plain = (model_identity(ModelSpec(path=path, format=f)) for f in ("auto", "plain"))
+        assert (plain, auto.endswith("plain")) == (f"{auto} plain", False)
+
+
+def test_a_joined_cluster_that_is_too_small_is_refused_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, run = load_config("tiny", ("sft.sharding.ranks=8", "sft.sharding.cpus_per_rank=5")), RunDir(tmp_path)
+    monkeypatch.setattr("cai_ray.execution.start_ray", lambda config: None)
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 32.0})
+    monkeypatch.setattr("ray.shutdown", lambda: None)
+    with ExitStack() as stack:
+        with pytest.raises(ResourceError, match="sft needs 41 CPUs, there are 32"):
+            _ = Execution(config, run, Reporter(), stack, ["sft"], False).device
+        assert Execution(config, run, Reporter(), stack, ["label"], False).device == "cpu"
 
 
 def test_a_damaged_manifest_says_what_to_do(tmp_path: Path) -> None:

@@ -95,7 +95,6 @@ def test_a_mixture_of_experts_is_not_guessed_at(tmp_path: Path) -> None:
 def test_an_unknown_model_is_said_to_be_unknown_and_refuses_nothing() -> None:
     config = tiny("models.helpful=nobody/nothing", "models.pretrained=nobody/nothing")
     need = needs(config)["ppo"]
-    assert "unknown" in need.memory_text
     assert need.minutes_text == "unknown"
     assert "config.json is not here" in need.arithmetic
     assert need.rows_text == "24"
@@ -323,6 +322,16 @@ def test_a_run_for_another_cluster_is_checked_for_its_lengths_only(monkeypatch: 
         check_here(tiny())
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     check_here(tiny())
+
+
+def test_stages_that_are_done_are_not_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cai_ray.doctor.local_gpus", lambda: [])
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    config = tiny("sft.sharding.ranks=8", "sft.sharding.cpus_per_rank=5", "sft.sharding.microbatch_tokens=511")
+    check_here(config, ["prompts", "label"])
+    check_lengths(config, ["prompts", "label"])
+    with pytest.raises(ResourceError, match="sft"):
+        check_here(config, ["prompts", "sft"])
 
 
 def test_estimating_imports_neither_torch_nor_ray() -> None:
