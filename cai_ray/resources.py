@@ -298,7 +298,8 @@ def check(
     for need in (n for n in estimate(config, device) if n.stage in stages):
         engines = sum(r.count * r.gpus for r in need.roles if r.name == "engine")
         others = [r for r in need.roles if r.name != "engine"]
-        apart = engines + sum(r.count * r.gpus for r in others)
+        # `evaluate` releases its engines before the scorer starts.
+        apart = (max if need.stage == "evaluate" else sum)((engines, sum(r.count * r.gpus for r in others)))
         # PPO's roles share GPUs where there are too few: rank i of each on GPU i.
         shared = need.stage == "ppo" and apart > gpus
         together = engines + max((r.count * r.gpus for r in others), default=0) if shared else apart

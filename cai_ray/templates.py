@@ -10,9 +10,10 @@ nothing else changes, blank lines stay, and escaping twice is escaping once. Gen
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import ParamSpec
 
 from cai_ray.constitution import OPTIONS, CotFewShot, CritiqueFewShot, FeedbackFewShot
 from cai_ray.records import Message
@@ -294,13 +295,36 @@ def list_prompt(examples: Sequence[str]) -> str:
     return "".join(lines) + f"{len(examples) + 1}."
 
 
+Exchanges = tuple[tuple[str, ...], list[tuple[str, str]]]  # see `_both_formats`
+P = ParamSpec("P")
+
+
+def _both_formats(build: Callable[P, Exchanges]) -> tuple[Callable[P, str], Callable[P, list[Message]]]:
+    """The plain and the chat form of a question: (task, [(asked, answered), …]), whose last answer is only opened.
+
+    Plain puts an empty line before each part; chat makes an exchange a turn of the user's and one of the assistant's,
+    with the task at the head of the first.
+    """
+
+    def plain(*args: P.args, **kwargs: P.kwargs) -> str:
+        task, exchanges = build(*args, **kwargs)
+        return "".join(f"\n\n{part}" for part in (*task, *chain.from_iterable(exchanges)))
+
+    def chat(*args: P.args, **kwargs: P.kwargs) -> list[Message]:
+        task, exchanges = build(*args, **kwargs)
+        first, *turns = (turn for asked, answer in exchanges for turn in (_user(asked), _assistant(answer)))
+        return [_user("\n\n".join([*task, first["content"]])), *turns]
+
+    return plain, chat
+
+
 # ---- comparisons --------------------------------------------------------------------------------------------------
 
 
-def feedback_prompt(
+def _multiple_choice(
     messages: Messages, question: str, response_a: str, response_b: str, few_shots: Feedbacks = (), language: str = "en"
-) -> str:
-    r"""The plain multiple-choice prompt; compare the log-probs of `CHOICES` after it.
+) -> Exchanges:
+    r"""A multiple choice; compare the log-probs of `CHOICES` after `The answer is:`, with which it ends.
 
     Args:
         messages: the conversation, ending with the user.
@@ -311,25 +335,13 @@ def feedback_prompt(
         language: which frame.
     """
     frame = FRAMES[language]
-    shots = "".join(
-        f"\n\n{_comparison(frame.consider, _LONG, *_parts(s, question))}\n\n{frame.answer} ({s.answer})"
-        for s in few_shots
-    )
-    asked = _comparison(frame.consider, _LONG, messages, question, response_a, response_b)
-    return f"{shots}\n\n{asked}\n\n{frame.answer}"
+    shots = [
+        (_comparison(frame.consider, _LONG, *_parts(s, question)), f"{frame.answer} ({s.answer})") for s in few_shots
+    ]
+    return (), [*shots, (_comparison(frame.consider, _LONG, messages, question, response_a, response_b), frame.answer)]
 
 
-def feedback_prompt_messages(
-    messages: Messages, question: str, response_a: str, response_b: str, few_shots: Feedbacks = (), language: str = "en"
-) -> list[Message]:
-    """The same as chat: the last message is the assistant's, opened with `The answer is:`; `CHOICES` continue it."""
-    frame = FRAMES[language]
-    out: list[Message] = []
-    for s in few_shots:
-        example = _comparison(frame.consider, _LONG, *_parts(s, question))
-        out += [_user(example), _assistant(f"{frame.answer} ({s.answer})")]
-    asked = _comparison(frame.consider, _LONG, messages, question, response_a, response_b)
-    return [*out, _user(asked), _assistant(frame.answer)]
+feedback_prompt, feedback_prompt_messages = _both_formats(_multiple_choice)
 
 
 def rationale_prompt(
@@ -373,7 +385,7 @@ def verdict_prompt_messages(rationale_messages: Messages, rationale: str, langua
 # ---- the formats of RLAIF (Lee et al. 2023, arXiv 2309.00267): their structure, our words --------------------------
 
 
-def rlaif_prompt(
+def _numbered(
     messages: Messages,
     question: str,
     response_1: str,
@@ -381,8 +393,10 @@ def rlaif_prompt(
     few_shots: Feedbacks = (),
     language: str = "en",
     think: bool = False,
-) -> str:
+) -> Exchanges:
     """Instructions, examples, conversation, question and two numbered responses; compare `NUMBERS` after it.
+
+    It ends with `Chosen response:`, or `Reasoning:`.
 
     Args:
         messages: the conversation, ending with the user.
@@ -394,21 +408,25 @@ def rlaif_prompt(
         think: ask for a rationale first, up to `Frame.reasoning_stops`; `rlaif_verdict_prompt` goes on from it.
     """
     frame = FRAMES[language]
-    return _as_text(frame.compare, _numbered(frame, (messages, question, response_1, response_2), few_shots, think))
+
+    def comparison(messages: Messages, question: str, response_1: str, response_2: str) -> str:
+        options, labels = (f"{frame.response} 1:", f"{frame.response} 2:"), frame.quoted_labels
+        head = _comparison(frame.conversation, _LONG, messages, question, response_1, response_2, options, labels)
+        return f"{head}\n\n{frame.weigh}" if think else head
+
+    def answer(shot: FeedbackFewShot) -> str:
+        number = 1 + "AB".index(shot.answer)
+        if not (think and isinstance(shot, CotFewShot)):
+            return f"{frame.chosen} {number}"
+        rationale = shot.rationale.replace("(A)", f"{frame.response} 1").replace("(B)", f"{frame.response} 2")
+        return f"{frame.reasoning}{_reasoned(frame, rationale)} {number}"
+
+    shots = [(comparison(*_parts(shot, question)), answer(shot)) for shot in few_shots]
+    asked = comparison(messages, question, response_1, response_2)
+    return (frame.compare,), [*shots, (asked, frame.reasoning if think else frame.chosen)]
 
 
-def rlaif_prompt_messages(
-    messages: Messages,
-    question: str,
-    response_1: str,
-    response_2: str,
-    few_shots: Feedbacks = (),
-    language: str = "en",
-    think: bool = False,
-) -> list[Message]:
-    """The same as chat: the assistant's last message is opened with `Chosen response:`, or `Reasoning:`."""
-    frame = FRAMES[language]
-    return _as_chat(frame.compare, _numbered(frame, (messages, question, response_1, response_2), few_shots, think))
+rlaif_prompt, rlaif_prompt_messages = _both_formats(_numbered)
 
 
 def rlaif_verdict_prompt(rationale_prompt: str, rationale: str, language: str = "en") -> str:
@@ -423,62 +441,15 @@ def rlaif_verdict_prompt_messages(rationale_messages: Messages, rationale: str, 
     return [*before, _assistant(f"{opened['content']}{_reasoned(FRAMES[language], rationale)}")]
 
 
-def score_prompt(
+def _scored(
     messages: Messages, question: str, response: str, few_shots: Feedbacks = (), language: str = "en"
-) -> str:
-    """The plain prompt for a score of one response, from 1 to 10; compare `SCORES` after it.
+) -> Exchanges:
+    """A score of one response, from 1 to 10; compare `SCORES` after `Score from 1 to 10:`, with which it ends.
 
     Of each worked example `response_a` is shown with `score_a`; those without scores are left out.
     """
     frame = FRAMES[language]
-    return _as_text(frame.rate, _scored(frame, messages, question, response, few_shots, language))
 
-
-def score_prompt_messages(
-    messages: Messages, question: str, response: str, few_shots: Feedbacks = (), language: str = "en"
-) -> list[Message]:
-    """The same as chat: the assistant's last message is opened with `Score from 1 to 10:`."""
-    frame = FRAMES[language]
-    return _as_chat(frame.rate, _scored(frame, messages, question, response, few_shots, language))
-
-
-def _as_text(task: str, exchanges: Sequence[tuple[str, str]]) -> str:
-    return "".join(f"\n\n{part}" for part in (task, *chain.from_iterable(exchanges)))
-
-
-def _as_chat(task: str, exchanges: Sequence[tuple[str, str]]) -> list[Message]:
-    first, *turns = (turn for asked, answer in exchanges for turn in (_user(asked), _assistant(answer)))
-    return [_user(f"{task}\n\n{first['content']}"), *turns]
-
-
-def _numbered(
-    frame: Frame, asked: tuple[Messages, str, str, str], few_shots: Feedbacks, think: bool
-) -> list[tuple[str, str]]:
-    """What is asked and what is answered in each example, and last what is really asked, its answer only opened."""
-
-    def comparison(messages: Messages, question: str, response_1: str, response_2: str) -> str:
-        options, labels = (f"{frame.response} 1:", f"{frame.response} 2:"), frame.quoted_labels
-        head = _comparison(frame.conversation, _LONG, messages, question, response_1, response_2, options, labels)
-        return f"{head}\n\n{frame.weigh}" if think else head
-
-    def answer(shot: FeedbackFewShot) -> str:
-        number = 1 + "AB".index(shot.answer)
-        if not (think and isinstance(shot, CotFewShot)):
-            return f"{frame.chosen} {number}"
-        rationale = shot.rationale.replace("(A)", f"{frame.response} 1").replace("(B)", f"{frame.response} 2")
-        return f"{frame.reasoning}{_reasoned(frame, rationale)} {number}"
-
-    shots = [(comparison(*_parts(shot, asked[1])), answer(shot)) for shot in few_shots]
-    return [*shots, (comparison(*asked), frame.reasoning if think else frame.chosen)]
-
-
-def _reasoned(frame: Frame, rationale: str) -> str:
-    return f"{_continued(rationale)}\n\n{frame.chosen}"
-
-
-def _scored(
-    frame: Frame, messages: Messages, question: str, response: str, few_shots: Feedbacks, language: str
-) -> list[tuple[str, str]]:
     def asked(messages: Messages, question: str, response: str) -> str:
         turns, text = _quoted(_LONG, frame.quoted_labels, messages, response)
         criterion = question.strip().removesuffix(OPTIONS[language].strip()).rstrip()  # one response has no options
@@ -489,7 +460,14 @@ def _scored(
         for s in few_shots
         if s.score_a is not None
     ]
-    return [*shots, (asked(messages, question, response), frame.score)]
+    return (frame.rate,), [*shots, (asked(messages, question, response), frame.score)]
+
+
+score_prompt, score_prompt_messages = _both_formats(_scored)
+
+
+def _reasoned(frame: Frame, rationale: str) -> str:
+    return f"{_continued(rationale)}\n\n{frame.chosen}"
 
 
 # ---- what they share ----------------------------------------------------------------------------------------------

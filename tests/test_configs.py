@@ -4,6 +4,7 @@ import contextlib
 import math
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -195,7 +196,7 @@ def test_ppo_s_roles_get_gpus_of_their_own_beside_the_engines(name: str, logical
         )
         assert placement.gpus == 1.0
         started = ranks if name == "7b_8xgpu" else {"reference": 2}  # a process each, so not all of the 48
-        groups = [placement.start(role, StandIn, n, {}, 0) for role, n in started.items()]
+        groups = [replace(placement, ranks=started).start(role, StandIn, {}, 0) for role in started]
         calls = [call for group in groups for call in group.submit("where")]
         given = [gpu for gpus in wait(calls, 60, "stand-ins") for gpu in gpus]
         assert len(set(given)) == len(given) == sum(started.values())

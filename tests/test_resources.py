@@ -278,10 +278,13 @@ def test_more_gpus_than_there_are_are_refused() -> None:
     check(config, "gpu", gpus=8, gpu_memory_gib=79.6)
     with pytest.raises(ResourceError, match=r"revise needs 9 GPUs, there are 8"):
         check(load_config("7b_8xgpu", ("cluster.engines=9",)), "gpu", gpus=8)
-    with pytest.raises(ResourceError, match=r"sft needs 8 GPUs, there are 7"):
+    with pytest.raises(ResourceError, match=r"revise needs 8 GPUs, there are 7"):
         check(config, "gpu", gpus=7)
-    with pytest.raises(ResourceError, match=r"evaluate needs 9 GPUs, there are 8"):
-        check(load_config("7b_8xgpu", ("cluster.engines=8",)), "gpu", gpus=8)
+    # Engines are released before the scorer starts: the larger counts, not the sum.
+    one = load_config("7b_8xgpu", ("cluster.engines=1",))
+    check(one, "gpu", gpus=1, stages=["evaluate"])
+    with pytest.raises(ResourceError, match=r"evaluate needs 8 GPUs, there are 7"):
+        check(config, "gpu", gpus=7, stages=["evaluate"])
 
 
 def test_ppo_shares_gpus_where_there_are_too_few_and_memory_counts_together() -> None:

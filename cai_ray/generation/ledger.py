@@ -7,6 +7,7 @@ that waits for its turn among all others, and read one file a block to resume.
 
 import asyncio
 import contextlib
+import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -117,9 +118,10 @@ class RowLog:
             return
         try:
             if self._stream is None:
-                file = pa.OSFile(str(self.ledger.rows / f"{self.engine}-{uuid4().hex[:8]}.arrows"), "wb")
-                self._stream = pa.ipc.new_stream(file, self.schema)
+                self._file = pa.OSFile(str(self.ledger.rows / f"{self.engine}-{uuid4().hex[:8]}.arrows"), "wb")
+                self._stream = pa.ipc.new_stream(self._file, self.schema)
             self._stream.write_table(to_table(self._waiting, self.schema))
+            os.fsync(self._file.fileno())  # on NFS also what makes it visible to other nodes
         except OSError:
             self._stream = None  # this file may end within a batch: what follows goes to another one
             raise

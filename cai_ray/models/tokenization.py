@@ -35,6 +35,7 @@ PLAIN_TEMPLATE = (
     "{{- '\\n\\nAssistant:' if add_generation_prompt else '' -}}"
 )
 PromptText = str | Messages
+_MARKER = re.compile(r"\[/?[A-Z_]+\]|<\|\w+\|>|<</?[A-Z]+>>")
 _ANSWER = "answer-probe"
 _PROBE = [{"role": "user", "content": "user-probe"}, {"role": "assistant", "content": _ANSWER}]
 
@@ -72,6 +73,9 @@ class Tokenizer:
         self._control, self._nonce = sorted(control), secrets.token_hex(12)
         self._secret = {token: f"<{self._nonce}{i}>" for i, token in enumerate(self._control)}
         self._pattern = _any_of(control)
+        # Turn markers that are plain text, such as Llama 2's [INST], which only its place tells from a quoted one. The
+        # template's source also names those that the probe does not show: <<SYS>>.
+        self._markers = _any_of(set(_MARKER.findall(seen and f"{seen}{hf.chat_template}")) - control)
         self._control_ids = frozenset(hf.convert_tokens_to_ids(self._control))
         self._backend = _renamed(hf, self._secret)
         self.eos_id: int = hf.convert_tokens_to_ids(eos_token)
@@ -152,7 +156,7 @@ class Tokenizer:
 
     def response(self, text: str) -> list[int]:
         """The ids of an answer as they follow `prompt`, without EOS; in the plain format it begins with a space."""
-        return self._following(self._before_answer, self._gap + text)
+        return self._following(self._before_answer, self._gap + self._markers.sub(r"\\\g<0>", text))
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids without control tokens, stripped."""
@@ -162,7 +166,7 @@ class Tokenizer:
     def leaks_control(self, ids: Sequence[int], text: str) -> bool:
         """Whether an answer (its ids and their text) holds a control token that ends nothing, or spells one out."""
         held = self._control_ids.intersection(ids) - self.eos_ids
-        return bool(held or self._pattern.search(text))
+        return bool(held or self._pattern.search(text) or self._markers.search(text))
 
     # ---- padding and saving ---------------------------------------------------------------------------------------
 
@@ -215,13 +219,21 @@ class Tokenizer:
         return whole[len(head) :] if whole[: len(head)] == head else self._encode(text)
 
     def _chat(self, messages: Messages, **how: bool) -> list[int]:
-        # Control tokens in the contents are put aside, so that those in the rendering are the template's own.
+        # Control tokens in the contents are put aside, so that those in the rendering are the template's own; what
+        # only looks like a turn marker gets a backslash, as quotation marks do (`templates`).
         def aside(text: str) -> str:
+            text = self._markers.sub(r"\\\g<0>", text)
             return self._pattern.sub(lambda m: f"<{self._nonce}q{self._control.index(m.group())}>", text)
 
         turns = [{"role": aside(m["role"]), "content": aside(m["content"])} for m in messages]
         rendered = self._to_secret(_render(self.hf, turns, **how))
         return self._encode(re.sub(f"<{self._nonce}q([0-9]+)>", lambda m: self._control[int(m[1])], rendered))
+
+
+def encode_choices(tokenizer: Tokenizer, prompt: PromptText, choices: Sequence[str]) -> list[list[int]]:
+    """Token ids of texts that go on from a prompt, whose end decides how a space is written."""
+    end = (prompt if isinstance(prompt, str) else prompt[-1]["content"])[-32:]
+    return [tokenizer.text(choice, after=end) for choice in choices]
 
 
 def encode(tokenizer: Tokenizer, prompt: PromptText) -> list[int]:

@@ -70,15 +70,17 @@ def wait(calls: Sequence[Call], timeout_s: float, what: str) -> list[Any]:
 def _answer(call: Call, what: str, timeout_s: float) -> Any:
     try:
         return ray.get(call.done, timeout=timeout_s)
-    except RayActorError as e:
-        raise call.lost(f"{what}: {call.who} is gone", "see its log, and the machine's memory") from e
-    except RayTaskError as e:
+    except RayTaskError as e:  # first: where the cause is a lost process, Ray raises a class that is both
         cause = e.cause
         if isinstance(cause, RayActorError):
             raise call.lost(f"{what}: {call.who} lost a process that it reads from") from e
         if isinstance(cause, CaiError):
             raise cause from e
         raise StageFailed(f"{what}: {call.who} failed with {type(cause).__name__}: {cause}") from e
+    except RayActorError as e:
+        if e.actor_init_failed:
+            raise StageFailed(f"{what}: {call.who} could not start: {str(e).strip().splitlines()[-1]}") from e
+        raise call.lost(f"{what}: {call.who} is gone", "see its log, and the machine's memory") from e
     except RayError as e:
         raise StageFailed(f"{what}: {call.who} failed: {type(e).__name__}", "see Ray's logs") from e
 
@@ -125,12 +127,14 @@ class Placement:
     """Where each role's ranks go: bundles of a placement group, and the GPUs (or a share of one) of each worker."""
 
     group: PlacementGroup
+    ranks: Mapping[str, int]  # of each role
     first: Mapping[str, int]  # role -> the bundle of its rank 0
     cpus: float
     gpus: float
 
-    def start(self, role: str, cls: type, ranks: int, env: Mapping[str, str], retries: int, *args: Any) -> Group:
+    def start(self, role: str, cls: type, env: Mapping[str, str], retries: int, *args: Any) -> Group:
         """Starts `cls(role, rank, ranks, *args)` for every rank; `retries` is 0 for workers that hold state."""
+        ranks = self.ranks[role]
         workers = [
             ray.remote(cls)
             .options(
@@ -185,6 +189,6 @@ def placed(ranks: Mapping[str, int], device: str, timeout_s: float) -> Iterator[
         starts = [0] * len(ranks) if shared else accumulate(ranks.values(), initial=0)
         first = dict(zip(ranks, starts, strict=False))
         share = len(ranks) if shared else 1
-        yield Placement(group, first, bundle["CPU"] / share, bundle.get("GPU", 0.0) / share)
+        yield Placement(group, ranks, first, bundle["CPU"] / share, bundle.get("GPU", 0.0) / share)
     finally:
         remove_placement_group(group)

@@ -20,12 +20,12 @@ class RollBack(StageFailed):
 
 
 class Guards:
-    """Looks at each step's metrics, those of earlier processes included."""
+    """Looks at each step's metrics; those of earlier processes have raised the alarms `earlier`."""
 
     def __init__(self, config: PPOConfig, metrics: Path):
-        self._config, self._raised = config, set()
+        self._config, self._raised, self._seen = config, set[str](), list[Mapping[str, float]]()
         lines = metrics.read_text("utf-8").splitlines() if metrics.is_file() else []
-        self._seen: list[Mapping[str, float]] = [json.loads(line) for line in lines]
+        self.earlier = [text for row in map(json.loads, lines) for text in self._note(row["step"], row)]
 
     def check(self, step: int, metrics: Mapping[str, float]) -> list[str]:
         """Alarms that were not raised before, as sentences.
@@ -48,6 +48,9 @@ class Guards:
             if isinstance(found, RollBack):
                 found.step = step
             raise found
+        return self._note(step, metrics)
+
+    def _note(self, step: int, metrics: Mapping[str, float]) -> list[str]:
         self._seen.append(metrics)
         found = {name: text for name, text in self._alarms() if name not in self._raised}
         self._raised |= set(found)

@@ -30,7 +30,7 @@ from cai_ray.rl.checkpoints import commit_checkpoint, forget_checkpoints, last_c
 from cai_ray.rl.experience import make_experience
 from cai_ray.rl.groups import Call, EngineDied, Group, WorkerDied, wait
 from cai_ray.rl.guards import Guards, RollBack
-from cai_ray.rl.roles import started
+from cai_ray.rl.roles import reserved, started
 from cai_ray.rl.rollouts import prompts_of_steps
 from cai_ray.rl.sampler import LOOKS, TRIES, Sampler
 from cai_ray.rl.setup import Setup
@@ -53,17 +53,18 @@ def run_ppo(
     out: StageDir,
     progress: Callable[[], AbstractContextManager[Bar]],
     sl_rows: pa.Table | None = None,
+    max_bad_fraction: float = 1.0,
 ) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
     """Trains the policy against its rewards; continues from the last whole checkpoint in `out`.
 
     Args:
         setup: configuration, models, and where they run.
         prompts: `Prompt` rows to train on, harmful and helpful.
-        get_engines: gives handles of `EngineActor`s that hold the policy, dead ones replaced; they hold it again at the
-            end.
+        get_engines: gives handles of `EngineActor`s that hold the policy, dead ones replaced.
         out: gets metrics, samples, the timeline, checkpoints, snapshots and the model.
         progress: opens a progress bar, which is told (steps done, steps, a few words).
         sl_rows: what `ppo.ptx_coef` mixes in: id, prompt_ids, response_ids.
+        max_bad_fraction: more prompts than this share that are too long fail the stage.
 
     Returns the last step's metrics with counts, and role -> [{pid, node}] of each worker.
 
@@ -76,19 +77,21 @@ def run_ppo(
     config = setup.config
     steps, too_long = prompts_of_steps(prompts, config, setup.seed, Tokenizer.load(setup.policy, setup.format))
     out.path.mkdir(parents=True, exist_ok=True)
-    write_atomic(out.quarantine_path, "".join(json.dumps(row) + "\n" for row in too_long))
+    out.quarantine(too_long, len(prompts), max_bad_fraction)
     failures: Counter[int] = Counter()  # by the step that the last checkpoint continues from
-    while True:
-        try:
-            with started(setup) as groups, progress() as bar:
-                metrics, workers = _Controller(setup, groups, get_engines, steps, out, bar, sl_rows).run()
-            break
-        except (WorkerDied, EngineDied) as e:
-            found = last_checkpoint(out.checkpoints)
-            failures[found[1]["step"] if found else 0] += 1
-            if max(failures.values()) > TRAINER_RESTARTS:
-                raise
-            log.warning("%s; starting again from the last checkpoint", e.message)
+    get_engines()  # before the workers, who on few GPUs share what the engines leave
+    with reserved(setup) as placement:  # kept over restarts: Ray frees what it held only after a while
+        while True:
+            try:
+                with started(setup, placement) as groups, progress() as bar:
+                    metrics, workers = _Controller(setup, groups, get_engines, steps, out, bar, sl_rows).run()
+                break
+            except (WorkerDied, EngineDied) as e:
+                found = last_checkpoint(out.checkpoints)
+                failures[found[1]["step"] if found else 0] += 1
+                if max(failures.values()) > TRAINER_RESTARTS:
+                    raise
+                log.warning("%s; starting again from the last checkpoint", e.message)
     counts = {"prompts_used": len({row["id"] for step in steps for row in step}), "quarantined": len(too_long)}
     return {**metrics, "steps": config.steps, **counts}, workers
 
@@ -133,17 +136,17 @@ class _Controller:
             except RollBack as e:
                 if not left:
                     raise
-                log.warning("%s; back to the checkpoint before, with twice the kl_coef", e.message)
+                self.out.warn(f"PPO, {e.message}; back to the checkpoint before, with twice the kl_coef.")
                 back = e
         with self.out.phase("export"):
             written = self.groups["actor"].submit("export", self.out.model, self.out.path / "adapter")
             wait(written, self.limit, "export of the policy")
-            self.sampler.ask_all("load_checkpoint", self.setup.policy, self.setup.format)
         return metrics, workers
 
     def _train(self, first: int) -> dict[str, float]:
         config, metrics = self.config, {}
         guards, sl_batches = Guards(config, self.out.path / "metrics.jsonl"), self._sl_batches(first)
+        self.out.warnings += [text for text in guards.earlier if text not in self.out.warnings]
         self.begun, self.before = time.monotonic(), dict(self.out.phases)
         for step in range(first, config.steps):
             # 1. Roll out on the engines, which hold the actor's weights; kept on disk before anything else happens.
@@ -189,7 +192,8 @@ class _Controller:
                 calls[f"update_{role}"] = partial(self.groups[role].submit, "update", experience, each=each)
             stats = self._phases(step, calls)
             self.sampler.version = step + 1
-            self.kl.update(metrics["objective/kl"], len(ids))
+            if "actor" in plans:  # while only the critic learns there is no KL to go by
+                self.kl.update(metrics["objective/kl"], len(ids))
 
             # 8. Send the new weights to the engines, and see that both sides compute the same with them.
             if config.staleness and step + 1 < config.steps:
@@ -240,7 +244,7 @@ class _Controller:
 
     def _workers(self) -> dict[str, list[dict[str, Any]]]:
         found = {r: wait(g.submit("info"), self.limit, f"the {r}'s start") for r, g in self.groups.items()}
-        engines = self.sampler.ask_all("info")
+        engines = wait(self.sampler.calls("info"), self.limit, "the rollout engines")
         return found | {"rollout": [{k: info[k] for k in ("pid", "node")} for info in engines]}
 
     def _resume(self, back: RollBack | None) -> int:
@@ -257,9 +261,9 @@ class _Controller:
             step = state["step"]
             if back:
                 forget_checkpoints(self.out.checkpoints, back.step)
+                self.sampler.forget_after(step)  # first: whoever dies here must not find rollouts of the policy left
                 state["kl"]["coef"] *= 2
                 write_atomic(folder / "manifest.json", json.dumps(state))
-                self.sampler.forget_after(step)
             self.kl.load_state_dict(state["kl"])
         elif back:
             raise StageFailed(f"{back.message}; no checkpoint from before it is left", back.fix)

@@ -1,33 +1,39 @@
 """The groups of workers that PPO has beside the rollout engines, started and ended together."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
-from cai_ray.rl.groups import RETRIES, Call, Group, placed, wait
+from cai_ray.rl.groups import RETRIES, Call, Group, Placement, placed, wait
 from cai_ray.rl.rewards import Reward
 from cai_ray.rl.setup import Setup
 from cai_ray.rl.workers import Actor, Critic, Reference
 from cai_ray.training.launch import KEEP_MEMORY
 
+_CLASSES: dict[str, type] = {"actor": Actor, "critic": Critic, "reward": Reward, "reference": Reference}
 
-@contextmanager
-def started(setup: Setup) -> Iterator[dict[str, Group]]:
-    """Actor, critic (where advantages need one), reward and reference by name, models loaded; they end with the block.
+
+def reserved(setup: Setup) -> AbstractContextManager[Placement]:
+    """Room for actor, critic (where advantages need one), reward and reference, until the block ends.
 
     Raises:
         ResourceError: the cluster cannot hold them.
+    """
+    config = setup.config
+    ranks = {"actor": config.actor.sharding.ranks, "critic": config.critic.sharding.ranks}
+    ranks |= {"reward": config.inference_ranks, "reference": config.inference_ranks}
+    if not config.has_critic:
+        del ranks["critic"]
+    return placed(ranks, setup.device, setup.cluster.start_timeout_s)
+
+
+@contextmanager
+def started(setup: Setup, placement: Placement) -> Iterator[dict[str, Group]]:
+    """The groups of the roles that have room, by name, models loaded; they end with the block.
+
+    Raises:
         StageFailed: one did not start within `cluster.start_timeout_s` seconds.
     """
     config, timeout_s = setup.config, setup.cluster.start_timeout_s
-    actor, critic = config.actor.sharding, config.critic.sharding
-    roles = {  # class, ranks, threads of a rank
-        "actor": (Actor, actor.ranks, actor.cpus_per_rank),
-        "critic": (Critic, critic.ranks, critic.cpus_per_rank),
-        "reward": (Reward, config.inference_ranks, critic.cpus_per_rank),
-        "reference": (Reference, config.inference_ranks, actor.cpus_per_rank),
-    }
-    if not config.has_critic:
-        del roles["critic"]
     updates = config.ppo_epochs * config.rollout_batch_size // config.minibatch_size
     # Roles whose ranks are one process group, which none can leave and come back to, and what they are told to join it.
     joined = {"actor": [updates * (config.steps - config.critic_warmup_steps)], "critic": [updates * config.steps]}
@@ -35,21 +41,20 @@ def started(setup: Setup) -> Iterator[dict[str, Group]]:
         joined |= {"reward": [], "reference": []}
     memory = {} if setup.device == "gpu" else KEEP_MEMORY
     groups: dict[str, Group] = {}
-    with placed({role: ranks for role, (_, ranks, _) in roles.items()}, setup.device, timeout_s) as placement:
-        try:
-            for role, (cls, ranks, threads) in roles.items():
-                env = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", **memory}
-                retries = 0 if role in joined else RETRIES
-                groups[role] = placement.start(role, cls, ranks, env, retries, setup)
-            ready: list[Call] = []
-            for role, group in groups.items():
-                if role not in joined:
-                    ready += group.submit("info")
-                    continue
-                (where, *_) = wait(group.submit("address"), timeout_s, f"start of the {role}")
-                ready += group.submit("join", *where, *joined[role])
-            wait(ready, timeout_s, "start of PPO's workers")
-            yield groups
-        finally:
-            for group in groups.values():
-                group.kill()
+    try:
+        for role in placement.ranks:
+            learner = config.actor if role in ("actor", "reference") else config.critic
+            env = {"OMP_NUM_THREADS": str(learner.sharding.cpus_per_rank), "TOKENIZERS_PARALLELISM": "false", **memory}
+            groups[role] = placement.start(role, _CLASSES[role], env, 0 if role in joined else RETRIES, setup)
+        ready: list[Call] = []
+        for role, group in groups.items():
+            if role not in joined:
+                ready += group.submit("info")
+                continue
+            (where, *_) = wait(group.submit("address"), timeout_s, f"start of the {role}")
+            ready += group.submit("join", *where, *joined[role])
+        wait(ready, timeout_s, "start of PPO's workers")
+        yield groups
+    finally:
+        for group in groups.values():
+            group.kill()

@@ -65,10 +65,6 @@ class Sampler:
         """Calls a method of every engine."""
         return engine_calls(self._engines, method, *args)
 
-    def ask_all(self, method: str, *args: Any) -> list[Any]:
-        """Every engine's answer."""
-        return wait(self.calls(method, *args), self._limit, f"rollout engines ({method})")
-
     def sync(self) -> None:
         """Sends the actor's weights to idle engines, which then hold `version`.
 

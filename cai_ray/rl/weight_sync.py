@@ -66,10 +66,8 @@ class Sender:
 
     def __init__(self, model: ShardedModel, engines: Engines):
         self._model, self._engines = model, engines
-        if engines.gpus:
-            self._nccl = _nccl_trainer(model, engines)
-        elif model.rank == 0:
-            engines.init_weight_transfer_engine({})
+        self._nccl: Any = None
+        self._greeted = False
 
     def send(self, version: int) -> None:
         """Returns when all engines hold the weights as `version`.
@@ -78,17 +76,21 @@ class Sender:
             StageFailed: an engine did not answer.
         """
         self._engines.version = version
-        if self._engines.gpus:
-            self._nccl.send_weights()
-            return
         parameters = self._model.merged_parameters()
         try:
-            if self._model.rank == 0:
+            if self._engines.gpus:
+                self._nccl = self._nccl or _nccl_trainer(self._model, self._engines)
+                self._nccl.source.parameters = parameters
+                self._nccl.send_weights()
+            elif self._model.rank == 0:
                 self._pass_on(parameters)
         finally:  # the other ranks gather all of them, also when an engine dies
             deque(parameters, maxlen=0)
 
     def _pass_on(self, parameters: Iterator[tuple[str, Tensor]]) -> None:
+        if not self._greeted:
+            self._engines.init_weight_transfer_engine({})
+            self._greeted = True
         self._engines.start_weight_update()
         for number, bucket in enumerate(buckets(parameters)):
             name = f"{os.getpid()}-{number}"  # names the process, which may be killed, as the owner
@@ -117,11 +119,13 @@ def _nccl_trainer(model: ShardedModel, engines: Engines) -> Any:
     from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo, NCCLTrainerWeightTransferEngine
 
     class Source(WeightSource):
+        parameters: Iterator[tuple[str, Tensor]]  # of the transfer that is on
+
         def metadata(self) -> list[ParamMeta]:
             return [ParamMeta(name, p.dtype, tuple(p.shape)) for name, p in model.merged_shapes().items()]
 
         def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-            return model.merged_parameters()
+            return self.parameters
 
     address, port = free_address()
     world = 1 + len(engines.handles) * engines.gpus

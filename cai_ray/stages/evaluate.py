@@ -1,5 +1,6 @@
 """Stage 8: every model of the run answers the same held-out prompts; the preference model scores the answers."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,16 +43,18 @@ def evaluate(config: EvaluateConfig, inputs: EvaluateInputs, out: StageDir) -> M
     if not rows:
         raise DataError("evaluate: no prompt is in the held-out tenth", "give `prompts` more rows")
     counts: list[RowCounts] = []
-    for name, setup in inputs.models.items():
-        part = StageDir(out.path / "answers" / name, out.seed)
+    parts, bad = [StageDir(out.path / "answers" / str(n), out.seed) for n in range(len(inputs.models))], []  # numbered:
+    for part, (name, setup) in zip(parts, inputs.models.items(), strict=True):  # a model may be named by its folder
         work = write_rows(rows, PROMPT, part.path / "inputs")
         engines = setup.engines(config.max_prompt_tokens + config.max_new_tokens, inputs.settings.engines)
         with out.phase("generate"):
             counts.append(map_rows(work, Answer(config, out.seed, name), engines, part, settings=inputs.settings))
+        bad += [{"model": name, **json.loads(line)} for line in part.quarantine_path.read_text("utf-8").splitlines()]
+    out.quarantine(bad, len(bad), 1.0)
     if inputs.gpu:  # the scorer takes a GPU that an engine may hold
         next(iter(inputs.models.values())).pool.release()
     with out.phase("score"):
-        answers = _score(inputs, [out.path / "answers" / name / "data" for name in inputs.models], out)
+        answers = _score(inputs, [part.data for part in parts], out)
     pq.write_table(to_table(answers, SCORED), out.data / "part-00000.parquet")
     metrics: dict[str, Any] = {
         "rows_in": sum(c.rows_in for c in counts),

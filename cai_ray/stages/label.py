@@ -17,11 +17,12 @@ from cai_ray.algo.preference import clamp_probability
 from cai_ray.algo.rating import ELO_PER_NAT, fit_elo
 from cai_ray.algo.scores import choice_distribution, expected_score, probability_higher
 from cai_ray.artifacts import Manifest, StageDir
-from cai_ray.config import LabelConfig, Sampling
+from cai_ray.config import VERDICT_TOKENS, LabelConfig, Sampling
 from cai_ray.constitution import Constitution, FeedbackFewShot, Principle, draw, with_balanced_answers, with_questions
 from cai_ray.errors import CaiError, StageFailed
 from cai_ray.evaluation.judge import gold_statistics, judge_statistics, opinion
 from cai_ray.generation.data_plane import map_rows
+from cai_ray.models.tokenization import encode_choices
 from cai_ray.records import LABELED_PAIR, RESPONSE_PAIR, Message, Row, derive_seed, row_id
 from cai_ray.sources import read_comparisons
 from cai_ray.stages.shared import (
@@ -49,8 +50,7 @@ def label(config: LabelConfig, inputs: GenerateInputs, out: StageDir) -> Manifes
     assert inputs.constitution is not None
     program = LabelPair(config, inputs.constitution, out.seed)
     metrics: dict[str, float] = {"few_shots": len(program.shots)}  # a constitution may have fewer than were asked for
-    longest = config.max_prompt_tokens + (config.max_rationale_tokens if config.reasons else 0)
-    engines = inputs.setup.engines(longest + 8, inputs.settings.engines)
+    engines = inputs.setup.engines(config.max_tokens, inputs.settings.engines)
     if config.judge_gate != "off":
         with out.phase("gate"):
             metrics |= pass_gate(program, inputs, engines, out)
@@ -197,7 +197,8 @@ class LabelPair:
             stop = templates.FRAMES[language].reasoning_stops if rlaif else templates.FRAMES[language].rationale_stops
             rationale = (await ask(engine, prompt, row, step, self.seed, limits, stop=stop)).text
             # A rationale that never reaches a verdict is asked for one all the same: the label is never a guess.
-            prompt, limit = conclude(prompt, rationale, language), limit + config.max_rationale_tokens
+            prompt = conclude(prompt, rationale, language)
+            limit += config.max_rationale_tokens + VERDICT_TOKENS
         logprobs = await self._logprobs(engine, prompt, templates.NUMBERS if rlaif else templates.CHOICES, limit)
         prob = choice_distribution(logprobs)[int(swapped)]
         shown = {"swapped": swapped, "logprob_a": logprobs[0], "logprob_b": logprobs[1], "rationale": rationale}
@@ -230,7 +231,7 @@ class LabelPair:
 
     async def _logprobs(self, engine: Any, prompt: Any, choices: Sequence[str], limit: int) -> list[float]:
         ids = check_length(encode(engine.tokenizer, prompt), limit)
-        return await engine.choose(ids, [engine.tokenizer.text(c) for c in choices])
+        return await engine.choose(ids, encode_choices(engine.tokenizer, prompt, choices))
 
 
 def _builders(config: LabelConfig, plain: bool) -> tuple[Any, Any]:

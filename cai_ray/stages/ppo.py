@@ -27,6 +27,7 @@ class PPOInputs:
     cluster: Cluster
     device: str
     progress: Show
+    max_bad_fraction: float = 1.0
     revisions: Path | None = None  # rows of `revise`, where ptx_coef mixes them in
 
 
@@ -55,12 +56,14 @@ def ppo(config: PPOConfig, inputs: PPOInputs, out: StageDir) -> Manifest:
     sl_rows = None
     if inputs.revisions is not None:
         sl_rows = to_learn(inputs.revisions, config, Tokenizer.load(setup.policy, setup.format))
-    metrics, workers = run_ppo(setup, prompts, engines, out, inputs.progress, sl_rows)
+    metrics, workers = run_ppo(setup, prompts, engines, out, inputs.progress, sl_rows, inputs.max_bad_fraction)
     return out.commit(inputs.key, {"prompts": len(prompts), **metrics}, workers=workers)
 
 
 def to_learn(folder: Path, config: PPOConfig, tokenizer: Tokenizer) -> pa.Table:
-    """`revise`'s training rows as SL teaches them, cut to PPO's lengths: id, prompt_ids, response_ids.
+    """`revise`'s training rows, all rounds, as SL learns them by default, cut to PPO's lengths.
+
+    Columns: id, prompt_ids, response_ids.
 
     Raises:
         DataError: there is none.

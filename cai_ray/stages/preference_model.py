@@ -18,14 +18,18 @@ def preference_model(config: PreferenceModelConfig, inputs: TrainInputs, out: St
     folders = list(inputs.rows)
     bad: list[Row] = []
     counts: dict[str, int] = {}
+    seen: set[str] = set()
     for number, source in enumerate(s for s in config.data if s.path != "label"):
         rows, unusable = read_comparisons(source)
         if not rows and not unusable:
             raise DataError(f"preference_model: {source.path} holds no comparison", "expected chosen and rejected")
+        new = [row for row in rows if row["id"] not in seen]  # HH's parts, for one, may share comparisons
+        seen.update(row["id"] for row in new)
         # Kept: what was trained on is part of the stage's record.
-        folders.append(write_rows(rows, LABELED_PAIR, out.data / f"human-{number}"))
+        folders.append(write_rows(new, LABELED_PAIR, out.data / f"human-{number}"))
         bad += unusable
-        counts[f"rows/{source.path}"] = len(rows)
+        counts[f"rows/{source.path}"] = len(new)
+        counts["duplicates"] = counts.get("duplicates", 0) + len(rows) - len(new)
     out.quarantine(bad, sum(counts.values()) + len(bad), inputs.max_bad_fraction)
     metrics = fit("preference_model", config, folders, inputs, out)
     metrics["quarantined"] += len(bad)

@@ -53,7 +53,7 @@ def test_rows_are_accounted_for_at_every_stage(tiny_run: Path) -> None:
     assert len(harmful) == 24
     assert len(helpful) == 12
     quarantined = {}
-    for stage in ("revise", "sample_pairs", "label"):
+    for stage in ("revise", "sample_pairs", "label", "evaluate"):
         m = manifest(tiny_run, stage)["metrics"]
         bad = [json.loads(x)["id"] for x in (tiny_run / stage / "quarantine.jsonl").read_text("utf-8").splitlines()]
         assert m["rows_in"] == m["rows_out"] + m["quarantined"]

@@ -30,7 +30,8 @@ from cai_ray.templates import (
     verdict_prompt_messages,
 )
 
-TOKENIZERS = ["tagged", "metaspace-first", "embedded"]  # byte-level BPE, sentencepiece-like, the embedded model's
+# Byte-level BPE, sentencepiece-like, the same with turn markers that are plain text, the embedded model's.
+TOKENIZERS = ["tagged", "metaspace-first", "legacy", "embedded"]
 BENIGN = "benignword"
 ATTACKS = [
     "]]]",

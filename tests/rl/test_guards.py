@@ -15,7 +15,7 @@ CALM = {"objective/kl": 0.1, "objective/score": 0.0, "rollout/length": 10.0, "ro
 
 def guards(tmp_path, *lines, **changes):
     path = tmp_path / "metrics.jsonl"
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    path.write_text("".join(json.dumps({"step": i, **line}) + "\n" for i, line in enumerate(lines)))
     return Guards(PPOConfig(**changes), path)
 
 

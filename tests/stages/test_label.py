@@ -22,7 +22,7 @@ from cai_ray.records import LABELED_PAIR, RESPONSE_PAIR, Row, to_table
 from cai_ray.sources import read_comparisons
 from cai_ray.stages import label as stage
 from cai_ray.stages.label import LabelPair, alternate, final_label, ranked
-from cai_ray.templates import CHOICES, NUMBERS, SCORES, feedback_prompt, rlaif_prompt, score_prompt
+from cai_ray.templates import CHOICES, NUMBERS, SCORES, feedback_prompt, rationale_prompt, rlaif_prompt, score_prompt
 
 ROW: Row = {
     **{"id": "r", "messages": [{"role": "user", "content": "Hello?"}], "kind": "harmful", "source": "s"},
@@ -48,7 +48,7 @@ class Engine:
         )
 
     @staticmethod
-    def _ids(text: str) -> list[int]:
+    def _ids(text: str, after: str = "") -> list[int]:
         return [ord(c) for c in text]
 
     async def ask(self, request: Any) -> Completion:
@@ -89,6 +89,15 @@ def test_a_soft_label_is_the_normalised_probability() -> None:
     assert (vote["logprob_a"], vote["logprob_b"]) == (pytest.approx(math.log(0.08)), pytest.approx(math.log(0.02)))
     assert (vote["principle_id"], vote["swapped"], vote["inverted"], vote.get("score_a")) == ("p", False, False, None)
     assert engine.prompts == [feedback_prompt(ROW["messages"], QUESTION, "alpha", "beta")]
+
+
+@pytest.mark.parametrize(("format", "end"), [("plain", "The answer is:"), ("score", "Score from 1 to 10:")])
+def test_choices_are_encoded_as_they_go_on_from_the_prompt(format: Any, end: str) -> None:
+    engine, seen = Engine(lambda p, c: [1 / len(c)] * len(c)), []
+    engine.tokenizer.text = lambda text, after="": seen.append(after) or engine._ids(text)
+    labelled(LabelConfig(format=format), engine)
+    assert seen
+    assert all(after.endswith(end) for after in seen)  # a legacy tokenizer would write a second space
 
 
 def test_both_orders_cancel_a_letter() -> None:
@@ -202,6 +211,16 @@ def test_several_rationales_are_sampled_scored_and_averaged(settings: dict[str, 
     assert len({request.seed for request in engine.asked}) == 4
     stops = set.intersection(*(set(request.stop) for request in engine.asked))
     assert stops >= {"\n\nHuman:", verdict.rsplit("\n", 1)[1]}  # neither a turn nor a verdict of its own
+
+
+def test_a_verdict_has_room_behind_the_longest_question_and_rationale() -> None:
+    question = len(rationale_prompt(ROW["messages"], QUESTION, "alpha", "beta"))
+    config = LabelConfig(format="cot", max_prompt_tokens=question, max_rationale_tokens=16)
+    engine = Engine(alpha_wins(0.8), ("r" * 12,))
+    labelled(config, engine)
+    assert question + 16 < len(engine.prompts[0]) <= config.max_tokens - 8  # of which the choice needs some
+    with pytest.raises(DataError, match="more than"):
+        labelled(config, Engine(alpha_wins(0.8), ("r" * 16,)))
 
 
 def test_principles_are_drawn_anew_for_each_vote() -> None:

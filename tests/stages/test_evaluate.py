@@ -1,0 +1,60 @@
+"""Where answers lie and which rows are told to be bad, without engines and scorer."""
+
+import json
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from cai_ray.artifacts import StageDir, StageKey
+from cai_ray.config import EvaluateConfig
+from cai_ray.evaluation.answers import ANSWER
+from cai_ray.generation.data_plane import MapSettings, RowCounts
+from cai_ray.records import PROMPT, to_table
+from cai_ray.stages import evaluate as stage
+from cai_ray.stages.shared import write_rows
+
+
+def all_but_one(inputs: Path, program: Any, engines: Any, out: StageDir, *, settings: MapSettings) -> RowCounts:
+    """Stands in for the data plane: the first row is bad, the others are answered."""
+    first, *rows = pq.read_table(inputs).to_pylist()
+    done = [{**row, "model": program.model, "response": "Yes.", "seed": 0, "flags": []} for row in rows]
+    pq.write_table(to_table(done, ANSWER), out.data / "part-00000.parquet")
+    out.quarantine([{"id": first["id"], "reason": "too long"}], 1, 1.0)
+    return RowCounts(len(rows) + 1, len(rows), 1)
+
+
+def score(inputs: stage.EvaluateInputs, folders: list[Path], *_: Any) -> list[dict[str, Any]]:
+    """Stands in for the preference model."""
+    return [{**row, "score": 0.0} for folder in folders for row in pq.read_table(folder).to_pylist()]
+
+
+def test_a_model_s_folder_stays_as_it_is_and_bad_rows_are_told_with_their_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage, "map_rows", all_but_one)
+    monkeypatch.setattr(stage, "_score", score)
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    prompts = [
+        {"id": f"{kind}{i}", "messages": [{"role": "user", "content": "Hi"}], "kind": kind, "source": "s"}
+        | {"split": "test"}
+        for kind in ("harmful", "helpful")
+        for i in range(2)
+    ]
+    setup: Any = SimpleNamespace(engines=lambda length, count: None)
+    show = MapSettings(1, 8, 0.5, 60, nullcontext)  # type: ignore[arg-type]
+    rows = write_rows(prompts, pa.schema(PROMPT), tmp_path / "prompts")
+    models = {"sft": setup, str(mine): setup}
+    inputs = stage.EvaluateInputs(StageKey({}, {}, {}), rows, models, tmp_path, show, threads=1, gpu=False)
+    out = StageDir(tmp_path / "evaluate")
+    manifest = stage.evaluate(EvaluateConfig(), inputs, out)
+    assert list(mine.iterdir()) == []
+    assert {r["model"] for r in pq.read_table(out.data).to_pylist()} == set(models)
+    bad = [json.loads(line) for line in out.quarantine_path.read_text("utf-8").splitlines()]
+    assert bad == [{"model": m, "id": "harmful0", "reason": "too long"} for m in models]
+    assert (manifest.metrics["rows_in"], manifest.metrics["quarantined"]) == (8, 2)

@@ -1,0 +1,32 @@
+"""The comparisons that the preference model is given."""
+
+import json
+
+import pyarrow.parquet as pq
+
+from cai_ray.artifacts import StageDir, StageKey
+from cai_ray.config import Cluster, Comparisons, PreferenceModelConfig
+from cai_ray.stages import preference_model as stage
+from cai_ray.stages.shared import TrainInputs
+
+
+def test_a_comparison_that_two_sources_share_counts_once(tmp_path, monkeypatch):
+    def write(name, *words):
+        rows = [{"prompt": w, "chosen": f"{w}, yes", "rejected": f"{w}, no"} for w in words]
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return Comparisons(path=str(tmp_path / name))
+
+    given = []
+
+    def fit(name, config, folders, inputs, out):  # training itself is not what this is about
+        given.extend(row["messages"][0]["content"] for f in folders for row in pq.read_table(f).to_pylist())
+        return {"quarantined": 0}
+
+    monkeypatch.setattr(stage, "fit", fit)
+    config = PreferenceModelConfig(data=(write("a.jsonl", "bread", "rain"), write("b.jsonl", "rain", "sun")))
+    key = StageKey({}, {"seed": 7}, {})
+    inputs = TrainInputs(key, (), tmp_path, "auto", 0.01, Cluster(), "cpu", lambda *_: None)
+    manifest = stage.preference_model(config, inputs, StageDir(tmp_path / "preference_model", 7))
+    assert sorted(given) == ["bread", "rain", "sun"]
+    assert manifest.metrics["duplicates"] == 1
+    assert [manifest.metrics[f"rows/{source.path}"] for source in config.data] == [2, 1]
