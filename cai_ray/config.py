@@ -23,8 +23,8 @@ from pydantic import (
 from cai_ray.deepspeed_options import check_options, read_options
 
 FEEDBACK = "feedback_model"  # as a reward: it rates each response
-VERDICT_TOKENS = 24  # at most: what asks for the verdict after a rationale
 FUNCTION = re.compile(r"(?!run:)[A-Za-z_][\w.]*:[A-Za-z_]\w*")  # module:function, as a reward
+VERDICT_TOKENS = 24  # at most: what asks for the verdict after a rationale
 
 T = TypeVar("T")
 Op = Annotated[T, Field(json_schema_extra={"operational": True})]  # never changes a stage's key

@@ -315,6 +315,7 @@ def _both_formats(build: Callable[P, Exchanges]) -> tuple[Callable[P, str], Call
         first, *turns = (turn for asked, answer in exchanges for turn in (_user(asked), _assistant(answer)))
         return [_user("\n\n".join([*task, first["content"]])), *turns]
 
+    plain.__doc__ = chat.__doc__ = build.__doc__
     return plain, chat
 
 

@@ -101,7 +101,8 @@ class RowLog:
         self.ledger, self.engine, self.schema = ledger, engine, schema
         self._waiting: list[Row] = []
         self._timer: asyncio.TimerHandle | None = None
-        self._stream: Any = None  # pyarrow.RecordBatchStreamWriter
+        self._file: Any = None  # pyarrow.OSFile
+        self._stream: Any = None  # pyarrow.RecordBatchStreamWriter into it
 
     def append(self, row: Row) -> None:
         """Takes a row, which will be durable within FLUSH_S; call it in an event loop."""

@@ -19,10 +19,9 @@ def reserved(setup: Setup) -> AbstractContextManager[Placement]:
         ResourceError: the cluster cannot hold them.
     """
     config = setup.config
-    ranks = {"actor": config.actor.sharding.ranks, "critic": config.critic.sharding.ranks}
-    ranks |= {"reward": config.inference_ranks, "reference": config.inference_ranks}
-    if not config.has_critic:
-        del ranks["critic"]
+    critic = {"critic": config.critic.sharding.ranks} if config.has_critic else {}
+    ranks = {"actor": config.actor.sharding.ranks, **critic}
+    ranks |= dict.fromkeys(("reward", "reference"), config.inference_ranks)
     return placed(ranks, setup.device, setup.cluster.start_timeout_s)
 
 

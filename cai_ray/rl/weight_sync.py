@@ -66,8 +66,7 @@ class Sender:
 
     def __init__(self, model: ShardedModel, engines: Engines):
         self._model, self._engines = model, engines
-        self._nccl: Any = None
-        self._greeted = False
+        self._link: Any = None  # from the first transfer on: on GPUs vLLM's sending side, on CPU True
 
     def send(self, version: int) -> None:
         """Returns when all engines hold the weights as `version`.
@@ -79,18 +78,18 @@ class Sender:
         parameters = self._model.merged_parameters()
         try:
             if self._engines.gpus:
-                self._nccl = self._nccl or _nccl_trainer(self._model, self._engines)
-                self._nccl.source.parameters = parameters
-                self._nccl.send_weights()
+                self._link = self._link or _nccl_trainer(self._model, self._engines)
+                self._link.source.parameters = parameters
+                self._link.send_weights()
             elif self._model.rank == 0:
                 self._pass_on(parameters)
         finally:  # the other ranks gather all of them, also when an engine dies
             deque(parameters, maxlen=0)
 
     def _pass_on(self, parameters: Iterator[tuple[str, Tensor]]) -> None:
-        if not self._greeted:
+        if not self._link:
             self._engines.init_weight_transfer_engine({})
-            self._greeted = True
+            self._link = True
         self._engines.start_weight_update()
         for number, bucket in enumerate(buckets(parameters)):
             name = f"{os.getpid()}-{number}"  # names the process, which may be killed, as the owner

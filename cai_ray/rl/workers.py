@@ -204,8 +204,8 @@ class Actor(_Trained):
         """
         if engines is not None:
             cluster = self._setup.cluster
-            # Half of what the controller waits for this: an engine that hangs is named before the actor is.
             gpus = cluster.tensor_parallel_size if self._setup.device == "gpu" else 0
+            # Half of what the controller waits for this: an engine that hangs is named before the actor is.
             self._sender = Sender(self._model, Engines(engines, gpus, cluster.step_timeout_s / 2))
         self._sender.send(version)
         return None, {}

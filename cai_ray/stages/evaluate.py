@@ -43,8 +43,9 @@ def evaluate(config: EvaluateConfig, inputs: EvaluateInputs, out: StageDir) -> M
     if not rows:
         raise DataError("evaluate: no prompt is in the held-out tenth", "give `prompts` more rows")
     counts: list[RowCounts] = []
-    parts, bad = [StageDir(out.path / "answers" / str(n), out.seed) for n in range(len(inputs.models))], []  # numbered:
-    for part, (name, setup) in zip(parts, inputs.models.items(), strict=True):  # a model may be named by its folder
+    # Numbered, because a model may be named by its folder.
+    parts, bad = [StageDir(out.path / "answers" / str(n), out.seed) for n in range(len(inputs.models))], []
+    for part, (name, setup) in zip(parts, inputs.models.items(), strict=True):
         work = write_rows(rows, PROMPT, part.path / "inputs")
         engines = setup.engines(config.max_prompt_tokens + config.max_new_tokens, inputs.settings.engines)
         with out.phase("generate"):

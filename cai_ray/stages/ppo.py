@@ -27,7 +27,7 @@ class PPOInputs:
     cluster: Cluster
     device: str
     progress: Show
-    max_bad_fraction: float = 1.0
+    max_bad_fraction: float
     revisions: Path | None = None  # rows of `revise`, where ptx_coef mixes them in
 
 

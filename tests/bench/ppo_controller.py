@@ -118,9 +118,6 @@ class LightEngine:
         """Takes the version."""
         self._version = version
 
-    def load_checkpoint(self, folder: Path, format: str) -> None:
-        """Nothing to load."""
-
     def prompt_logprobs(self, ids: list[list[int]], starts: list[int]) -> list[list[float]]:
         """As the actor's probe."""
         return [[-1.0] * (len(x) - s) for x, s in zip(ids, starts, strict=True)]
