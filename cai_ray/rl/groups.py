@@ -79,7 +79,8 @@ def _answer(call: Call, what: str, timeout_s: float) -> Any:
         raise StageFailed(f"{what}: {call.who} failed with {type(cause).__name__}: {cause}") from e
     except RayActorError as e:
         if e.actor_init_failed:
-            raise StageFailed(f"{what}: {call.who} could not start: {str(e).strip().splitlines()[-1]}") from e
+            # Of an error of ours its message and how to mend it; of another one all that Ray tells.
+            raise StageFailed(f"{what}: {call.who} could not start: {str(e).rpartition('cai_ray.errors.')[2]}") from e
         raise call.lost(f"{what}: {call.who} is gone", "see its log, and the machine's memory") from e
     except RayError as e:
         raise StageFailed(f"{what}: {call.who} failed: {type(e).__name__}", "see Ray's logs") from e

@@ -9,7 +9,7 @@ from cai_ray.rl.setup import Setup
 from cai_ray.rl.workers import Actor, Critic, Reference
 from cai_ray.training.launch import KEEP_MEMORY
 
-_CLASSES: dict[str, type] = {"actor": Actor, "critic": Critic, "reward": Reward, "reference": Reference}
+CLASSES: dict[str, type] = {"actor": Actor, "critic": Critic, "reward": Reward, "reference": Reference}
 
 
 def reserved(setup: Setup) -> AbstractContextManager[Placement]:
@@ -44,7 +44,7 @@ def started(setup: Setup, placement: Placement) -> Iterator[dict[str, Group]]:
         for role in placement.ranks:
             learner = config.actor if role in ("actor", "reference") else config.critic
             env = {"OMP_NUM_THREADS": str(learner.sharding.cpus_per_rank), "TOKENIZERS_PARALLELISM": "false", **memory}
-            groups[role] = placement.start(role, _CLASSES[role], env, 0 if role in joined else RETRIES, setup)
+            groups[role] = placement.start(role, CLASSES[role], env, 0 if role in joined else RETRIES, setup)
         ready: list[Call] = []
         for role, group in groups.items():
             if role not in joined:

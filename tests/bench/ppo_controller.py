@@ -185,8 +185,7 @@ def main() -> None:
     told = parser.parse_args()
     import ray
 
-    for name in ("Actor", "Critic", "Reward", "Reference"):
-        setattr(roles, name, Light)
+    roles.CLASSES.update(dict.fromkeys(roles.CLASSES, Light))
     ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     with tempfile.TemporaryDirectory() as temporary:
         small, small_cpu, _ = run(2, max(20, told.steps // 5), Path(temporary))

@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 
 from cai_ray.algo.ppo import logprobs_from_logits
 from cai_ray.artifacts import StageDir
-from cai_ray.errors import StageFailed
+from cai_ray.errors import DataError, StageFailed
 from cai_ray.models.checkpoints import load_causal_lm
+from cai_ray.rl.groups import Call, wait
 from cai_ray.rl.sampler import Sampler
 from cai_ray.rl.weight_sync import check_gap, check_sync, mean_gap
 
@@ -145,3 +146,17 @@ def test_a_gap_above_the_limit_or_no_number_stops_the_run():
     with pytest.raises(StageFailed, match=r"step 7, the engines are 0.0003 nats .* moved by 0.00035: they hold older"):
         check_sync(3e-4, 3.5e-4, 1e-3, 7)
     assert mean_gap([[-1.0, -2.0, -3.0], [-1.0]], [[-1.5, -2.0], [-1.25]]) == pytest.approx(0.25)
+
+
+def test_a_worker_that_cannot_start_says_why_and_is_no_lost_process(pool):
+    class Broken:
+        def __init__(self):
+            raise DataError("config.json has no scale", "train it with cai-ray")
+
+        def info(self):
+            return None, {}
+
+    call = Call("reward 0", ray.remote(num_cpus=0)(Broken).remote().info.remote())
+    with pytest.raises(StageFailed, match=r"reward 0 could not start: DataError: config\.json has no scale") as error:
+        wait([call], 60, "start of PPO's workers")
+    assert "train it with cai-ray" in error.value.message
