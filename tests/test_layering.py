@@ -46,9 +46,10 @@ KNOW_DEEPSPEED = {"training", "rl"}
 # The core was to fit 6,000 lines. With every feedback format, prompt expansion, exports, checks of constitutions,
 # adapters (in PPO too), activations that are kept selectively, resuming with other ranks, model cards, documents that
 # share a row, and PPO's options (RLOO and GRPO, KL as a loss, feedback models and functions as rewards, SL rows mixed
-# in, scores while responses arrive, models that look sharded over GPUs, one step ahead, guards, a timeline) it holds
-# more; this figure may go down, and up only with a feature that is worth it.
-CORE_LINES, REST_LINES, MODULE_LINES, FUNCTION_LINES, LOOP_LINES = 8716, 2500, 350, 60, 120
+# in, scores while responses arrive, models that look sharded over GPUs, one step ahead, guards, a timeline), and with
+# no function over 60 lines, the training loop included, it holds more; this figure may go down, and up only with a
+# feature that is worth it.
+CORE_LINES, REST_LINES, MODULE_LINES, FUNCTION_LINES = 8747, 2500, 350, 60
 REST = {"evaluation", "report", "world"}
 
 
@@ -123,8 +124,7 @@ def test_size_budget() -> None:
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 size = len(lines & set(range(node.lineno, (node.end_lineno or 0) + 1)))
-                limit = LOOP_LINES if path.name == "loop.py" else FUNCTION_LINES
-                assert size <= limit, f"{path.relative_to(PACKAGE)}:{node.name} has {size} lines of code"
+                assert size <= FUNCTION_LINES, f"{path.relative_to(PACKAGE)}:{node.name} has {size} lines of code"
     assert core <= CORE_LINES, f"the core has {core} lines of code"
     assert rest <= REST_LINES, f"evaluation, report and world have {rest} lines of code"
 

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 
+from cai_ray.artifacts import print_to
 from cai_ray.errors import CaiError, DataError
 from cai_ray.generation.engine import (
     ChoiceRequest,
@@ -63,7 +64,7 @@ class EngineActor:
     """
 
     def __init__(self, name: str, log_file: Path, model_folder: Path, options: dict[str, Any]):
-        _print_to(log_file)
+        print_to(log_file)
         self.name = name
         self._thread = ThreadPoolExecutor(1, "engine")  # OpenMP and CUDA remember the thread that made the engine
         self._engine: Engine = self._thread.submit(lambda: Engine(model_folder, **options)).result()
@@ -263,16 +264,6 @@ def _readable(table: pa.Table) -> Row:
         return table.to_pylist()[0]
     except UnicodeDecodeError:
         raise DataError("the row holds text that is not UTF-8") from None
-
-
-def _print_to(log_file: Path) -> None:
-    """Sends what this process and its children print, at the level of file descriptors, to a file."""
-    log_file.parent.mkdir(parents=True, exist_ok=True)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    with log_file.open("ab") as log:
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
 
 
 def _die(driver: "asyncio.Task[None]") -> None:

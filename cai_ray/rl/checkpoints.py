@@ -3,7 +3,7 @@
 import json
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,7 @@ def commit_checkpoint(folder: Path, state: Mapping[str, Any], keep: int = 1) -> 
     write_atomic(folder / "manifest.json", json.dumps({**state, "files": files}))
     whole = sorted(_step_of(path.parent) for path in folder.parent.glob("step-*/manifest.json"))
     oldest = [step for step in whole if step <= state["step"]][-keep:][0]
-    for path in folder.parent.iterdir():
-        if _step_of(path) < oldest:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    _remove(path for path in list(folder.parent.iterdir()) if _step_of(path) < oldest)
 
 
 def last_checkpoint(checkpoints: Path, before: float = math.inf) -> tuple[Path, dict[str, Any]] | None:
@@ -35,11 +33,25 @@ def last_checkpoint(checkpoints: Path, before: float = math.inf) -> tuple[Path, 
     return None
 
 
-def forget_checkpoints(checkpoints: Path, step: int) -> None:
-    """Removes the checkpoints from which step `step` or a later one continues."""
-    for folder in checkpoints.glob("step-*"):
-        if _step_of(folder) >= step:
-            shutil.rmtree(folder)
+def go_back(checkpoints: Path, step: int) -> bool:
+    """Makes the newest checkpoint from before `step` the last, with twice the KL coefficient; whether there is one.
+
+    What is from after it goes: other checkpoints, and the rollouts of steps that will be trained otherwise.
+    """
+    found = last_checkpoint(checkpoints, step)
+    if not found:
+        return False
+    folder, state = found
+    # Rollouts come first: whoever dies here must not find, beside the older policy, rollouts of the one that is left.
+    _remove(path for path in sorted(checkpoints.iterdir()) if _step_of(path) > state["step"])
+    state["kl"]["coef"] *= 2
+    write_atomic(folder / "manifest.json", json.dumps(state))
+    return True
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in paths:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _step_of(path: Path) -> int:

@@ -4,9 +4,7 @@ A batch is what a task or an actor's method returned; it goes from worker to wor
 scalars, lengths, a few samples and the probe's few sequences come here.
 """
 
-import json
 import logging
-import math
 import shutil
 import time
 from collections import Counter
@@ -21,12 +19,12 @@ import pyarrow as pa
 import ray
 
 from cai_ray.algo.kl import AdaptiveKL, FixedKL
-from cai_ray.artifacts import StageDir, write_atomic
+from cai_ray.artifacts import StageDir
 from cai_ray.errors import StageFailed
 from cai_ray.models.tokenization import Tokenizer
 from cai_ray.records import Row, derive_seed
 from cai_ray.rl.batches import Plan, row_lengths
-from cai_ray.rl.checkpoints import commit_checkpoint, forget_checkpoints, last_checkpoint
+from cai_ray.rl.checkpoints import commit_checkpoint, go_back, last_checkpoint
 from cai_ray.rl.experience import make_experience
 from cai_ray.rl.groups import Call, EngineDied, Group, WorkerDied, wait
 from cai_ray.rl.guards import Guards, RollBack
@@ -79,6 +77,7 @@ def run_ppo(
     out.path.mkdir(parents=True, exist_ok=True)
     out.quarantine(too_long, len(prompts), max_bad_fraction)
     failures: Counter[int] = Counter()  # by the step that the last checkpoint continues from
+    roll_backs = 0
     get_engines()  # before the workers, who on few GPUs share what the engines leave
     with reserved(setup) as placement:  # kept over restarts: Ray frees what it held only after a while
         while True:
@@ -86,6 +85,12 @@ def run_ppo(
                 with started(setup, placement) as groups, progress() as bar:
                     metrics, workers = _Controller(setup, groups, get_engines, steps, out, bar, sl_rows).run()
                 break
+            except RollBack as e:
+                if (roll_backs := roll_backs + 1) > ROLL_BACKS:
+                    raise
+                if not go_back(out.checkpoints, e.step):
+                    raise StageFailed(f"{e.message}; no checkpoint from before it is left", e.fix) from e
+                out.warn(f"PPO, {e.message}; back to the checkpoint before, with twice the kl_coef.")
             except (WorkerDied, EngineDied) as e:
                 found = last_checkpoint(out.checkpoints)
                 failures[found[1]["step"] if found else 0] += 1
@@ -127,17 +132,12 @@ class _Controller:
         self.shape: Any = ray.remote(num_cpus=0, num_returns=2)(make_experience)
 
     def run(self) -> tuple[dict[str, float], dict[str, list[dict[str, Any]]]]:
-        """Runs every step that no checkpoint covers and exports the policy; the last metrics, and who worked."""
-        workers, metrics, back = self._workers(), {}, None
-        for left in reversed(range(ROLL_BACKS + 1)):
-            try:
-                metrics = self._train(self._resume(back))
-                break
-            except RollBack as e:
-                if not left:
-                    raise
-                self.out.warn(f"PPO, {e.message}; back to the checkpoint before, with twice the kl_coef.")
-                back = e
+        """Runs every step that no checkpoint covers and exports the policy; the last metrics, and who worked.
+
+        Raises:
+            RollBack: the policy has gone too far.
+        """
+        workers, metrics = self._workers(), self._train(self._resume())
         with self.out.phase("export"):
             written = self.groups["actor"].submit("export", self.out.model, self.out.path / "adapter")
             wait(written, self.limit, "export of the policy")
@@ -247,26 +247,15 @@ class _Controller:
         engines = wait(self.sampler.calls("info"), self.limit, "the rollout engines")
         return found | {"rollout": [{k: info[k] for k in ("pid", "node")} for info in engines]}
 
-    def _resume(self, back: RollBack | None) -> int:
-        """Loads the last whole checkpoint, clears what came after it, and brings the engines to the same weights.
-
-        `back` is how the KL's limit has led here: the checkpoint of a policy that is too far away is passed over, the
-        coefficient doubles, for every later process too, and rollouts of steps that will be trained otherwise go.
-        """
-        step, found = 0, last_checkpoint(self.out.checkpoints, back.step if back else math.inf)
-        if found:
+    def _resume(self) -> int:
+        """Loads the last whole checkpoint, clears what came after it, and brings the engines to the same weights."""
+        step = 0
+        if found := last_checkpoint(self.out.checkpoints):
             folder, state = found
             loads = [c for role in self.learners for c in self.groups[role].submit("load", folder / role)]
             wait(loads, self.limit, f"loading {folder.name}")
             step = state["step"]
-            if back:
-                forget_checkpoints(self.out.checkpoints, back.step)
-                self.sampler.forget_after(step)  # first: whoever dies here must not find rollouts of the policy left
-                state["kl"]["coef"] *= 2
-                write_atomic(folder / "manifest.json", json.dumps(state))
             self.kl.load_state_dict(state["kl"])
-        elif back:
-            raise StageFailed(f"{back.message}; no checkpoint from before it is left", back.fix)
         self.out.forget_from(step)
         self.sampler.version = step
         self.sampler.sync()

@@ -132,15 +132,6 @@ class Sampler:
         group, sharded = self._groups[role], self._setup.config.inference_sharded
         return group.submit(method, each=[own for own in each for _ in (group.workers if sharded else [None])])
 
-    def forget_after(self, step: int) -> None:
-        """Drops what was sampled for later steps than `step`."""
-        for path in self._out.checkpoints.glob("rollouts-*.parquet"):
-            if int(path.stem.removeprefix("rollouts-")) > step:
-                path.unlink()
-        for calls in self._asked.values():
-            wait(calls, self._limit, "rollouts that are of no use")
-        self._asked, self._ready, self._early = {}, {}, {}
-
     def _path(self, step: int) -> Any:
         return self._out.checkpoints / f"rollouts-{step}.parquet"
 

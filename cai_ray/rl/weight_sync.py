@@ -7,6 +7,7 @@ gathering a sharded parameter is a collective; rank 0 speaks to the engines.
 import os
 from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import groupby
 from typing import Any
 
@@ -91,16 +92,27 @@ class Sender:
             self._engines.init_weight_transfer_engine({})
             self._link = True
         self._engines.start_weight_update()
-        for number, bucket in enumerate(buckets(parameters)):
-            name = f"{os.getpid()}-{number}"  # names the process, which may be killed, as the owner
-            try:
-                self._engines.update_weights(write_bucket(bucket, name))
-            finally:
-                cleanup(name)
+        taken: Future[None] = Future()  # the engines have taken in the bucket before the one that is being written
+        taken.set_result(None)
+        with ThreadPoolExecutor(1) as thread:
+            for number, bucket in enumerate(buckets(parameters, BUCKET_BYTES)):
+                name = f"{os.getpid()}-{number}"  # names the process, which may be killed, as the owner
+                info = write_bucket(bucket, name)
+                if error := taken.exception():
+                    cleanup(name)
+                    raise error
+                taken = thread.submit(self._hand_over, name, info)
+        taken.result()
         self._engines.finish_weight_update()
 
+    def _hand_over(self, name: str, info: dict[str, Any]) -> None:
+        try:
+            self._engines.update_weights(info)
+        finally:
+            cleanup(name)
 
-def buckets(parameters: Iterator[tuple[str, Tensor]], limit: int = BUCKET_BYTES) -> Iterator[dict[str, Tensor]]:
+
+def buckets(parameters: Iterator[tuple[str, Tensor]], limit: int) -> Iterator[dict[str, Tensor]]:
     """Groups parameters into buckets of about `limit` bytes, cut between layers: vLLM loads whole layers."""
     bucket: dict[str, Tensor] = {}
     for _, layer in groupby(parameters, lambda item: layer_of(item[0])):

@@ -34,7 +34,8 @@ class Checkpoints:
         own = hashlib.sha256(f"{out} {rank}".encode()).hexdigest()[:16]
         self._scratch = Path(tempfile.gettempdir()) / f"cai-ray-checkpoint-{own}"
         shutil.rmtree(self._scratch, ignore_errors=True)  # of a rank that was killed here
-        self._run, self._rank, self._limit = out / "checkpoints" / RUN_NAME, rank, 60 * config.checkpoint_minutes
+        self._run, self._rank = out / "checkpoints" / RUN_NAME, rank
+        self._every, self._limit = config.checkpoint_every, 60 * config.checkpoint_minutes
         self._last = time.monotonic()
 
     def newest(self) -> Path | None:
@@ -55,9 +56,13 @@ class Checkpoints:
         dist.broadcast_object_list(found)
         return found[0]
 
-    def overdue(self) -> bool:
-        """Whether the last is too long ago; only rank 0's clock counts."""
-        return self._rank == 0 and time.monotonic() - self._last > self._limit
+    def due(self, steps_done: int) -> bool:
+        """Whether to write one now, by steps or because the last is too long ago; only rank 0's clock counts."""
+        import torch.distributed as dist
+
+        overdue = [self._rank == 0 and time.monotonic() - self._last > self._limit]
+        dist.broadcast_object_list(overdue)
+        return steps_done % self._every == 0 or overdue[0]
 
     def save(self, model: "ShardedModel", metrics: Mapping[str, float]) -> None:
         """Writes this rank's part and hands it to Ray Train, which copies it in the background.

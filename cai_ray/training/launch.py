@@ -7,19 +7,18 @@ when a rank no longer answers.
 import json
 import os
 import re
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import ray
 from ray.exceptions import RayError
 
-from cai_ray.artifacts import StageDir
+from cai_ray.artifacts import StageDir, print_to
 from cai_ray.errors import CaiError, ResourceError, StageFailed
 from cai_ray.models.shapes import find_shape, memory_sum, training_memory
 from cai_ray.training.checkpoints import RECORD, RUN_NAME, SCORE
-from cai_ray.training.loop import Job, print_to, rank_log, stacks, train
+from cai_ray.training.liveness import Watch, rank_log
+from cai_ray.training.loop import Job, train
 
 MAX_FAILURES = 2  # restarts from the last checkpoint within one call
 POLL_S = 0.5
@@ -77,7 +76,8 @@ def _nodes() -> set[str]:
 
 
 def _run(job: Job, out: StageDir, on_progress: OnProgress | None) -> dict[str, float]:
-    watch, follow = _Watch(job), _Follow(out, job.config.epochs, on_progress)
+    watch = Watch([rank_log(out, r) for r in range(job.config.sharding.ranks)], job.start_timeout_s, job.step_timeout_s)
+    follow = _Follow(out, job.config.epochs, on_progress)
     running = _fit.remote(job)
     finished = False
     try:
@@ -168,46 +168,6 @@ def _failed(error: Any, job: Job) -> StageFailed:
             "continues"
         )
     return StageFailed("training failed, after restarts where they could help:\n    " + "\n    ".join(lines), fix)
-
-
-def _waits(stack: Path) -> bool:
-    """Whether a rank that fell silent noted that it was waiting for the others."""
-    text = stack.read_text("utf-8") if stack.is_file() else ""
-    thread = next((part for part in text.split("\n\n") if "training/loop.py" in part), "")
-    inner = next((line for line in thread.splitlines() if line.lstrip().startswith("File ")), "")
-    return "torch/distributed/" in inner or "deepspeed/comm/" in inner
-
-
-class _Watch:
-    """Notices a rank that gives no sign of life: its log file is neither written nor touched for too long."""
-
-    def __init__(self, job: Job):
-        self._logs = [rank_log(StageDir(job.out), rank) for rank in range(job.config.sharding.ranks)]
-        self._limits = {False: job.start_timeout_s, True: job.step_timeout_s}
-        self._seen = [(_touched(log), time.monotonic(), False) for log in self._logs]  # (change, noticed when, began)
-
-    def __call__(self) -> None:
-        """Raises StageFailed naming the ranks that have not answered, and for how long."""
-        now, silent = time.monotonic(), []
-        for rank, log in enumerate(self._logs):
-            change, since, began = self._seen[rank]
-            if (touched := _touched(log)) != change:
-                self._seen[rank] = (touched, now, True)
-            elif now - since > self._limits[began]:
-                silent.append((rank, began))
-        if silent:
-            began = silent[0][1]
-            named = [rank for rank, also in silent if also == began]
-            ranks = ", ".join(map(str, [r for r in named if not _waits(stacks(self._logs[r]))] or named))
-            raise StageFailed(
-                f"training ranks {ranks} have not {'answered' if began else 'started'} for {self._limits[began]:.0f} s",
-                f"see {self._logs[0].parent}; raise cluster.{'step' if began else 'start'}_timeout_s if they "
-                "are only slow; the same command continues",
-            )
-
-
-def _touched(log: Path) -> int:
-    return log.stat().st_mtime_ns if log.is_file() else 0
 
 
 class _Follow:

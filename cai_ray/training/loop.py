@@ -4,7 +4,6 @@ The row order is a hash, dropout is off and each step is seeded anew: the step c
 and a resumed run repeats an uninterrupted one.
 """
 
-import faulthandler
 import json
 import os
 import platform
@@ -22,14 +21,17 @@ from cai_ray.errors import CaiError, DataError, StageFailed
 from cai_ray.records import Row, derive_seed
 from cai_ray.training.batches import copies, epoch_order, layout, step_rows, total_steps
 from cai_ray.training.checkpoints import Checkpoints
+from cai_ray.training.liveness import own_log, rank_log
 
 if TYPE_CHECKING:
+    import torch
+
     from cai_ray.models.tokenization import Tokenizer
+    from cai_ray.training.deepspeed import ShardedModel
 
 Kind = Literal["sft", "preference_model"]
 EVAL_ROWS = 1024  # held-out rows that are evaluated, the first by a hash of the id: accuracy to 1.6 points
 REWARD_ROWS = 8  # with fewer held-out pairs, mean and std of the reward come from training rows
-PULSE_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -67,73 +69,36 @@ def train(told: dict[str, Job]) -> dict[str, float] | CaiError:
 
 def _train(job: Job) -> dict[str, float]:
     # 1. This rank: its log, its threads, its place among the others.
-    import ray.train
-    import torch
     import torch.distributed as dist
 
-    out, config, sharding = StageDir(job.out, job.seed), job.config, job.config.sharding
-    rank, world = ray.train.get_context().get_world_rank(), ray.train.get_context().get_world_size()
-    pulse = _own_log(rank_log(out, rank), job.step_timeout_s)
-    print(f"rank {rank} of {world}: process {os.getpid()} on {platform.node()}", flush=True)
+    out, config = StageDir(job.out, job.seed), job.config
+    device, pulse = _join(job, out)
+    main = dist.get_rank() == 0
     from cai_ray.models.tokenization import Tokenizer
     from cai_ray.training import preference, sft
-    from cai_ray.training.deepspeed import ShardedModel, init_distributed, loading
-    from cai_ray.training.lora import add_adapters
-
-    device = torch.device("cpu")
-    if job.device == "gpu":
-        device = torch.device("cuda", torch.cuda.current_device())  # chosen by Ray Train
-    else:
-        torch.set_num_threads(sharding.cpus_per_rank)
-    init_distributed(device, job.step_timeout_s)
 
     # 2. Rows to examples. Every rank tokenises all rows and holds them as int32: 5 GB for a billion tokens.
     tasks: dict[str, ModuleType] = {"sft": sft, "preference_model": preference}
     tokenizer, task = Tokenizer.load(job.model, job.format), tasks[job.kind]
-    trained, held_out, counts = _examples(job, task, tokenizer, out if rank == 0 else None, pulse)
+    trained, held_out, counts = _examples(job, task, tokenizer, out if main else None, pulse)
     ids = [e.id for e in trained]
-    steps = total_steps(len(trained), config.epochs, config.batch_size)
 
     # 3. The model, and where an earlier attempt left it.
     pulse()
-    adapters = None
-    with loading(sharding, config.optim, device):
-        module = task.load(job.model, sharding.dtype, derive_seed(job.seed, "head", job.kind))
-        if config.lora:
-            adapters = add_adapters(module.hf, config.lora, job.model, derive_seed(job.seed, "lora", job.kind))
-    model = ShardedModel(module, config.optim, sharding, steps, device)
-    checkpoints = Checkpoints(job.out, rank, config)
+    model, adapters = _model(job, task, total_steps(len(trained), config.epochs, config.batch_size), device)
+    checkpoints = Checkpoints(job.out, model.rank, config)
     if newest := checkpoints.newest():
         model.load(newest)
         print(f"continues after step {model.steps_done}", flush=True)
-    if rank == 0:
+    if main:
         out.forget_from(model.steps_done)
-
-    def micro_batches(batch: Sequence[Any], rows: Sequence[int]) -> Iterator[tuple[list[int], list[Any], Any]]:
-        """This rank's micro-batches of `rows`, indices into `batch`: (indices, examples, tensors)."""
-        packed = getattr(config, "packing", True)  # a preference model always packs
-        for micro in layout(rows, [e.length for e in batch], world, sharding.microbatch_tokens, packed)[rank]:
-            pulse()
-            chosen = [batch[i] for i in micro]
-            yield micro, chosen, task.collate(chosen, tokenizer.pad_id, device, config)
-
-    def scores(batch: Sequence[Any]) -> list[Any]:
-        """`task.score` of every example, on every rank."""
-        mine: dict[int, Any] = {}
-        model.module.eval()
-        with torch.no_grad():
-            for micro, chosen, tensors in micro_batches(batch, range(len(batch))):
-                mine.update(zip(micro, task.score(model.module, chosen, tensors), strict=True))
-        model.module.train()
-        parts: list[dict[int, Any]] = [{}] * world
-        dist.all_gather_object(parts, mine)
-        return [score for _, score in sorted({i: s for part in parts for i, s in part.items()}.items())]
+    passes = _Passes(job, task, tokenizer.pad_id, model, device, pulse)
 
     def evaluate() -> tuple[list[Any], dict[str, float]]:
         """Scores of the held-out rows, and the metrics that come of them, which rank 0 writes."""
-        found = scores(held_out)
+        found = passes.scores(held_out)
         summary = task.summary(held_out, found) if held_out else {}
-        if rank == 0 and summary:
+        if main and summary:
             out.metrics(model.steps_done, summary)
         return found, summary
 
@@ -142,46 +107,24 @@ def _train(job: Job) -> dict[str, float]:
         evaluate()
 
     # 5. The steps.
-    done = model.steps_done
-    for epoch, rows in step_rows(ids, job.seed, config.epochs, config.batch_size, start=done):
-        began, lr = time.monotonic(), model.lr
-        torch.manual_seed(derive_seed(job.seed, str(done), "step"))
-        total = sum(trained[i].units for i in rows)
-        loss = torch.zeros((), device=device)
-        for _, chosen, tensors in micro_batches(trained, rows):
-            part = task.loss(model.module, chosen, tensors, config, total)
-            model.backward(part)
-            loss += part.detach()
-        told = torch.stack([loss, loss.new_tensor(checkpoints.overdue())])
-        dist.all_reduce(told)
-        loss, overdue = told
-        try:
-            if not loss.isfinite():
-                raise StageFailed(f"the loss of step {done + 1} is {float(loss)}", "lower optim.lr or look at its rows")
-            norm = model.step()
-        except StageFailed as error:  # on every rank alike, and before the weights change
-            saved = out.logs / f"step-{done + 1:06d}.json"
-            if rank == 0:
-                save_batch(saved, [trained[i] for i in rows])
-            raise StageFailed(f"{error.message}; the tokens of its rows are in {saved}", error.fix) from None
-        line = {"train/loss": float(loss), "train/lr": lr, "train/grad_norm": norm, "train/epoch": epoch}
-        line["perf/tokens_per_s"] = sum(trained[i].tokens for i in rows) / (time.monotonic() - began)
-        if rank == 0:
-            out.metrics(done, line)
-        done = model.steps_done
-        if done % config.checkpoint_every == 0 or overdue:
+    for epoch, rows in step_rows(ids, job.seed, config.epochs, config.batch_size, start=model.steps_done):
+        step, batch = model.steps_done, [trained[i] for i in rows]
+        line = passes.step(batch, out.logs / f"step-{step + 1:06d}.json") | {"train/epoch": epoch}
+        if main:
+            out.metrics(step, line)
+        if checkpoints.due(model.steps_done):
             checkpoints.save(model, evaluate()[1] if config.keep_checkpoints > 1 else {})
 
     # 6. Held-out rows after the last step, and the reward's scale.
     after, summary = evaluate()
     updates = {}
     if job.kind == "preference_model":
-        blind = preference.leaks(held_out, scores)
-        if rank == 0 and blind:
-            out.metrics(done, blind)
+        blind = preference.leaks(held_out, passes.scores)
+        if main and blind:
+            out.metrics(model.steps_done, blind)
         summary |= blind
         if len(held_out) < REWARD_ROWS:
-            after = scores([trained[i] for i in epoch_order(ids, job.seed, 0)[:EVAL_ROWS]])
+            after = passes.scores([trained[i] for i in epoch_order(ids, job.seed, 0)[:EVAL_ROWS]])
         updates = reward_scale([s for pair in after for s in pair])
 
     # 7. The model's folder.
@@ -189,12 +132,110 @@ def _train(job: Job) -> dict[str, float]:
     if adapters:
         model.export_adapter(adapters, out.path / "adapter")
     model.export(tokenizer, out.path / "model", updates)
-    return {**counts, "steps": done, **summary, **updates}
+    return {**counts, "steps": model.steps_done, **summary, **updates}
 
 
-def rank_log(out: StageDir, rank: int) -> Path:
-    """A rank's log file; its time of change is also the rank's sign of life."""
-    return out.logs / f"rank-{rank}.log"
+def _join(job: Job, out: StageDir) -> tuple["torch.device", Callable[[], None]]:
+    """Opens this rank's log and joins the others: where its tensors live, and its sign of life."""
+    import ray.train
+
+    context = ray.train.get_context()
+    rank = context.get_world_rank()
+    pulse = own_log(rank_log(out, rank), job.step_timeout_s)
+    print(f"rank {rank} of {context.get_world_size()}: process {os.getpid()} on {platform.node()}", flush=True)
+    import torch
+
+    from cai_ray.training.deepspeed import init_distributed
+
+    device = torch.device("cpu")
+    if job.device == "gpu":
+        device = torch.device("cuda", torch.cuda.current_device())  # chosen by Ray Train
+    else:
+        torch.set_num_threads(job.config.sharding.cpus_per_rank)
+    init_distributed(device, job.step_timeout_s)
+    return device, pulse
+
+
+def _model(job: Job, task: ModuleType, steps: int, device: "torch.device") -> tuple["ShardedModel", Any]:
+    """The model of a run of `steps` steps, as it begins, and peft's configuration of its adapters, if it has any."""
+    from cai_ray.training.deepspeed import ShardedModel, loading
+    from cai_ray.training.lora import add_adapters
+
+    config, adapters = job.config, None
+    with loading(config.sharding, config.optim, device):
+        module = task.load(job.model, config.sharding.dtype, derive_seed(job.seed, "head", job.kind))
+        if config.lora:
+            adapters = add_adapters(module.hf, config.lora, job.model, derive_seed(job.seed, "lora", job.kind))
+    return ShardedModel(module, config.optim, config.sharding, steps, device), adapters
+
+
+@dataclass
+class _Passes:
+    """Forward and backward passes over any examples, which all ranks share; every rank calls each method alike."""
+
+    job: Job
+    task: ModuleType  # training.sft or training.preference
+    pad_id: int
+    model: "ShardedModel"
+    device: "torch.device"
+    pulse: Callable[[], None]
+
+    def micro_batches(self, batch: Sequence[Any]) -> Iterator[tuple[list[int], list[Any], Any]]:
+        """This rank's: (indices into `batch`, their examples, the tensors)."""
+        packed = getattr(self.job.config, "packing", True)  # a preference model always packs
+        lengths, most = [e.length for e in batch], self.job.config.sharding.microbatch_tokens
+        for micro in layout(range(len(batch)), lengths, self.model.world_size, most, packed)[self.model.rank]:
+            self.pulse()
+            chosen = [batch[i] for i in micro]
+            yield micro, chosen, self.task.collate(chosen, self.pad_id, self.device, self.job.config)
+
+    def scores(self, batch: Sequence[Any]) -> list[Any]:
+        """`task.score` of every example, on every rank."""
+        import torch
+        import torch.distributed as dist
+
+        mine: dict[int, Any] = {}
+        module = self.model.module
+        module.eval()
+        with torch.no_grad():
+            for micro, chosen, tensors in self.micro_batches(batch):
+                mine.update(zip(micro, self.task.score(module, chosen, tensors), strict=True))
+        module.train()
+        parts: list[dict[int, Any]] = [{}] * self.model.world_size
+        dist.all_gather_object(parts, mine)
+        return [score for _, score in sorted({i: s for part in parts for i, s in part.items()}.items())]
+
+    def step(self, batch: Sequence[Any], saved: Path) -> dict[str, float]:
+        """One optimizer step over `batch`; its metrics.
+
+        Raises:
+            StageFailed: the loss or the gradient is not finite, on every rank alike and before the weights change; the
+                batch is in `saved`.
+        """
+        import torch
+        import torch.distributed as dist
+
+        model, begun, lr = self.model, time.monotonic(), self.model.lr
+        torch.manual_seed(derive_seed(self.job.seed, str(model.steps_done), "step"))
+        total = sum(e.units for e in batch)
+        loss = torch.zeros((), device=self.device)
+        for _, chosen, tensors in self.micro_batches(batch):
+            part = self.task.loss(model.module, chosen, tensors, self.job.config, total)
+            model.backward(part)
+            loss += part.detach()
+        dist.all_reduce(loss)
+        try:
+            if not loss.isfinite():
+                raise StageFailed(
+                    f"the loss of step {model.steps_done + 1} is {float(loss)}", "lower optim.lr or look at its rows"
+                )
+            norm = model.step()
+        except StageFailed as error:
+            if model.rank == 0:
+                save_batch(saved, batch)
+            raise StageFailed(f"{error.message}; the tokens of its rows are in {saved}", error.fix) from None
+        speed = sum(e.tokens for e in batch) / (time.monotonic() - begun)
+        return {"train/loss": float(loss), "train/lr": lr, "train/grad_norm": norm, "perf/tokens_per_s": speed}
 
 
 def reward_scale(scores: Sequence[float]) -> dict[str, float]:
@@ -220,38 +261,6 @@ def save_batch(path: Path, batch: Sequence[Any]) -> None:
 
     rows = [{k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in vars(e).items()} for e in batch]
     write_atomic(path, json.dumps(rows))
-
-
-def print_to(path: Path) -> None:
-    """Sends all that this process prints to the end of a file."""
-    log = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    for stream in (1, 2):
-        os.dup2(log, stream)
-
-
-def stacks(log: Path) -> Path:
-    """Where a rank that hangs notes what each of its threads was doing."""
-    return log.with_suffix(".stack")
-
-
-def _own_log(path: Path, limit_s: float) -> Callable[[], None]:
-    """`print_to(path)`; returns a function that touches the file as a sign of life.
-
-    Without one for nearly `limit_s` the rank notes its stacks, before the driver gives it up.
-    """
-    print_to(path)
-    os.utime(path)
-    last, notes = time.monotonic(), stacks(path).open("w")
-    faulthandler.dump_traceback_later(0.8 * limit_s, file=notes)
-
-    def pulse() -> None:
-        nonlocal last
-        if time.monotonic() - last > PULSE_S:  # each row and micro-batch calls this; the watchdog is a new thread
-            os.utime(path)
-            faulthandler.dump_traceback_later(0.8 * limit_s, file=notes)
-            last = time.monotonic()
-
-    return pulse
 
 
 def _examples(

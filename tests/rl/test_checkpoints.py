@@ -3,7 +3,7 @@
 import json
 
 from cai_ray.artifacts import StageDir
-from cai_ray.rl.checkpoints import commit_checkpoint, forget_checkpoints, last_checkpoint
+from cai_ray.rl.checkpoints import commit_checkpoint, go_back, last_checkpoint
 
 
 def fill(folder, content="weights"):
@@ -56,13 +56,16 @@ def test_lines_of_steps_that_are_taken_again_are_dropped(tmp_path):
 def test_the_checkpoint_before_can_be_kept_and_gone_back_to(tmp_path):
     for step in (2, 4, 6):
         (tmp_path / f"rollouts-{step}.parquet").write_text("rows")
-        commit_checkpoint(fill(tmp_path / f"step-{step}"), {"step": step}, keep=2)
+        commit_checkpoint(fill(tmp_path / f"step-{step}"), {"step": step, "kl": {"coef": 0.25}}, keep=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         *("rollouts-4.parquet", "rollouts-6.parquet", "step-4", "step-6"),
     ]
-    assert last_checkpoint(tmp_path, before=6)[1]["step"] == 4
-    forget_checkpoints(tmp_path, 6)
-    assert last_checkpoint(tmp_path)[1]["step"] == 4
+    assert not go_back(tmp_path, 4)
+    assert last_checkpoint(tmp_path)[1]["step"] == 6  # nothing was lost by asking
+    assert go_back(tmp_path, 6)
+    folder, state = last_checkpoint(tmp_path)
+    assert (folder.name, state["step"], state["kl"]) == ("step-4", 4, {"coef": 0.5})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["rollouts-4.parquet", "step-4"]
 
 
 def test_a_later_folder_that_was_never_finished_costs_no_checkpoint(tmp_path):

@@ -31,7 +31,8 @@ from cai_ray.training import launch
 from cai_ray.training.batches import epoch_order
 from cai_ray.training.checkpoints import RECORD, Checkpoints
 from cai_ray.training.deepspeed import steps_in
-from cai_ray.training.launch import _failed, _Follow, _Watch, run_training
+from cai_ray.training.launch import _failed, _Follow, run_training
+from cai_ray.training.liveness import Watch, rank_log
 from cai_ray.training.loop import Job
 from tests.training.rows import pair, revision
 
@@ -473,19 +474,19 @@ def test_a_rank_that_runs_out_of_memory_says_so(
 
 
 def test_ranks_that_never_start_or_fall_silent_are_named(tmp_path: Path) -> None:
-    config = sft_config(ranks=2)
-    watch = _Watch(job(tmp_path, config, tmp_path, [], waits=(0.0, 1000.0)))
-    (tmp_path / "logs" / "rank-0.log").write_text("up")
+    logs = [rank_log(StageDir(tmp_path), rank) for rank in (0, 1)]
+    watch = Watch(logs, start_s=0.0, step_s=1000.0)
+    logs[0].write_text("up")
     time.sleep(0.01)
     with pytest.raises(StageFailed, match="ranks 1 have not started for 0 s"):
         watch()
-    (tmp_path / "logs" / "rank-1.log").write_text("up")
+    logs[1].write_text("up")
     watch()  # both have been seen now, and the limit of a step is long
-    watch = _Watch(job(tmp_path, config, tmp_path, [], waits=(1000.0, 0.0)))
-    for rank in (0, 1):
-        os.utime(tmp_path / "logs" / f"rank-{rank}.log", ns=(0, rank + 1))
+    watch = Watch(logs, start_s=1000.0, step_s=0.0)
+    for rank, log in enumerate(logs):
+        os.utime(log, ns=(0, rank + 1))
     watch()
-    os.utime(tmp_path / "logs" / "rank-0.log", ns=(0, 99))
+    os.utime(logs[0], ns=(0, 99))
     time.sleep(0.01)
     with pytest.raises(StageFailed, match="ranks 1 have not answered for 0 s"):
         watch()

@@ -1,0 +1,91 @@
+"""The sender's side of a weight transfer over shared memory: buckets overlap, and none is left behind."""
+
+import os
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cai_ray.errors import StageFailed
+from cai_ray.rl import weight_sync
+from cai_ray.rl.weight_sync import Sender
+
+LAYERS = 6
+WEIGHTS = {f"model.layers.{i}.{part}.weight": torch.full((4, 4), float(i)) for i in range(LAYERS) for part in "ab"}
+
+
+def files():
+    return sorted(Path("/dev/shm").glob(f"cai-ray-{os.getpid()}-*"))
+
+
+class Receiver:
+    """Stands where the engines do; takes each bucket in only once the next is written, or at the end."""
+
+    gpus = 0
+
+    def __init__(self, fail_at=None):
+        self.version, self.got, self.seen, self.most, self.fail_at = -1, {}, [], 0, fail_at
+
+    def init_weight_transfer_engine(self, info):
+        self.seen.append("init")
+
+    def start_weight_update(self):
+        self.seen.append("start")
+
+    def update_weights(self, info):
+        tensors = load_file(info["path"])
+        number = len(self.got) // 2
+        if number == self.fail_at:
+            raise StageFailed("an engine is gone")
+        deadline = time.monotonic() + 20
+        while number < LAYERS - 1 and len([f for f in files() if f.suffix == ".safetensors"]) < 2:
+            assert time.monotonic() < deadline, "the next bucket is not written while this one is taken in"
+            time.sleep(0.001)
+        self.most = max(self.most, len(files()))
+        self.got |= tensors
+
+    def finish_weight_update(self, version=None):
+        self.seen.append(f"finish {self.version}")
+
+
+@pytest.fixture
+def send(monkeypatch):
+    monkeypatch.setattr(weight_sync, "BUCKET_BYTES", 2 * 64)  # one layer
+    left = []
+
+    def parameters():
+        yield from WEIGHTS.items()
+        left.append("gathered to the end")
+
+    def run(receiver, times=1):
+        sender = Sender(SimpleNamespace(rank=0, merged_parameters=parameters), receiver)
+        for version in range(times):
+            sender.send(version)
+        return left
+
+    return run
+
+
+def test_the_next_bucket_is_written_while_engines_take_one_in_and_there_are_never_three(send):
+    receiver = Receiver()
+    send(receiver, times=2)
+    assert receiver.seen == ["init", "start", "finish 0", "start", "finish 1"]
+    assert receiver.got.keys() == WEIGHTS.keys()
+    assert all(torch.equal(receiver.got[name], tensor) for name, tensor in WEIGHTS.items())
+    assert receiver.most == 2
+    assert files() == []
+
+
+@pytest.mark.parametrize("bucket", [0, 3, LAYERS - 1])
+def test_an_engine_that_dies_leaves_no_bucket_behind_and_ranks_gather_to_the_end(send, bucket):
+    receiver = Receiver(fail_at=bucket)
+    with pytest.raises(StageFailed, match="an engine is gone"):
+        send(receiver)
+    assert files() == []
+    assert "finish 0" not in receiver.seen
+    receiver.fail_at = None
+    left = send(receiver)
+    assert left == ["gathered to the end"] * 2
