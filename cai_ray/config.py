@@ -547,6 +547,11 @@ class PPOConfig(Sampling):
     """The policy."""
     critic: Learner = Learner(optim=Optim(lr=5e-6))
     """The value function."""
+    placement: Op[Literal["separate", "colocated"]] = "separate"
+    """separate gives engines GPUs of their own; colocated lets engine i share a GPU with rank i of every role.
+
+    One sleeps while the others work: an engine frees its GPU, actor and critic leave their optimizers in host memory.
+    """
     engines: Op[PositiveInt] = 1
     """Rollout engines."""
     inference_ranks: Op[PositiveInt] = 1
@@ -597,6 +602,26 @@ class PPOConfig(Sampling):
             check_options(role.sharding.deepspeed, role.sharding, role.optim, self.minibatch_size)
             if self.minibatch_size % role.sharding.ranks:
                 raise ValueError(f"minibatch_size {self.minibatch_size} is no multiple of {role.sharding.ranks} ranks")
+        return self
+
+    @model_validator(mode="after")
+    def _can_share(self) -> "PPOConfig":
+        if self.placement == "separate":
+            return self
+        if self.staleness:
+            raise ValueError("colocated engines sleep while the policy trains: set staleness to 0")
+        if self.engines != self.actor.sharding.ranks:
+            raise ValueError(
+                f"colocated engines get their weights from the actor's rank on the same GPU: engines {self.engines} is "
+                f"not actor.sharding.ranks {self.actor.sharding.ranks}"
+            )
+        if max(self.critic.sharding.ranks, self.inference_ranks) > self.engines:
+            raise ValueError(f"colocated roles share {self.engines} GPUs: critic or inference_ranks has more ranks")
+        for role in (self.actor.sharding, self.critic.sharding):
+            if role.zero_stage == 0 and role.dtype == "float32":
+                raise ValueError("at ZeRO-0 in float32 no state can leave the GPU: set zero_stage to 1, 2 or 3")
+            if role.offload_parameters:
+                raise ValueError("offload_parameters and placement colocated exclude each other")
         return self
 
 

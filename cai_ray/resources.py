@@ -300,9 +300,13 @@ def check(
         others = [r for r in need.roles if r.name != "engine"]
         # `evaluate` releases its engines before the scorer starts.
         apart = (max if need.stage == "evaluate" else sum)((engines, sum(r.count * r.gpus for r in others)))
-        # PPO's roles share GPUs where there are too few: rank i of each on GPU i.
-        shared = need.stage == "ppo" and apart > gpus
+        # PPO's roles share GPUs where there are too few, or are told to: rank i of each on GPU i, and engine i with it.
+        colocated = need.stage == "ppo" and config.ppo.placement == "colocated" and device == "gpu"
+        shared = colocated or (need.stage == "ppo" and apart > gpus)
         together = engines + max((r.count * r.gpus for r in others), default=0) if shared else apart
+        if colocated:
+            together = engines
+            check_sharing(config)
         in_host = sum(r.count * sum(g / n for _, g, n in (r.host if r.gpus else r.parts)) for r in need.roles)
         fix = "raise zero_stage, ranks or tensor_parallel_size, lower microbatch_tokens, or set offload_optimizer"
         wants = [
@@ -315,12 +319,37 @@ def check(
             wants.append((f"GiB of a GPU for the {r.name}", r.gib, share * gpu_memory_gib, fix))
         if shared:
             wants.append(("GiB of each shared GPU", sum(r.gib for r in others), gpu_memory_gib, fix))
+        if colocated:
+            left = (1 - config.cluster.gpu_memory_utilization) * gpu_memory_gib
+            resting = sum(g / n for r in others for name, g, n in r.parts if name in ("weights", "libraries"))
+            wants.append(
+                ("GiB of each GPU beside its working engine", resting, left, f"lower the latter's share, {fix}")
+            )
         for what, amount, limit, fix in wants:
             if amount > limit:
                 lines = "".join(f"\n    {line}" for line in need.arithmetic.splitlines())
                 raise ResourceError(
                     f"{need.stage} needs {amount:.4g} {what}, there are {limit:.4g}; {need.processes}:{lines}", fix
                 )
+
+
+def check_sharing(config: Config) -> None:
+    """Refuses what engines cannot do that share their GPUs with PPO's workers.
+
+    Raises:
+        ResourceError: an engine of several GPUs, or an allocator whose memory cannot be handed to another process.
+    """
+    if config.cluster.tensor_parallel_size > 1:
+        raise ResourceError(
+            f"a colocated engine has one GPU, cluster.tensor_parallel_size is {config.cluster.tensor_parallel_size}",
+            "set it to 1, or ppo.placement to separate",
+        )
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        if "expandable_segments:true" in os.environ.get(name, "").lower():
+            raise ResourceError(
+                f"{name} asks for expandable segments: engines cannot read such memory of the actor's, nor sleep",
+                f"unset {name}, or set ppo.placement to separate",
+            )
 
 
 def likely_device(config: Config) -> str:

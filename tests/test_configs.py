@@ -204,6 +204,34 @@ def test_ppo_s_roles_get_gpus_of_their_own_beside_the_engines(name: str, logical
             group.kill()
 
 
+def test_colocated_engines_share_gpus_with_the_same_ranks_of_all_roles(logical_gpus: int) -> None:
+    import ray
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    from cai_ray.generation.pool import SHARED_GPU
+    from cai_ray.rl.groups import Group, placed, wait
+
+    ranks = {"actor": 3, "critic": 3, "reward": 1, "reference": 2}
+    with reserved([{"GPU": logical_gpus - 3.0}]), placed(ranks, "gpu", 30, colocated=True) as placement:
+        engines = [
+            ray.remote(StandIn)
+            .options(
+                num_cpus=1,
+                num_gpus=SHARED_GPU,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(placement.group, place),
+            )
+            .remote("rollout", place, 3)
+            for place in range(3)
+        ]
+        groups = [Group("rollout", engines), *(placement.start(role, StandIn, {}, 0) for role in ranks)]
+        given = [[gpu for (gpu,) in wait(group.submit("where"), 60, "stand-ins")] for group in groups]
+        assert len(set(given[0])) == 3
+        for gpus in given[1:]:
+            assert gpus == given[0][: len(gpus)]
+        for group in groups:
+            group.kill()
+
+
 def test_one_engine_more_leaves_too_few_gpus(logical_gpus: int) -> None:
     """The same arithmetic as in `check`: the roles then share GPUs, and do not fit their memory."""
     from cai_ray.errors import ResourceError

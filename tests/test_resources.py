@@ -11,7 +11,7 @@ import pytest
 
 from cai_ray.config import Config, Source
 from cai_ray.config_files import load_config
-from cai_ray.errors import ResourceError
+from cai_ray.errors import ConfigError, ResourceError
 from cai_ray.models.shapes import GIB, KNOWN, UNKNOWN, find_shape
 from cai_ray.resources import StageNeed, check, check_here, check_lengths, estimate, source_rows
 
@@ -298,6 +298,51 @@ def test_ppo_shares_gpus_where_there_are_too_few_and_memory_counts_together() ->
     check(config, "gpu", gpus=8, gpu_memory_gib=shared - 0.1)
     with pytest.raises(ResourceError, match=r"ppo needs 4 GPUs, there are 3"):
         check(config, "gpu", gpus=3, gpu_memory_gib=40)
+
+
+def test_colocated_engines_need_no_gpus_of_their_own_but_memory_beside_what_rests(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    small = ["models.helpful={path: embedded}", "models.pretrained={path: embedded}", "cluster.engines=1"]
+    small += ["sft.sharding.ranks=2", "preference_model.sharding.ranks=2", "revise.few_shots=0"]
+    config = load_config("7b_8xgpu", (*small, "ppo.placement=colocated"))
+    roles = [r for r in needs(config, "gpu")["ppo"].roles if r.name != "engine"]
+    working = sum(r.gib for r in roles)
+    check(config, "gpu", gpus=2, gpu_memory_gib=60)
+    with pytest.raises(ResourceError, match=r"ppo needs 2 GPUs, there are 1"):
+        check(config, "gpu", gpus=1, gpu_memory_gib=60, stages=["ppo"])
+    with pytest.raises(ResourceError, match="GiB of each shared GPU"):
+        check(config, "gpu", gpus=2, gpu_memory_gib=working - 0.1)
+    # Four processes of 1.5 GiB, and 0.25 GiB of weights in bfloat16 in each; actor's and critic's are cut in two.
+    resting = 4 * 1.5 + 2 * 134_515_008 * 2 / GIB + 2 * 134_515_008 * 2 / GIB / 2
+    with pytest.raises(ResourceError, match=f"{resting:.4g} GiB of each GPU beside its working engine, there are 6"):
+        check(
+            load_config("7b_8xgpu", (*small, "ppo.placement=colocated", "cluster.gpu_memory_utilization=0.9")),
+            "gpu",
+            gpus=2,
+            gpu_memory_gib=60,
+        )
+    with pytest.raises(ResourceError, match="a colocated engine has one GPU"):
+        check(load_config("7b_8xgpu", (*small, "ppo.placement=colocated", "cluster.tensor_parallel_size=2")), "gpu")
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:512,expandable_segments:True")
+    with pytest.raises(ResourceError, match="expandable segments"):
+        check(config, "gpu", gpus=2, gpu_memory_gib=60)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("ppo.engines=1",), "engines 1 is not actor.sharding.ranks 2"),
+        (("ppo.staleness=1",), "set staleness to 0"),
+        (("ppo.inference_ranks=3",), "share 2 GPUs"),
+        (("ppo.actor.sharding.offload_parameters=true",), "exclude each other"),
+        (("ppo.critic.sharding.zero_stage=0", "ppo.critic.sharding.dtype=float32"), "set zero_stage to 1, 2 or 3"),
+    ],
+)
+def test_what_cannot_be_colocated_is_refused(overrides: tuple[str, ...], message: str) -> None:
+    load_config("7b_8xgpu", ("ppo.placement=colocated",))
+    with pytest.raises(ConfigError, match=message):
+        load_config("7b_8xgpu", ("ppo.placement=colocated", *overrides))
 
 
 def test_gpu_memory_is_checked_for_each_role_and_engines_take_their_share() -> None:

@@ -232,6 +232,14 @@ class EngineActor:
         """`Engine.finish_weight_update`."""
         await self._call(self._engine.finish_weight_update, version)
 
+    async def sleep(self) -> None:
+        """`Engine.sleep`."""
+        await self._call(self._engine.sleep)
+
+    async def wake(self, *parts: str) -> None:
+        """`Engine.wake`."""
+        await self._call(self._engine.wake, *parts)
+
     async def stats(self) -> dict[str, float]:
         """Since the start: tokens of finished requests, seconds of stepping, finished rows; and unfinished requests."""
         e = self._engine

@@ -175,6 +175,7 @@ class Engine:
         gpu_memory_utilization: share of each GPU's memory that vLLM may take.
         device: cpu or gpu.
         threads: CPU threads of the arithmetic; PyTorch's default when None.
+        sleeps: others use its GPU in turn (`sleep`), the trainer among them, whose weights it reads in place.
     """
 
     def __init__(
@@ -190,8 +191,10 @@ class Engine:
         gpu_memory_utilization: float = 0.85,
         device: str = "cpu",
         threads: int | None = None,
+        sleeps: bool = False,
     ):
-        _set_environment(device, threads)  # before vLLM is imported
+        # The core in this process: on CPU it starts faster, and a trainer's CUDA handles cannot be sent on to another.
+        _set_environment(device, threads, core_here=device == "cpu" or sleeps)  # before vLLM is imported
         import torch
         from vllm.config import WeightTransferConfig
         from vllm.engine.arg_utils import EngineArgs
@@ -213,8 +216,10 @@ class Engine:
                 "gpu_memory_utilization": gpu_memory_utilization,
                 "tensor_parallel_size": tensor_parallel_size,
                 "distributed_executor_backend": "mp" if tensor_parallel_size > 1 else "uni",
+                "enable_sleep_mode": sleeps,
             }
         options["dtype"] = dtype
+        backend = BACKEND if device == "cpu" else "ipc" if sleeps else "nccl"
         self._llm = LLMEngine.from_engine_args(
             EngineArgs(
                 model=str(model_folder),
@@ -225,7 +230,7 @@ class Engine:
                 logprobs_mode="processed_logprobs",
                 enable_prefix_caching=True,
                 disable_log_stats=True,
-                weight_transfer_config=WeightTransferConfig(backend=BACKEND if device == "cpu" else "nccl"),
+                weight_transfer_config=WeightTransferConfig(backend=backend),
                 **options,
             )
         )
@@ -389,6 +394,7 @@ class Engine:
                 f"{folder} lacks {len(missing)} weights, such as {min(missing)}", "give a complete checkpoint"
             )
         tokenizer = Tokenizer.load(folder, format)
+        self.wake("weights", "kv_cache")
         self.updating = True
         self._llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
         if self.device == "cpu":
@@ -421,6 +427,23 @@ class Engine:
         self._llm.collective_rpc("finish_weight_update")
         self._swapped(version)
 
+    def sleep(self) -> None:
+        """Frees the GPU of weights and KV cache; weights have to come anew. On CPU, where memory is not short, nothing.
+
+        Raises:
+            StageFailed: requests are unfinished.
+        """
+        self._require_idle()
+        if self.device == "gpu":
+            self.holds = None
+            self._llm.sleep(level=2)  # keeps no copy: every waking is followed by a weight update
+
+    def wake(self, *parts: str) -> None:
+        """Takes memory again for `weights` (before an update) and `kv_cache` (after it), as far as they sleep."""
+        if self.device == "gpu" and self._llm.is_sleeping():
+            for part in parts:
+                self._llm.wake_up([part])
+
     def _swapped(self, version: int) -> None:
         # A prefix cache that survives holds states of the old weights: silent off-policy text.
         if not self._llm.reset_prefix_cache():
@@ -436,10 +459,11 @@ class Engine:
         self._llm.engine_core.shutdown()
 
 
-def _set_environment(device: str, threads: int | None) -> None:
+def _set_environment(device: str, threads: int | None, core_here: bool = True) -> None:
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    if core_here:
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     if device == "cpu":
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine's core in this process: it starts faster
         os.environ["TORCH_COMPILE_DISABLE"] = "1"  # else vLLM compiles one small function in C++ for half a minute
     if threads:
         os.environ["OMP_NUM_THREADS"] = str(threads)

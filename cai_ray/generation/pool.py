@@ -9,6 +9,8 @@ from uuid import uuid4
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cai_ray.config import Cluster
 from cai_ray.errors import CaiError, ResourceError, StageFailed
@@ -17,6 +19,7 @@ from cai_ray.generation.engine import architecture
 
 EngineHandle = Any  # Ray's handle of an EngineActor
 DATA_CPUS = 3  # slots that Ray Data may take beside the engines; each task that moves rows is a process of its own
+SHARED_GPU = 0.5  # what Ray counts for an engine that sleeps while others use its GPU
 LOG_LINES = 12
 PING_S = 60.0
 GOODBYE_S = 20.0
@@ -27,8 +30,9 @@ class _Live:
     name: str
     handle: EngineHandle
     log_file: Path
-    kind: tuple[Any, ...]  # architecture, dtype: what load_checkpoint cannot change
+    kind: tuple[Any, ...]  # architecture, dtype, placement group: what load_checkpoint cannot change
     max_model_len: int
+    place: int  # its bundle of the placement group, if it has one
     info: Any  # reference that is ready once the engine is
 
     @property
@@ -58,6 +62,7 @@ class EnginePool:
         dtype: str = "bfloat16",
         max_model_len: int,
         count: int | tuple[int, int] | None = None,
+        group: PlacementGroup | None = None,
     ) -> list[EngineHandle]:
         """Engines that hold a model, idle, in a stable order.
 
@@ -70,6 +75,7 @@ class EnginePool:
             max_model_len: longest prompt and continuation together, tokens.
             count: how many; of (fewest, most) the fewest are waited for, and as many others as Ray finds room for
                 join later. `cluster.engines` when None.
+            group: a bundle for each engine, whose GPU it shares with others; it can sleep then.
 
         Raises:
             ResourceError: the cluster is too small for them; the message carries the arithmetic.
@@ -77,7 +83,7 @@ class EnginePool:
         """
         count = count or self.cluster.engines
         count, most = count if isinstance(count, tuple) else (count, count)
-        kind, model = (architecture(folder), dtype), (folder, format)
+        kind, model = (architecture(folder), dtype, group), (folder, format)
         infos = [(e, _settled(e)) for e in self._live if e.kind == kind and e.max_model_len >= max_model_len]
         fit = {e: info for e, info in infos if info and not info["updating"]}
         self._stop([e for e in self._live if e not in fit])
@@ -86,13 +92,15 @@ class EnginePool:
         # The engine itself knows what it holds: PPO may have given it other weights since.
         stale = [e for e in self._live if fit[e]["holds"] != model]
         swaps = [(e, e.handle.load_checkpoint.remote(*model)) for e in stale]
-        missing = self._room_for(max(0, count - len(self._live)))
-        fresh = [self._start(model, kind, max_model_len, most) for _ in range(missing)]
+        missing = self._room_for(max(0, count - len(self._live)), shared=group is not None)
+        taken = {e.place for e in self._live}
+        free = [place for place in range(most) if place not in taken][: most - len(taken)]
+        fresh = [self._start(model, kind, max_model_len, most, place) for place in free[:missing]]
         self._live += fresh
         self._await([*swaps, *((e, e.info) for e in fresh)])
         ready = [e.handle for e in self._live]
         # Ray places these when it can; where it cannot, their wait is what tells an autoscaler to add machines.
-        self._live += [self._start(model, kind, max_model_len, most) for _ in range(most - len(ready))]
+        self._live += [self._start(model, kind, max_model_len, most, place) for place in free[missing:]]
         return ready
 
     def joining(self) -> list[EngineHandle]:
@@ -106,8 +114,10 @@ class EnginePool:
 
     close = release
 
-    def _start(self, model: tuple[Path, str], kind: tuple[Any, ...], max_model_len: int, count: int) -> _Live:
-        cluster, gpus = self.cluster, self.device == "gpu"
+    def _start(
+        self, model: tuple[Path, str], kind: tuple[Any, ...], max_model_len: int, count: int, place: int
+    ) -> _Live:
+        cluster, gpus, group = self.cluster, self.device == "gpu", kind[2]
         name = f"engine-{uuid4().hex[:8]}"
         log_file = self.log_dir / f"{name}.log"
         options: dict[str, Any] = {
@@ -116,6 +126,7 @@ class EnginePool:
             "max_model_len": max_model_len,
             "max_num_seqs": cluster.max_num_seqs,
             "device": self.device,
+            "sleeps": group is not None,
         }
         environment = {"VLLM_NO_USAGE_STATS": "1"}
         if gpus:
@@ -131,17 +142,20 @@ class EnginePool:
             .options(
                 name=name,
                 num_cpus=1,
-                num_gpus=cluster.tensor_parallel_size if gpus else 0,
+                num_gpus=(SHARED_GPU if group else cluster.tensor_parallel_size) if gpus else 0,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(group, place) if group else "DEFAULT",
                 max_restarts=0,
                 max_task_retries=0,
                 runtime_env={"env_vars": environment},
             )
             .remote(name, log_file, model[0], options)
         )
-        return _Live(name, handle, log_file, kind, max_model_len, handle.info.remote())
+        return _Live(name, handle, log_file, kind, max_model_len, place, handle.info.remote())
 
-    def _room_for(self, fresh: int) -> int:
+    def _room_for(self, fresh: int, shared: bool) -> int:
         """Passes `fresh` on when the cluster can hold that many new engines beside the living ones."""
+        if shared:
+            return fresh  # their room is reserved
         nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]
         engines = fresh + len(self._live)
         per_gpus, total_gpus = self.cluster.tensor_parallel_size, sum(n.get("GPU", 0) for n in nodes)

@@ -14,6 +14,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cai_ray.errors import CaiError, ResourceError, StageFailed
+from cai_ray.generation.pool import SHARED_GPU
 
 CPU_SHARE = 0.1  # logical CPUs of a worker: roles take turns, threads are set apart from this
 RETRIES = 3  # of a call to a stateless worker that dies; Ray starts it again as often as it takes
@@ -160,25 +161,27 @@ def free_address() -> tuple[str, int]:
 
 
 @contextmanager
-def placed(ranks: Mapping[str, int], device: str, timeout_s: float) -> Iterator[Placement]:
+def placed(ranks: Mapping[str, int], device: str, timeout_s: float, colocated: bool = False) -> Iterator[Placement]:
     """Reserves room for `ranks` workers of each role, until the block ends.
 
-    On GPUs each worker has one of its own; where there are too few, rank i of every role shares GPU i.
+    On GPUs each worker has one of its own; where there are too few, rank i of every role shares GPU i. `colocated`
+    roles always do, and each bundle has room for an engine.
 
     Raises:
         ResourceError: the cluster has too little free, with the arithmetic; or it does not give it in time.
     """
     total, together = sum(ranks.values()), max(ranks.values())
     wanted = " + ".join(f"{role} {n}" for role, n in ranks.items())
-    kind, bundle = ("GPU", {"GPU": 1.0, "CPU": 1.0}) if device == "gpu" else ("CPU", {"CPU": CPU_SHARE})
+    kind, own = ("GPU", {"GPU": 1.0, "CPU": 1.0}) if device == "gpu" else ("CPU", {"CPU": CPU_SHARE})
     have = ray.available_resources().get(kind, 0.0)
-    shared = device == "gpu" and have < total
+    shared = colocated or (device == "gpu" and have < total)
+    bundle = {**own, "CPU": own["CPU"] + colocated}
     bundles = [bundle] * (together if shared else total)
     need = len(bundles) * bundle[kind]
     if have + 1e-6 < need:
         raise ResourceError(
-            f"PPO's workers ({wanted}) need {need:g} {kind}s beside the engines, {have:g} are free"
-            + (f"; apart they would need {total}" if shared else ""),
+            f"PPO's workers ({wanted}) need {need:g} {kind}s {'with' if colocated else 'beside'} the engines, "
+            f"{have:g} are free" + (f"; apart they would need {total}" if shared else ""),
             "lower ppo.engines, the ranks of ppo.actor and ppo.critic or ppo.inference_ranks, or join a larger cluster",
         )
     group = placement_group(bundles, strategy="PACK")
@@ -189,7 +192,7 @@ def placed(ranks: Mapping[str, int], device: str, timeout_s: float) -> Iterator[
             )
         starts = [0] * len(ranks) if shared else accumulate(ranks.values(), initial=0)
         first = dict(zip(ranks, starts, strict=False))
-        share = len(ranks) if shared else 1
-        yield Placement(group, ranks, first, bundle["CPU"] / share, bundle.get("GPU", 0.0) / share)
+        share, gpu = len(ranks) if shared else 1, own.get("GPU", 0.0) * (1 - SHARED_GPU if colocated else 1)
+        yield Placement(group, ranks, first, own["CPU"] / share, gpu / share)
     finally:
         remove_placement_group(group)

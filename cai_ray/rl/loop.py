@@ -26,7 +26,7 @@ from cai_ray.records import Row, derive_seed
 from cai_ray.rl.batches import Plan, row_lengths
 from cai_ray.rl.checkpoints import commit_checkpoint, go_back, last_checkpoint
 from cai_ray.rl.experience import make_experience
-from cai_ray.rl.groups import Call, EngineDied, Group, WorkerDied, wait
+from cai_ray.rl.groups import Call, EngineDied, Group, WorkerDied, engine_calls, wait
 from cai_ray.rl.guards import Guards, RollBack
 from cai_ray.rl.roles import reserved, started
 from cai_ray.rl.rollouts import prompts_of_steps
@@ -47,7 +47,7 @@ Bar = Callable[[float, float | None, str], None]
 def run_ppo(
     setup: Setup,
     prompts: Sequence[Row],
-    get_engines: Callable[[], list[Any]],
+    get_engines: Callable[..., list[Any]],
     out: StageDir,
     progress: Callable[[], AbstractContextManager[Bar]],
     sl_rows: pa.Table | None = None,
@@ -58,7 +58,8 @@ def run_ppo(
     Args:
         setup: configuration, models, and where they run.
         prompts: `Prompt` rows to train on, harmful and helpful.
-        get_engines: gives handles of `EngineActor`s that hold the policy, dead ones replaced.
+        get_engines: gives handles of `EngineActor`s that hold the policy, dead ones replaced; where engines and workers
+            share GPUs, it is called with the placement group.
         out: gets metrics, samples, the timeline, checkpoints, snapshots and the model.
         progress: opens a progress bar, which is told (steps done, steps, a few words).
         sl_rows: what `ppo.ptx_coef` mixes in: id, prompt_ids, response_ids.
@@ -78,12 +79,19 @@ def run_ppo(
     out.quarantine(too_long, len(prompts), max_bad_fraction)
     failures: Counter[int] = Counter()  # by the step that the last checkpoint continues from
     roll_backs = 0
-    get_engines()  # before the workers, who on few GPUs share what the engines leave
+    if not setup.colocated:
+        get_engines()  # before the workers, who on few GPUs share what the engines leave
     with reserved(setup) as placement:  # kept over restarts: Ray frees what it held only after a while
+        if setup.colocated:
+            get_engines = partial(get_engines, placement.group)
         while True:
             try:
+                engines = get_engines()
+                if setup.colocated:  # until the workers have loaded what they need
+                    wait(engine_calls(engines, "sleep"), setup.cluster.step_timeout_s, "the rollout engines' rest")
                 with started(setup, placement) as groups, progress() as bar:
-                    metrics, workers = _Controller(setup, groups, get_engines, steps, out, bar, sl_rows).run()
+                    controller = _Controller(setup, groups, engines, get_engines, steps, out, bar, sl_rows)
+                    metrics, workers = controller.run()
                 break
             except RollBack as e:
                 if (roll_backs := roll_backs + 1) > ROLL_BACKS:
@@ -110,6 +118,7 @@ class _Controller:
 
     setup: Setup
     groups: dict[str, Group]
+    engines: list[Any]
     get_engines: Callable[[], list[Any]]
     steps: list[list[Row]]
     out: StageDir
@@ -124,7 +133,9 @@ class _Controller:
         if config.kl_target:
             self.kl = AdaptiveKL(config.kl_coef, config.kl_target, config.kl_horizon)
         self.timeline = Timeline(self.out.path / "timeline.json")
-        self.sampler = Sampler(self.setup, self.steps, self.out, self.groups, self.get_engines, self.timeline)
+        self.sampler = Sampler(
+            self.setup, self.steps, self.out, self.groups, self.engines, self.get_engines, self.timeline
+        )
         if self.sl_rows is not None:
             self.sl_ref = ray.put(self.sl_rows)
             prompts, self.sl_answers = (row_lengths(self.sl_rows, name) for name in ("prompt_ids", "response_ids"))

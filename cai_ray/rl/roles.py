@@ -22,7 +22,7 @@ def reserved(setup: Setup) -> AbstractContextManager[Placement]:
     critic = {"critic": config.critic.sharding.ranks} if config.has_critic else {}
     ranks = {"actor": config.actor.sharding.ranks, **critic}
     ranks |= dict.fromkeys(("reward", "reference"), config.inference_ranks)
-    return placed(ranks, setup.device, setup.cluster.start_timeout_s)
+    return placed(ranks, setup.device, setup.cluster.start_timeout_s, setup.colocated)
 
 
 @contextmanager

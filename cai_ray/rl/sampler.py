@@ -33,7 +33,8 @@ class Sampler:
         steps: each step's prompts.
         out: keeps the rollouts, beside the checkpoints.
         groups: the actor, source of the weights; reward and reference.
-        get_engines: gives the engines, dead ones replaced.
+        engines: the rollout engines; they have yet to get the actor's weights.
+        get_engines: gives them again, dead ones replaced.
         timeline: learns when engines worked.
 
     Attributes:
@@ -46,12 +47,13 @@ class Sampler:
         steps: list[list[Row]],
         out: StageDir,
         groups: dict[str, Group],
+        engines: list[Any],
         get_engines: Callable[[], list[Any]],
         timeline: Timeline,
     ):
         self._setup, self._steps, self._out, self._groups, self._timeline = setup, steps, out, groups, timeline
         self._get_engines, self._limit = get_engines, setup.cluster.step_timeout_s
-        self._engines, self._fresh = get_engines(), True  # fresh: they have yet to get the actor's weights
+        self._engines, self._fresh = engines, True  # fresh: the actor does not know them yet
         size, ranks = setup.config.rollout_batch_size, setup.config.inference_ranks
         each = min(PIECE, -(-size // max(ranks, len(self._engines))))
         self._pieces = [(first, min(each, size - first)) for first in range(0, size, each)]  # first row, how many
@@ -71,11 +73,19 @@ class Sampler:
         Raises:
             EngineDied: one is gone; after `replace` the same call can be made again.
         """
+        what = f"weight sync before step {self.version}"
+        self._rest("wake", what, "weights")
         calls = self._groups["actor"].submit("sync", self.version, self._engines if self._fresh else None)
-        answers = wait(calls, self._limit, f"weight sync before step {self.version}")
+        answers = wait(calls, self._limit, what)
+        self._rest("wake", what, "kv_cache")
         for call, answer in zip(calls, answers, strict=True):
             self._timeline.add(call.who, "sync", self.version, answer["span"])
         self._fresh = False
+
+    def _rest(self, method: str, what: str, *args: Any) -> None:
+        """Engines that share the workers' GPUs `sleep` or `wake`."""
+        if self._setup.colocated:
+            wait(self.calls(method, *args), self._limit, what)
 
     def replace(self, error: EngineDied) -> None:
         """Starts engines for those that are gone; the pool ends what the others still do for nobody."""
@@ -97,7 +107,7 @@ class Sampler:
             asked = requests(self._steps[step], self._setup.config, self._setup.seed, step)
             parts = [(asked.slice(*piece),) for piece in self._pieces]
             calls = engine_calls(self._engines, "run", RollOut(self._setup.config), each=parts, fetch=False)
-            if self._setup.side_by_side:
+            if self._setup.side_by_side and not self._setup.colocated:  # else the engines have the room
                 for phase in LOOKS:
                     self._early[step, phase] = self._look(phase, [(call.done,) for call in calls])
         self._asked[step] = calls
@@ -120,6 +130,7 @@ class Sampler:
     def take(self, step: int) -> tuple[Any, dict[str, Any]]:
         """The reference of a step's rollouts, and what is seen of them (`keep_rollouts`)."""
         self.finish(step)
+        self._rest("sleep", f"rest after the rollout of step {step}")
         return self._ready.pop(step)
 
     def look(self, phase: str, step: int, rollouts: Any) -> list[Call]:

@@ -1,7 +1,8 @@
 """The actor's weights on their way to the rollout engines, through vLLM's weight-transfer API.
 
-On CPU over shared memory (`generation.shared_memory`), on GPUs over NCCL. All ranks of the actor take part, because
-gathering a sharded parameter is a collective; rank 0 speaks to the engines.
+On CPU over shared memory (`generation.shared_memory`), on GPUs over NCCL; where actor and engines share GPUs by handles
+of the actor's own memory (CUDA IPC), because NCCL refuses two processes on one GPU. All ranks of the actor take part,
+because gathering a sharded parameter is a collective; rank 0 speaks to the engines.
 """
 
 import os
@@ -29,10 +30,11 @@ class Engines:
         handles: of the rollout engines.
         gpus: GPUs, and so receiving processes, of each engine; 0 on CPU.
         timeout_s: longest wait for one answer.
+        colocated: each on the GPU of an actor's rank.
     """
 
-    def __init__(self, handles: list[Any], gpus: int, timeout_s: float):
-        self.handles, self.gpus, self._timeout_s = handles, gpus, timeout_s
+    def __init__(self, handles: list[Any], gpus: int, timeout_s: float, colocated: bool = False):
+        self.handles, self.gpus, self._timeout_s, self.colocated = handles, gpus, timeout_s, colocated
         self.version = 0
 
     def _all(self, method: str, *args: Any, each: list[tuple] | None = None) -> None:
@@ -40,8 +42,9 @@ class Engines:
         wait(calls, self._timeout_s, f"weight sync ({method})")
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """Each engine's processes get ranks of their own behind the sender's rank 0."""
-        ranks = [{"rank_offset": 1 + i * self.gpus} if self.gpus else {} for i in range(len(self.handles))]
+        """With NCCL each engine's processes get ranks of their own behind the sender's rank 0."""
+        nccl = self.gpus and not self.colocated
+        ranks = [{"rank_offset": 1 + i * self.gpus} if nccl else {} for i in range(len(self.handles))]
         self._all("init_weight_transfer", each=[({**init_info, **own},) for own in ranks])
 
     def start_weight_update(self) -> None:
@@ -79,7 +82,7 @@ class Sender:
         parameters = self._model.merged_parameters()
         try:
             if self._engines.gpus:
-                self._link = self._link or _nccl_trainer(self._model, self._engines)
+                self._link = self._link or _gpu_trainer(self._model, self._engines)
                 self._link.source.parameters = parameters
                 self._link.send_weights()
             elif self._model.rank == 0:
@@ -124,9 +127,10 @@ def buckets(parameters: Iterator[tuple[str, Tensor]], limit: int) -> Iterator[di
         yield bucket
 
 
-def _nccl_trainer(model: ShardedModel, engines: Engines) -> Any:
-    """vLLM's own sending side; all ranks gather, rank 0 broadcasts."""
+def _gpu_trainer(model: ShardedModel, engines: Engines) -> Any:
+    """vLLM's own sending side; all ranks gather, rank 0 broadcasts, or each offers its copy to the engine beside it."""
     from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
+    from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo, IPCTrainerWeightTransferEngine
     from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo, NCCLTrainerWeightTransferEngine
 
     class Source(WeightSource):
@@ -138,6 +142,9 @@ def _nccl_trainer(model: ShardedModel, engines: Engines) -> Any:
         def __iter__(self) -> Iterator[tuple[str, Tensor]]:
             return self.parameters
 
+    if engines.colocated:
+        info = IPCTrainerInitInfo(rank=model.rank, packed=True)
+        return IPCTrainerWeightTransferEngine.trainer_init(info, client=engines, source=Source())
     address, port = free_address()
     world = 1 + len(engines.handles) * engines.gpus
     info = NCCLTrainerInitInfo(master_address=address, master_port=port, world_size=world, rank=model.rank)

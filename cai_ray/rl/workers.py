@@ -9,7 +9,8 @@ empty one is a filler that keeps ranks in step.
 import ctypes
 import os
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,17 +111,30 @@ class _Trained(Worker):
                 seed = derive_seed(self._setup.seed, "lora", self._role)
                 self._adapters = add_adapters(module.hf, learner.lora, self._start, seed)
         self._model = ShardedModel(module, learner.optim, learner.sharding, total_steps, self._device)
+        if self._setup.colocated:
+            self._model.offload()
         return None, {}
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """The optimizer's state is at hand; outside, where an engine shares the GPU, it waits in host memory."""
+        if self._setup.colocated:
+            self._model.reload()
+        yield
+        if self._setup.colocated:
+            self._model.offload()
 
     @timed
     def save(self, folder: Path) -> Answer:
         """Writes weights and optimizer state; ranks share the folder."""
-        self._model.save(folder)
+        with self._whole():
+            self._model.save(folder)
         return None, {}
 
     def load(self, folder: Path) -> Answer:
         """Continues from what `save` wrote."""
-        self._model.load(folder)
+        with self._whole():
+            self._model.load(folder)
         return None, {}
 
     @timed
@@ -139,22 +153,23 @@ class _Trained(Worker):
         """
         sums: dict[str, float] = defaultdict(float)
         norms, shared = [], self._kept is not None
-        for k, (plan, total) in enumerate(zip(steps, totals, strict=True)):
-            for rows in plan:
-                micro = collate(batch, rows, self._device, self._columns)
-                kept, self._kept = self._kept, None
-                loss, stats = self._loss(micro, self._predict(micro) if kept is None else kept, total, kl_coef)
-                self._model.backward(loss)
-                for name, value in stats.items():
-                    sums[name] += float(value) / len(steps)
-            if mixed and sl_rows is not None:
-                for rows in mixed.steps[k]:
-                    micro = collate(sl_rows, rows, self._device)
-                    loss, stats = nll_loss(self._predict(micro, 1.0)[0], micro.mask_N, mixed.totals[k])
-                    self._model.backward(self._setup.config.ptx_coef * loss)
-                    sums["ptx_loss"] += float(stats["loss"]) / len(steps)
-            lr = self._model.lr
-            norms.append(self._model.step())
+        with self._whole():
+            for k, (plan, total) in enumerate(zip(steps, totals, strict=True)):
+                for rows in plan:
+                    micro = collate(batch, rows, self._device, self._columns)
+                    kept, self._kept = self._kept, None
+                    loss, stats = self._loss(micro, self._predict(micro) if kept is None else kept, total, kl_coef)
+                    self._model.backward(loss)
+                    for name, value in stats.items():
+                        sums[name] += float(value) / len(steps)
+                if mixed and sl_rows is not None:
+                    for rows in mixed.steps[k]:
+                        micro = collate(sl_rows, rows, self._device)
+                        loss, stats = nll_loss(self._predict(micro, 1.0)[0], micro.mask_N, mixed.totals[k])
+                        self._model.backward(self._setup.config.ptx_coef * loss)
+                        sums["ptx_loss"] += float(stats["loss"]) / len(steps)
+                lr = self._model.lr
+                norms.append(self._model.step())
         if not shared:  # else the next step needs as much again, while the other roles have theirs
             give_back()
         return None, {"sums": dict(sums), "grad_norm": sum(norms) / len(norms), "lr": lr}
@@ -206,7 +221,9 @@ class Actor(_Trained):
             cluster = self._setup.cluster
             gpus = cluster.tensor_parallel_size if self._setup.device == "gpu" else 0
             # Half of what the controller waits for this: an engine that hangs is named before the actor is.
-            self._sender = Sender(self._model, Engines(engines, gpus, cluster.step_timeout_s / 2))
+            self._sender = Sender(
+                self._model, Engines(engines, gpus, cluster.step_timeout_s / 2, self._setup.colocated)
+            )
         self._sender.send(version)
         return None, {}
 

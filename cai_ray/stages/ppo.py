@@ -56,6 +56,8 @@ def ppo(config: PPOConfig, inputs: PPOInputs, out: StageDir) -> Manifest:
     sl_rows = None
     if inputs.revisions is not None:
         sl_rows = to_learn(inputs.revisions, config, Tokenizer.load(setup.policy, setup.format))
+    if setup.colocated:
+        inputs.setup.pool.release()  # its engines have GPUs of their own, which are about to be shared
     metrics, workers = run_ppo(setup, prompts, engines, out, inputs.progress, sl_rows, inputs.max_bad_fraction)
     return out.commit(inputs.key, {"prompts": len(prompts), **metrics}, workers=workers)
 

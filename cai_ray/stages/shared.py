@@ -39,8 +39,10 @@ class EngineSetup:
     dtype: str
     run_tokens: int  # the run's longest prompt and response: an engine that holds them serves later stages too
 
-    def engines(self, max_model_len: int, count: int | tuple[int, int]) -> Callable[[], list[Any]]:
+    def engines(self, max_model_len: int, count: int | tuple[int, int]) -> Callable[..., list[Any]]:
         """What gives engines that hold this model: started or reused when called, replaced when dead.
+
+        It may be called with the placement group in which they are to be.
 
         Args:
             max_model_len: longest prompt and response together, tokens.
@@ -48,8 +50,8 @@ class EngineSetup:
         """
         positions = json.loads((self.model / "config.json").read_text("utf-8")).get("max_position_embeddings")
         longest = max(max_model_len, min(self.run_tokens, positions or self.run_tokens))
-        return lambda: self.pool.engines(
-            self.model, format=self.format, dtype=self.dtype, max_model_len=longest, count=count
+        return lambda group=None: self.pool.engines(
+            self.model, format=self.format, dtype=self.dtype, max_model_len=longest, count=count, group=group
         )
 
 

@@ -170,6 +170,7 @@ class ShardedModel:
         rank: this process's rank.
         world_size: number of ranks.
         steps_done: optimizer steps taken so far, those before a `load` included.
+        device: where this rank's tensors live.
 
     Raises:
         ConfigError: neither float32 nor bfloat16: float16 needs loss scaling, which skips steps at random.
@@ -183,6 +184,7 @@ class ShardedModel:
         self.hf: Any = getattr(model, "hf", model)
         self._optim, self._total_steps = optim, total_steps
         self.rank, self.world_size, self.steps_done = dist.get_rank(), dist.get_world_size(), 0
+        self.device = device
         if sharding.dtype not in ("bfloat16", "float32"):
             raise ConfigError(f"training in {sharding.dtype} is not supported", "set dtype to bfloat16 or float32")
         self._stage, self._dtype = _stage(sharding), sharding.dtype
@@ -190,6 +192,8 @@ class ShardedModel:
         model.to(device).train()
         config = _engine_config(sharding, optim, device)
         self.module: Any = deepspeed.initialize(model=model, optimizer=_adamw(model, optim), config=config)[0]
+        # At ZeRO-3 DeepSpeed takes only its own FusedAdam's state off the GPU, below it any optimizer's.
+        self._moves_moments = self._stage == 3 and not self.module.zero_use_cpu_optimizer()
         self.module.enable_backward_allreduce = self._stage > 0  # at stage 0 step() does it, and only where needed
 
     @property
@@ -236,6 +240,32 @@ class ShardedModel:
             )
         self.steps_done += 1
         return norm
+
+    def offload(self) -> None:
+        """Leaves gradients and the optimizer's state in host memory until `reload`; the weights stay. Not at ZeRO-0."""
+        from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum as State
+        from deepspeed.runtime.zero.offload_states import offload_optimizer_states
+
+        gpu, away = self.device.type != "cpu", [State.lp_grads, State.contiguous_grad_buffer]
+        if not self._moves_moments:
+            away += [State.optim_states, State.hp_params]
+        self.module.offload_states(include=away, pin_memory=gpu)
+        if self._moves_moments:
+            offload_optimizer_states(self.module.optimizer.optimizer, "cpu", pin_memory=gpu)
+            self._move_masters(torch.device("cpu"))
+
+    def reload(self) -> None:
+        """Brings back what `offload` has moved, if it has."""
+        from deepspeed.runtime.zero.offload_states import reload_optimizer_states
+
+        self.module.reload_states()
+        if self._moves_moments:
+            reload_optimizer_states(self.module.optimizer.optimizer, self.device)
+            self._move_masters(self.device)
+
+    def _move_masters(self, device: torch.device) -> None:
+        for flat in self.module.optimizer.fp32_partitioned_groups_flat:
+            flat.data = flat.data.to(device)
 
     def save(self, folder: Path) -> None:
         """Writes weights, optimizer state and step count, each rank its part: into one shared folder, or each its own.

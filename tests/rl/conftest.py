@@ -75,8 +75,8 @@ def train(pool, policy, reward_model):
     from cai_ray.rl.loop import run_ppo
     from cai_ray.rl.setup import Setup
 
-    def engines(count):
-        return pool.engines(policy, dtype="float32", max_model_len=64 + 12, count=count)
+    def engines(count, group):
+        return pool.engines(policy, dtype="float32", max_model_len=64 + 12, count=count, group=group)
 
     def run(
         out,
@@ -92,6 +92,6 @@ def train(pool, policy, reward_model):
         setup = Setup(settings, policy, rewards or (reward_model,), heldout, "auto", "cpu", 7, cluster, "float32")
         stage = StageDir(out, 7)
         stage.card = card
-        return run_ppo(setup, prompts(), lambda: engines(count), stage, progress, sl_rows)
+        return run_ppo(setup, prompts(), lambda group=None: engines(count, group), stage, progress, sl_rows)
 
     return run

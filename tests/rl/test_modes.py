@@ -117,6 +117,25 @@ def test_side_by_side_responses_are_looked_at_while_others_arrive(train, reward_
     assert abs(one[1]["objective/kl"]) > 1e-3
 
 
+@pytest.mark.full
+def test_engines_that_share_gpus_rest_while_the_others_work(train, tmp_path, monkeypatch):
+    """On CPU engines have nothing to free, but the order of who works when is that of GPUs, and changes no weight."""
+    rests, plain = [], sampler.Sampler._rest
+
+    def noted(self, method, what, *args):
+        if self._setup.colocated:
+            rests.append((method, *args))
+        plain(self, method, what, *args)
+
+    monkeypatch.setattr(sampler.Sampler, "_rest", noted)
+    for placement in ("separate", "colocated"):
+        train(tmp_path / placement, config(steps=2, zero_stage=2, checkpoint_every=1, placement=placement))
+    awake = [("wake", "weights"), ("wake", "kv_cache")]
+    assert rests == [*awake, ("sleep",), *awake, ("sleep",), *awake]
+    one, other = (load_file(tmp_path / p / "model" / "model.safetensors") for p in ("separate", "colocated"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
 def test_a_judge_cannot_be_sharded():
     with pytest.raises(ValueError, match="feedback_model as a reward cannot be sharded"):
         config(inference_sharded=True, critic_init="policy", reward=["feedback_model"])

@@ -161,6 +161,21 @@ def test_offloading_changes_no_step(stage: int, fields: tuple[str, ...]) -> None
         assert take_step(offloaded, step) == pytest.approx(take_step(plain, step), rel=1e-6)
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_states_that_rest_between_steps_change_none(stage: int, tmp_path: Path) -> None:
+    plain, resting = sharded(small_model(), stage), sharded(small_model(), stage)
+    for step in range(STEPS):
+        resting.offload()
+        x = torch.ones(1, 4)
+        torch.testing.assert_close(resting.module(x), plain.module(x), rtol=0, atol=0)  # weights are at hand
+        resting.reload()
+        assert take_step(resting, step) == take_step(plain, step)
+        resting.save(tmp_path / str(step))
+        resting.load(tmp_path / str(step))
+    resting.offload()
+    torch.testing.assert_close(weights(resting), weights(plain), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("stage", [2, 3])
 def test_rotary_frequencies_stay_exact_in_bfloat16(stage: int, tiny: Path) -> None:
     from cai_ray.models.checkpoints import load_causal_lm
