@@ -89,6 +89,7 @@ def test_one_step_ahead_rollouts_and_training_overlap(train, reward_model, tmp_p
     assert {s["sample"] for s in lines(tmp_path, "samples.jsonl")} == {"best", "worst", "random"}
 
 
+@pytest.mark.full
 def test_side_by_side_responses_are_looked_at_while_others_arrive(train, reward_model, tmp_path, monkeypatch):
     """And by models that are cut over two workers; what they say is what whole ones say, one role after the other."""
     monkeypatch.setattr(sampler, "PIECE", 7)
@@ -141,6 +142,7 @@ def test_a_judge_cannot_be_sharded():
         config(inference_sharded=True, critic_init="policy", reward=["feedback_model"])
 
 
+@pytest.mark.full
 def test_adapters_are_trained_and_reach_the_engines_merged(train, policy, tmp_path):
     from peft import PeftModel
 
@@ -164,6 +166,7 @@ def test_adapters_are_trained_and_reach_the_engines_merged(train, policy, tmp_pa
     assert torch.equal(before["model.embed_tokens.weight"], after["model.embed_tokens.weight"])
 
 
+@pytest.mark.full
 def test_a_step_too_far_is_taken_again_from_the_checkpoint_before(train, tmp_path, monkeypatch):
     check, raised = Guards.check, []
 
