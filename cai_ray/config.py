@@ -615,9 +615,10 @@ class PPOConfig(Sampling):
                 f"colocated engines get their weights from the actor's rank on the same GPU: engines {self.engines} is "
                 f"not actor.sharding.ranks {self.actor.sharding.ranks}"
             )
-        if max(self.critic.sharding.ranks, self.inference_ranks) > self.engines:
+        learners = [self.actor.sharding, *([self.critic.sharding] if self.has_critic else [])]
+        if max(self.inference_ranks, *(role.ranks for role in learners)) > self.engines:
             raise ValueError(f"colocated roles share {self.engines} GPUs: critic or inference_ranks has more ranks")
-        for role in (self.actor.sharding, self.critic.sharding):
+        for role in learners:
             if role.zero_stage == 0 and role.dtype == "float32":
                 raise ValueError("at ZeRO-0 in float32 no state can leave the GPU: set zero_stage to 1, 2 or 3")
             if role.offload_parameters:

@@ -341,6 +341,8 @@ def test_colocated_engines_need_no_gpus_of_their_own_but_memory_beside_what_rest
 )
 def test_what_cannot_be_colocated_is_refused(overrides: tuple[str, ...], message: str) -> None:
     load_config("7b_8xgpu", ("ppo.placement=colocated",))
+    no_critic = ("ppo.advantage=rloo", "ppo.samples_per_prompt=4", "ppo.critic.sharding.zero_stage=0")
+    load_config("7b_8xgpu", ("ppo.placement=colocated", *no_critic, "ppo.critic.sharding.dtype=float32"))
     with pytest.raises(ConfigError, match=message):
         load_config("7b_8xgpu", ("ppo.placement=colocated", *overrides))
 

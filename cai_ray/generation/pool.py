@@ -92,7 +92,9 @@ class EnginePool:
         # The engine itself knows what it holds: PPO may have given it other weights since.
         stale = [e for e in self._live if fit[e]["holds"] != model]
         swaps = [(e, e.handle.load_checkpoint.remote(*model)) for e in stale]
-        missing = self._room_for(max(0, count - len(self._live)), shared=group is not None)
+        missing = max(0, count - len(self._live))
+        if group is None:  # else their room is reserved
+            self._check_room(missing)
         taken = {e.place for e in self._live}
         free = [place for place in range(most) if place not in taken][: most - len(taken)]
         fresh = [self._start(model, kind, max_model_len, most, place) for place in free[:missing]]
@@ -152,10 +154,8 @@ class EnginePool:
         )
         return _Live(name, handle, log_file, kind, max_model_len, place, handle.info.remote())
 
-    def _room_for(self, fresh: int, shared: bool) -> int:
-        """Passes `fresh` on when the cluster can hold that many new engines beside the living ones."""
-        if shared:
-            return fresh  # their room is reserved
+    def _check_room(self, fresh: int) -> None:
+        """Refuses more new engines than the cluster can hold beside the living ones."""
         nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]
         engines = fresh + len(self._live)
         per_gpus, total_gpus = self.cluster.tensor_parallel_size, sum(n.get("GPU", 0) for n in nodes)
@@ -171,7 +171,6 @@ class EnginePool:
                 f"{engines} engines take {engines} CPU slots and Ray Data {DATA_CPUS} more; the cluster has {cpus:g}",
                 "lower cluster.engines, or start Ray with more logical CPUs (ray start --num-cpus)",
             )
-        return fresh
 
     def _await(self, waiting: list[tuple[_Live, Any]]) -> None:
         deadline = time.monotonic() + self.cluster.start_timeout_s

@@ -94,17 +94,9 @@ def _train(job: Job) -> dict[str, float]:
         out.forget_from(model.steps_done)
     passes = _Passes(job, task, tokenizer.pad_id, model, device, pulse)
 
-    def evaluate() -> tuple[list[Any], dict[str, float]]:
-        """Scores of the held-out rows, and the metrics that come of them, which rank 0 writes."""
-        found = passes.scores(held_out)
-        summary = task.summary(held_out, found) if held_out else {}
-        if main and summary:
-            out.metrics(model.steps_done, summary)
-        return found, summary
-
     # 4. Held-out rows before the first step, or as the checkpoint saw them: the line of metrics was just dropped.
     if model.steps_done == 0 or config.keep_checkpoints > 1:
-        evaluate()
+        passes.evaluate(held_out, out)
 
     # 5. The steps.
     for epoch, rows in step_rows(ids, job.seed, config.epochs, config.batch_size, start=model.steps_done):
@@ -113,10 +105,10 @@ def _train(job: Job) -> dict[str, float]:
         if main:
             out.metrics(step, line)
         if checkpoints.due(model.steps_done):
-            checkpoints.save(model, evaluate()[1] if config.keep_checkpoints > 1 else {})
+            checkpoints.save(model, passes.evaluate(held_out, out)[1] if config.keep_checkpoints > 1 else {})
 
     # 6. Held-out rows after the last step, and the reward's scale.
-    after, summary = evaluate()
+    after, summary = passes.evaluate(held_out, out)
     updates = {}
     if job.kind == "preference_model":
         blind = preference.leaks(held_out, passes.scores)
@@ -204,6 +196,14 @@ class _Passes:
         parts: list[dict[int, Any]] = [{}] * self.model.world_size
         dist.all_gather_object(parts, mine)
         return [score for _, score in sorted({i: s for part in parts for i, s in part.items()}.items())]
+
+    def evaluate(self, held_out: Sequence[Any], out: StageDir) -> tuple[list[Any], dict[str, float]]:
+        """Scores of the held-out rows, and the metrics that come of them, which rank 0 writes."""
+        found = self.scores(held_out)
+        summary = self.task.summary(held_out, found) if held_out else {}
+        if self.model.rank == 0 and summary:
+            out.metrics(self.model.steps_done, summary)
+        return found, summary
 
     def step(self, batch: Sequence[Any], saved: Path) -> dict[str, float]:
         """One optimizer step over `batch`; its metrics.
