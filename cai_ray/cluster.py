@@ -89,21 +89,13 @@ def end_children() -> None:
     """Ends every process below this one and removes the shared memory that they leave behind."""
     import psutil
 
-    children = psutil.Process().children(recursive=True)
-    for child in children:
-        _signal(child, signal.SIGTERM)
-    _, alive = psutil.wait_procs(children, timeout=STOP_GRACE_S)
-    for child in alive:
-        _signal(child, signal.SIGKILL)
-    psutil.wait_procs(alive, timeout=STOP_GRACE_S)
-    pids = {str(c.pid) for c in children} | {str(os.getpid())}
+    alive = psutil.Process().children(recursive=True)
+    pids = {str(c.pid) for c in alive} | {str(os.getpid())}
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        for child in alive:
+            with suppress(psutil.NoSuchProcess):
+                child.send_signal(number)
+        _, alive = psutil.wait_procs(alive, timeout=STOP_GRACE_S)
     for path in Path("/dev/shm").glob("cai-ray-*"):
         if path.name.split("-")[2] in pids:  # cai-ray-PID-…: see generation.shared_memory
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-
-
-def _signal(process: Any, number: int) -> None:
-    import psutil
-
-    with suppress(psutil.NoSuchProcess):
-        process.send_signal(number)
