@@ -36,12 +36,11 @@ def start_ray(config: Config) -> None:
     import ray
 
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
-    how: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-    own = {"num_cpus": max(LOGICAL_CPUS, os.cpu_count() or 1), "include_dashboard": False}
+    own: dict[str, Any] = {"num_cpus": max(LOGICAL_CPUS, os.cpu_count() or 1), "include_dashboard": False}
     mendable = (ConnectionError, ValueError, RuntimeError) if address else ()
     handler = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(address=address or "local", **how, **({} if address else own))
+        ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **({} if address else own))
     except mendable as e:
         raise ResourceError(
             f"no Ray cluster answers at {address}: {str(e).splitlines()[0]}",
