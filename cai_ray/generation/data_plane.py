@@ -129,7 +129,7 @@ def _generate(
             _run(job, crew, len(expected) - len(missing), len(expected), settings)
             return
         except RayError as error:
-            dead = [info["name"] for e, info in crew.infos.items() if not _alive(e)]
+            dead = [name for name, stats in _stats(crew).items() if not stats]
             if not dead and not isinstance(error, RayActorError):
                 raise  # a bug in the program, or in Ray Data
             held = frozenset[str]().union(*map(ledger.held_by, dead))
@@ -269,14 +269,6 @@ def _stats(crew: _Crew) -> dict[str, dict[str, float]]:
         except (GetTimeoutError, RayActorError):
             out[name] = {}
     return out
-
-
-def _alive(engine: EngineHandle) -> bool:
-    try:
-        ray.get(engine.info.remote(), timeout=ANSWER_S)
-    except (GetTimeoutError, RayActorError):
-        return False
-    return True
 
 
 @contextmanager
