@@ -97,7 +97,7 @@ class EngineActor:
         return plan.scores(await asyncio.gather(*map(self._submit, plan.requests)))
 
     async def prompt_logprobs(self, ids: Sequence[Sequence[int]], starts: Sequence[int]) -> list[list[float]]:
-        """Untempered log-probabilities of `ids[i][starts[i]:]`, nats."""
+        """Untempered log-probabilities of `ids[i][starts[i]:]`, nats. Slow: it bypasses the prefix cache."""
         requests = [ScoreRequest(i, s) for i, s in zip(ids, starts, strict=True)]
         return await asyncio.gather(*map(self._submit, requests))
 

@@ -305,10 +305,6 @@ class Engine:
         plan = plan_choices(prompt_ids, choices)
         return plan.scores(self._run(plan.requests))
 
-    def prompt_logprobs(self, ids: Sequence[Sequence[int]], starts: Sequence[int]) -> list[list[float]]:
-        """Untempered log-probabilities of `ids[i][starts[i]:]`. Slow: it bypasses the prefix cache."""
-        return self._run([ScoreRequest(i, s) for i, s in zip(ids, starts, strict=True)])
-
     def _run(self, requests: Sequence[Any]) -> list[Any]:
         self._require_idle()
         for i, request in enumerate(requests):
