@@ -58,8 +58,6 @@ def label(config: LabelConfig, inputs: GenerateInputs, out: StageDir) -> Manifes
         counts = map_rows(inputs.rows, program, engines, out, settings=inputs.settings)
     done = read_rows(out.data)
     if config.ranking:  # until the manifest is written, the same command gathers the votes again
-        for part in out.data.glob("part-*.parquet"):
-            part.unlink()
         done = ranked(config, done)
         write_rows(done, LABELED_PAIR, out.data)
     for row in done[:8]:

@@ -35,8 +35,6 @@ def sample_pairs(config: SamplePairsConfig, inputs: GenerateInputs, out: StageDi
         counts = map_rows(work, program, engines, out, settings=inputs.settings)
     # Until the manifest is written, the same command gathers the answers again: pairs may take their place.
     answered = read_rows(out.data)
-    for part in out.data.glob("part-*.parquet"):
-        part.unlink()
     done = sorted((pair for row in answered for pair in pairs_of(row, config.pairs)), key=lambda r: r["id"])
     write_rows(done, RESPONSE_PAIR, out.data)
     for row in done[:8]:

@@ -169,8 +169,10 @@ def in_share(row: str, share: tuple[float, float]) -> bool:
 
 
 def write_rows(rows: Iterable[Row], schema: pa.Schema, folder: Path) -> Path:
-    """Writes rows as a folder of parquet, few of them in memory at a time, and returns the folder."""
+    """Writes rows as a folder of parquet, in place of what it holds, few of them in memory at a time; returns it."""
     folder.mkdir(parents=True, exist_ok=True)
+    for part in folder.glob("part-*.parquet"):
+        part.unlink()
     left = iter(rows)
     with pq.ParquetWriter(folder / "part-00000.parquet", schema) as file:
         while some := list(islice(left, IN_MEMORY)):

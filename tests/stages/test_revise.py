@@ -2,8 +2,10 @@
 
 import asyncio
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,9 +13,9 @@ from hypothesis import strategies as st
 from cai_ray.config import ReviseConfig
 from cai_ray.constitution import Constitution
 from cai_ray.errors import DataError
-from cai_ray.records import Row, check_messages
+from cai_ray.records import PROMPT, Row, check_messages, to_table
 from cai_ray.stages.revise import ReviseRow, revise_statistics
-from cai_ray.stages.shared import ask, encode, fit_turns, in_share
+from cai_ray.stages.shared import ask, encode, fit_turns, in_share, read_rows, write_rows
 from cai_ray.templates import FRAMES, STOP_PLAIN
 from tests.stages.fake_engine import CONTROL, CUT, ScriptedEngine, WordTokenizer, prompt_row
 
@@ -285,3 +287,13 @@ def test_shares_split_the_ids_without_overlap() -> None:
     assert 0.27 < len(low) / 2000 < 0.33
     assert {i for i in ids if in_share(i, (0.0, 0.15))} < low
     assert all(in_share(i, (0.0, 1.0)) for i in ids)
+
+
+# ---- rows ---------------------------------------------------------------------------------------------------------
+
+
+def test_written_rows_take_the_place_of_all_that_the_folder_holds(tmp_path: Path) -> None:
+    for name in ("part-00000.parquet", "part-00001.parquet"):
+        pq.write_table(to_table([{**prompt_row("Old"), "id": name}], PROMPT), tmp_path / name)
+    row = prompt_row("Hi")
+    assert read_rows(write_rows([row], PROMPT, tmp_path)) == [row]
