@@ -13,7 +13,7 @@ from cai_ray.artifacts import RunDir, StageDir, StageKey, canonical_sha256, diff
 from cai_ray.config import FEEDBACK, Config, ModelSpec, Principles, Source
 from cai_ray.constitution import Constitution, load_constitution
 from cai_ray.errors import ConfigError
-from cai_ray.shipped import asset_path
+from cai_ray.shipped import source_path
 
 GENERATING = ("revise", "sample_pairs", "label", "ppo", "evaluate")  # stages that sample from engines
 STAGE_MODELS = ("sft", "preference_model", "ppo")  # stages that publish a model
@@ -169,15 +169,9 @@ def constitution_of(principles: Principles) -> Constitution:
     )
 
 
-def source_path(source: Source) -> Path:
-    """Where a source lies if it is local: the shipped rows of `starter:NAME`, a file or a folder."""
-    starter = source.path.removeprefix("starter:")
-    return Path(source.path).expanduser() if starter == source.path else asset_path(f"{starter}.jsonl")
-
-
 def file_identity(source: Source) -> str:
     """What enters a stage's key for a data source: sizes and hashes of local files, else its name."""
-    path = source_path(source)
+    path = source_path(source.path)
     if path.is_file():
         return file_sha256(path)
     if path.is_dir():

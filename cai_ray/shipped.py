@@ -33,3 +33,13 @@ def asset_path(name: str) -> Path:
     if not path.is_file():
         raise ConfigError(f"cai_ray/assets holds no file {name!r}", "install cai-ray again: its package is incomplete")
     return path
+
+
+def source_path(path: str) -> Path:
+    """Where a source lies if it is local: the shipped rows of `starter:NAME`, a file or a folder.
+
+    Raises:
+        ConfigError: nothing that is shipped has that name.
+    """
+    starter = path.removeprefix("starter:")
+    return Path(path).expanduser() if starter == path else asset_path(f"{starter}.jsonl")

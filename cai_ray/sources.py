@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 from cai_ray.config import Source
 from cai_ray.errors import DataError
 from cai_ray.records import Message, Row, check_messages, row_id, split_of
-from cai_ray.shipped import asset_path
+from cai_ray.shipped import source_path
 
 _TURN = re.compile(r"\n\n(Human|Assistant): ?")
 _ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
@@ -62,9 +62,7 @@ def check_source(source: Source) -> None:
 
 
 def _files(path: str) -> list[Path]:
-    if path.startswith("starter:"):
-        return [asset_path(path.removeprefix("starter:") + ".jsonl")]
-    here = Path(path).expanduser()
+    here = source_path(path)
     if here.is_dir():
         files = sorted(p for p in here.rglob("*") if p.is_file() and {*p.suffixes} & {*_ENDINGS})
         if not files:
