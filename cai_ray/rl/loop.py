@@ -9,7 +9,6 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -19,7 +18,7 @@ import pyarrow as pa
 import ray
 
 from cai_ray.algo.kl import AdaptiveKL, FixedKL
-from cai_ray.artifacts import StageDir
+from cai_ray.artifacts import Bar, Show, StageDir
 from cai_ray.errors import StageFailed
 from cai_ray.models.tokenization import Tokenizer
 from cai_ray.records import Row, derive_seed
@@ -41,15 +40,13 @@ TRAINER_RESTARTS = 2  # times that lost workers are started again from the same 
 ROLL_BACKS = 3  # times that the run goes back because of its KL; kl_coef doubles each time
 log = logging.getLogger(__name__)
 
-Bar = Callable[[float, float | None, str], None]
-
 
 def run_ppo(
     setup: Setup,
     prompts: Sequence[Row],
     get_engines: Callable[..., list[Any]],
     out: StageDir,
-    progress: Callable[[], AbstractContextManager[Bar]],
+    progress: Show,
     sl_rows: pa.Table | None = None,
     max_bad_fraction: float = 1.0,
 ) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:

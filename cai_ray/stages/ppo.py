@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from cai_ray.artifacts import Manifest, StageDir, StageKey
+from cai_ray.artifacts import Manifest, Show, StageDir, StageKey
 from cai_ray.config import Cluster, PPOConfig, SftConfig
 from cai_ray.errors import DataError
 from cai_ray.models.tokenization import Tokenizer
 from cai_ray.rl.loop import run_ppo
 from cai_ray.rl.setup import Judge, Setup
-from cai_ray.stages.shared import EngineSetup, Show, iter_rows, read_rows
+from cai_ray.stages.shared import EngineSetup, iter_rows, read_rows
 from cai_ray.training.sft import examples
 
 

@@ -3,7 +3,6 @@
 import json
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cai_ray.artifacts import StageDir, StageKey
+from cai_ray.artifacts import Show, StageDir, StageKey
 from cai_ray.config import Answering, Cluster, LabelConfig, PreferenceModelConfig, Sampling, SftConfig
 from cai_ray.constitution import Constitution
 from cai_ray.errors import DataError
@@ -26,7 +25,6 @@ from cai_ray.training.loop import Job, Kind
 
 PromptOf = Callable[[Sequence[Message]], PromptText]  # a step's prompt around a conversation
 IN_MEMORY = 1000  # rows
-Show = Callable[[], AbstractContextManager[Callable[[float, float | None, str], None]]]  # opens a progress display
 
 
 @dataclass(frozen=True)

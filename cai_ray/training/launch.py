@@ -7,13 +7,12 @@ when a rank no longer answers.
 import json
 import os
 import re
-from collections.abc import Callable
 from typing import Any
 
 import ray
 from ray.exceptions import RayError
 
-from cai_ray.artifacts import StageDir, print_to
+from cai_ray.artifacts import Bar, StageDir, print_to
 from cai_ray.errors import CaiError, ResourceError, StageFailed
 from cai_ray.models.shapes import find_shape, memory_sum, training_memory
 from cai_ray.training.checkpoints import RECORD, RUN_NAME, SCORE
@@ -32,10 +31,8 @@ RETURN_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "1000000"}
 # Torch's own words on GPU and CPU, Python's, and Ray's when its monitor ends a worker.
 _OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|running low on memory|MemoryError")
 
-OnProgress = Callable[[float, float | None, str], None]  # epochs done, epochs in all, a few words
 
-
-def run_training(job: Job, out: StageDir, on_progress: OnProgress | None = None) -> dict[str, float]:
+def run_training(job: Job, out: StageDir, on_progress: Bar | None = None) -> dict[str, float]:
     """Trains, and leaves the model in `out.path / "model"`; the same call after a crash goes on at the last checkpoint.
 
     Metrics go to metrics.jsonl (step: optimizer steps before the line's own; held-out lines come before step 0 and
@@ -75,7 +72,7 @@ def _nodes() -> set[str]:
     return {f"{node['NodeManagerHostname']} ({node['NodeID'][:8]})" for node in ray.nodes() if node["Alive"]}
 
 
-def _run(job: Job, out: StageDir, on_progress: OnProgress | None) -> dict[str, float]:
+def _run(job: Job, out: StageDir, on_progress: Bar | None) -> dict[str, float]:
     watch = Watch([rank_log(out, r) for r in range(job.config.sharding.ranks)], job.start_timeout_s, job.step_timeout_s)
     follow = _Follow(out, job.config.epochs, on_progress)
     running = _fit.remote(job)
@@ -176,7 +173,7 @@ class _Follow:
     Ranks that restart write the file anew and repeat steps, line for line: a line is known by its number.
     """
 
-    def __init__(self, out: StageDir, epochs: float, on_progress: OnProgress | None):
+    def __init__(self, out: StageDir, epochs: float, on_progress: Bar | None):
         self._out, self._epochs, self._on_progress = out, epochs, on_progress
         self._passed = len(self._lines())  # by an earlier attempt
 
