@@ -253,7 +253,6 @@ class Execution:
 
         cluster = self.config.cluster
         return MapSettings(
-            engines=(cluster.engines, cluster.max_engines or cluster.engines),
             joining=self.pool.joining,
             rows_per_block=cluster.rows_per_block,
             max_bad_fraction=self.config.run.max_bad_fraction,

@@ -46,7 +46,6 @@ class MapSettings:
     """How rows are fed to engines.
 
     Attributes:
-        engines: how many at least, and at most.
         rows_per_block: rows that are sent to an engine together.
         max_bad_fraction: share of bad rows beyond which the stage fails.
         timeout_s: longest time without any progress of any engine, seconds.
@@ -54,7 +53,6 @@ class MapSettings:
         joining: engines that have not started yet and may join while rows are generated.
     """
 
-    engines: tuple[int, int]
     rows_per_block: int
     max_bad_fraction: float
     timeout_s: float

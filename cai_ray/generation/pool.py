@@ -61,7 +61,7 @@ class EnginePool:
         format: str = "auto",
         dtype: str = "bfloat16",
         max_model_len: int,
-        count: int | tuple[int, int] | None = None,
+        count: int | None = None,
         group: PlacementGroup | None = None,
     ) -> list[EngineHandle]:
         """Engines that hold a model, idle, in a stable order.
@@ -73,16 +73,16 @@ class EnginePool:
             format: prompt format: auto, plain or chat.
             dtype: float32 or bfloat16.
             max_model_len: longest prompt and continuation together, tokens.
-            count: how many; of (fewest, most) the fewest are waited for, and as many others as Ray finds room for
-                join later. `cluster.engines` when None.
+            count: how many. When None `cluster.engines` are waited for, and as many others, up to
+                `cluster.max_engines`, as Ray finds room for join later.
             group: a bundle for each engine, whose GPU it shares with others; it can sleep then.
 
         Raises:
             ResourceError: the cluster is too small for them; the message carries the arithmetic.
             StageFailed: one did not start in time or died; the message ends with its last log lines.
         """
-        count = count or self.cluster.engines
-        count, most = count if isinstance(count, tuple) else (count, count)
+        fewest = count or self.cluster.engines
+        most = count or self.cluster.max_engines or fewest
         kind, model = (architecture(folder), dtype, group), (folder, format)
         infos = [(e, _settled(e)) for e in self._live if e.kind == kind and e.max_model_len >= max_model_len]
         fit = {e: info for e, info in infos if info and not info["updating"]}
@@ -92,7 +92,7 @@ class EnginePool:
         # The engine itself knows what it holds: PPO may have given it other weights since.
         stale = [e for e in self._live if fit[e]["holds"] != model]
         swaps = [(e, e.handle.load_checkpoint.remote(*model)) for e in stale]
-        missing = max(0, count - len(self._live))
+        missing = max(0, fewest - len(self._live))
         if group is None:  # else their room is reserved
             self._check_room(missing)
         taken = {e.place for e in self._live}

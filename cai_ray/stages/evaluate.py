@@ -47,7 +47,7 @@ def evaluate(config: EvaluateConfig, inputs: EvaluateInputs, out: StageDir) -> M
     parts, bad = [StageDir(out.path / "answers" / str(n), out.seed) for n in range(len(inputs.models))], []
     for part, (name, setup) in zip(parts, inputs.models.items(), strict=True):
         work = write_rows(rows, PROMPT, part.path / "inputs")
-        engines = setup.engines(config.max_prompt_tokens + config.max_new_tokens, inputs.settings.engines)
+        engines = setup.engines(config.max_prompt_tokens + config.max_new_tokens)
         with out.phase("generate"):
             counts.append(map_rows(work, Answer(config, out.seed, name), engines, part, settings=inputs.settings))
         bad += [{"model": name, **json.loads(line)} for line in part.quarantine_path.read_text("utf-8").splitlines()]

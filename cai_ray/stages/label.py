@@ -50,7 +50,7 @@ def label(config: LabelConfig, inputs: GenerateInputs, out: StageDir) -> Manifes
     assert inputs.constitution is not None
     program = LabelPair(config, inputs.constitution, out.seed)
     metrics: dict[str, float] = {"few_shots": len(program.shots)}  # a constitution may have fewer than were asked for
-    engines = inputs.setup.engines(config.max_tokens, inputs.settings.engines)
+    engines = inputs.setup.engines(config.max_tokens)
     if config.judge_gate != "off":
         with out.phase("gate"):
             metrics |= pass_gate(program, inputs, engines, out)

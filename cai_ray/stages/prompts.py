@@ -190,7 +190,7 @@ def _generate(
     """Has new prompts written; adds the good ones to `seen`, those that could not be asked for to `bad`, and counts."""
     work = write_rows(_requests(config, seen, out), _REQUEST, out.path / "inputs")
     setup, limit = inputs.writers[config.model], config.max_prompt_tokens + config.max_new_tokens
-    engines = setup.engines(limit, inputs.settings.engines)
+    engines = setup.engines(limit)
     map_rows(work, WritePrompt(config, out.seed), engines, out, settings=inputs.settings)
     bad += [json.loads(line) for line in out.quarantine_path.read_text("utf-8").splitlines()]
     near = NearDuplicates(r["messages"][-1]["content"] for r in seen.values() if r["kind"] == config.kind)

@@ -53,7 +53,7 @@ def revise(config: ReviseConfig, inputs: GenerateInputs, out: StageDir) -> Manif
     assert inputs.constitution is not None
     program = ReviseRow(config, inputs.constitution, out.seed)
     longest = max(config.max_new_tokens, config.max_critique_tokens)
-    engines = inputs.setup.engines(config.max_prompt_tokens + longest, inputs.settings.engines)
+    engines = inputs.setup.engines(config.max_prompt_tokens + longest)
     with out.phase("generate"):
         counts = map_rows(work, program, engines, out, settings=inputs.settings)
 

@@ -37,14 +37,14 @@ class EngineSetup:
     dtype: str
     run_tokens: int  # the run's longest prompt and response: an engine that holds them serves later stages too
 
-    def engines(self, max_model_len: int, count: int | tuple[int, int]) -> Callable[..., list[Any]]:
+    def engines(self, max_model_len: int, count: int | None = None) -> Callable[..., list[Any]]:
         """What gives engines that hold this model: started or reused when called, replaced when dead.
 
         It may be called with the placement group in which they are to be.
 
         Args:
             max_model_len: longest prompt and response together, tokens.
-            count: how many; of (fewest, most) those beyond the fewest join later (`EnginePool.joining`).
+            count: how many; as many as the cluster is to have when None (`EnginePool.engines`).
         """
         positions = json.loads((self.model / "config.json").read_text("utf-8")).get("max_position_embeddings")
         longest = max(max_model_len, min(self.run_tokens, positions or self.run_tokens))

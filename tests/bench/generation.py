@@ -137,7 +137,7 @@ def stage(task: str, rows: int, folder: Path) -> dict[str, float]:
         return map_rows(inputs, recorded, engines, StageDir(folder / f"stage-{name}"), settings=settings)
 
     settings = MapSettings(
-        (1, 1), config.cluster.rows_per_block, 1.0, 600, lambda: nullcontext(lambda done, total, words: None)
+        config.cluster.rows_per_block, 1.0, 600, lambda: nullcontext(lambda done, total, words: None)
     )
     run(write_rows([backwards(row) for row in source[:WARM_UP]], schema, folder / "warm-up"), "warm")
     began = time.monotonic()

@@ -143,7 +143,7 @@ def drive(root: Path, address: str, names: list[str], block_rows: int) -> None:
 
     engines()
     print(json.dumps({"call": time.time()}), flush=True)
-    settings = MapSettings((len(names), len(names)), block_rows, 0.0, 600, silent)
+    settings = MapSettings(block_rows, 0.0, 600, silent)
     counts = map_rows(root / "in", Answer(), engines, StageDir(root / "revise"), settings=settings)
     print(json.dumps({"end": time.time(), **counts.as_metrics()}), flush=True)
 

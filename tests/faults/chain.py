@@ -67,4 +67,4 @@ def silent():
 
 
 def settings(max_bad_fraction=0.0):
-    return MapSettings((CLUSTER.engines, CLUSTER.engines), PER_BLOCK, max_bad_fraction, 120, silent)
+    return MapSettings(PER_BLOCK, max_bad_fraction, 120, silent)

@@ -24,5 +24,5 @@ map_rows(
     TwoSteps(new=40),
     lambda: [ray.get_actor(engine_name)],
     StageDir(Path(root) / "stage"),
-    settings=MapSettings((1, 1), 4, 0.0, 120, silent),
+    settings=MapSettings(4, 0.0, 120, silent),
 )

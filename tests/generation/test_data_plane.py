@@ -25,7 +25,7 @@ def settings(seen=None, max_bad_fraction=0.5, rows_per_block=4):
     def show():
         yield lambda done, total, extra: seen.append((done, total)) if seen is not None else None
 
-    return MapSettings((1, 1), rows_per_block, max_bad_fraction, 120, show)
+    return MapSettings(rows_per_block, max_bad_fraction, 120, show)
 
 
 @pytest.fixture
@@ -142,19 +142,14 @@ def test_a_killed_driver_loses_and_repeats_nothing(pool, engines, tmp_path):
 
 
 @pytest.mark.full
-def test_an_engine_that_starts_later_joins(pool, model, tmp_path):
+def test_an_engine_that_starts_later_joins(pool, engines, tmp_path, monkeypatch):
     from cai_ray.generation.data_plane import map_rows
 
     ids, out = write_rows(tmp_path / "in", 4000), StageDir(tmp_path / "stage")
     pool.release()
+    monkeypatch.setattr(pool, "cluster", pool.cluster.model_copy(update={"max_engines": 2}))
     elastic = replace(settings(rows_per_block=50), joining=pool.joining)
-    counts = map_rows(
-        tmp_path / "in",
-        TwoSteps(new=30),
-        lambda: pool.engines(model, dtype="float32", max_model_len=MAX_LEN, count=(1, 2)),
-        out,
-        settings=elastic,
-    )
+    counts = map_rows(tmp_path / "in", TwoSteps(new=30), engines, out, settings=elastic)
     assert counts.rows_out == len(ids)
     held = [path.read_text().split() for path in Ledger(out.checkpoints).held.iterdir()]
     assert len(held) == 2

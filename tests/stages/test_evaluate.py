@@ -46,8 +46,8 @@ def test_a_model_s_folder_stays_as_it_is_and_bad_rows_are_told_with_their_model(
         for kind in ("harmful", "helpful")
         for i in range(2)
     ]
-    setup: Any = SimpleNamespace(engines=lambda length, count: None)
-    show = MapSettings(1, 8, 0.5, 60, nullcontext)  # type: ignore[arg-type]
+    setup: Any = SimpleNamespace(engines=lambda length: None)
+    show = MapSettings(8, 0.5, 60, nullcontext)  # type: ignore[arg-type]
     rows = write_rows(prompts, pa.schema(PROMPT), tmp_path / "prompts")
     models = {"sft": setup, str(mine): setup}
     inputs = stage.EvaluateInputs(StageKey({}, {}, {}), rows, models, tmp_path, show, threads=1, gpu=False)

@@ -343,8 +343,8 @@ def run_label(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         out = StageDir(tmp_path / "label", 3)
         out.on_warning = warned.append
         key = StageKey({}, {}, {})
-        setup = SimpleNamespace(engines=lambda length, count: lambda: [engine])
-        show = MapSettings(1, 8, 0.01, 60, nullcontext)  # type: ignore[arg-type]
+        setup = SimpleNamespace(engines=lambda length: lambda: [engine])
+        show = MapSettings(8, 0.01, 60, nullcontext)  # type: ignore[arg-type]
         inputs: Any = SimpleNamespace(key=key, rows=pairs, setup=setup, settings=show, constitution=constitution())
         return out, stage.label(LabelConfig(**settings), inputs, out), warned
 

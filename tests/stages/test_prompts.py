@@ -126,7 +126,7 @@ def rows_of(out: StageDir) -> list[Row]:
 def test_prompts_are_written_once_and_answered_several_times(setup: EngineSetup, tmp_path: Path) -> None:
     from cai_ray.generation.data_plane import MapSettings
 
-    settings, key = MapSettings(1, 8, 0.5, 120, silent), StageKey({}, {}, {})
+    settings, key = MapSettings(8, 0.5, 120, silent), StageKey({}, {}, {})
     source = tmp_path / "p.jsonl"
     source.write_text("".join(json.dumps({"prompt": t}) + "\n" for t in [*HARMFUL, HARMFUL[0]]), "utf-8")
     config = PromptsConfig.model_validate(
