@@ -13,12 +13,13 @@ ANSWER = pa.schema(
 )
 SCORED = pa.schema([*ANSWER, ("score", pa.float64())])
 BATCH = 8  # answers that are scored together
+MAX_TOKENS = 1 << 20  # nothing is cut here: what was sampled fits the model
 
 
 class Scorer:
     """Scores answers with the preference model, in a Ray Data actor."""
 
-    def __init__(self, reward: str, gpu: bool, max_tokens: int):
+    def __init__(self, reward: str, gpu: bool):
         import torch
 
         from cai_ray.models.checkpoints import load_scalar_model
@@ -28,7 +29,6 @@ class Scorer:
         self._tokenizer = Tokenizer.load(Path(reward))
         self._model: Any = load_scalar_model(Path(reward), torch.float32).eval()
         self._model.to(self._device)
-        self._max_tokens = max_tokens
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """The table with a `score` column: raw scores, in the preference model's own units."""
@@ -41,7 +41,7 @@ class Scorer:
         inputs = []
         for row in rows:
             prompt, response = tok.prompt(row["messages"]), tok.response(row["response"])
-            inputs.append(torch.tensor(preference_input(prompt, response, tok.eos_id, self._max_tokens)[0]))
+            inputs.append(torch.tensor(preference_input(prompt, response, tok.eos_id, MAX_TOKENS)[0]))
         order = sorted(range(len(rows)), key=lambda i: len(inputs[i]))  # neighbours in length share a batch
         scores = [0.0] * len(rows)
         with torch.inference_mode():

@@ -97,11 +97,10 @@ class Answer:
 
 
 def _score(inputs: EvaluateInputs, folders: list[Path], out: StageDir) -> list[Row]:
-    limit = 1 << 20  # nothing is cut here: what was sampled fits the model
     with quiet():
         scored = ray.data.read_parquet([str(f) for f in folders]).map_batches(
             Scorer,
-            fn_constructor_args=(str(inputs.reward), inputs.gpu, limit),
+            fn_constructor_args=(str(inputs.reward), inputs.gpu),
             batch_format="pyarrow",
             batch_size=64,
             concurrency=1,
