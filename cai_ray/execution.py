@@ -198,7 +198,7 @@ class Execution:
         logs = self.run.path / "logs"
         logs.mkdir(exist_ok=True)
         pool = EnginePool(self.config.cluster, self.device, logs)
-        self._stack.callback(pool.close)
+        self._stack.callback(pool.release)
         return pool
 
     def execute(self, stage: pipeline.Stage, number: str) -> Manifest:

@@ -114,8 +114,6 @@ class EnginePool:
         self._stop(self._live)
         self._live = []
 
-    close = release
-
     def _start(
         self, model: tuple[Path, str], kind: tuple[Any, ...], max_model_len: int, count: int, place: int
     ) -> _Live:

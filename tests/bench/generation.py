@@ -143,7 +143,7 @@ def stage(task: str, rows: int, folder: Path) -> dict[str, float]:
     began = time.monotonic()
     counts = run(inputs, "requests")
     wall = time.monotonic() - began
-    pool.close()
+    pool.release()
     ray.shutdown()
     noted = requests_of(folder)
     span = max(last for _, _, last in noted) - min(first for _, first, _ in noted)

@@ -91,7 +91,7 @@ def improve(rows: Sequence[Row], folder: Path, steps: int) -> list[dict[str, flo
     try:
         run_ppo(setup, prompt_rows(turns, "harmful"), engines, out, lambda: nullcontext(show))
     finally:
-        pool.close()
+        pool.release()
     return [json.loads(line) for line in (out.path / "metrics.jsonl").read_text("utf-8").splitlines()]
 
 

@@ -133,7 +133,7 @@ def train(size: Size, policy: Path, reward: Path, rows: list[Any], out: StageDir
             return pool.engines(policy, dtype="float32", max_model_len=longest)
 
         run_ppo(setup, rows, engines, out, lambda: nullcontext(lambda done, total, words: None))
-        pool.close()
+        pool.release()
     finally:
         ray.shutdown()
 

@@ -44,7 +44,7 @@ def pool_of(cluster, tmp_path_factory):
 
     yield engines
     for each in opened.values():
-        each.close()
+        each.release()
 
 
 @pytest.fixture
@@ -64,4 +64,4 @@ def pool(cluster, tmp_path_factory):
 
     pool = EnginePool(PPO_CLUSTER, "cpu", tmp_path_factory.mktemp("logs"))
     yield pool
-    pool.close()
+    pool.release()

@@ -53,7 +53,7 @@ def pool(tmp_path_factory):
     ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, namespace="test")
     pool = EnginePool(CLUSTER, "cpu", tmp_path_factory.mktemp("logs"))
     yield pool
-    pool.close()
+    pool.release()
     ray.shutdown()
 
 

@@ -115,7 +115,7 @@ def setup(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineSetup]:
     cluster = Cluster(device="cpu", kv_cache_gib=0.25, max_num_seqs=32, start_timeout_s=240, step_timeout_s=120)
     pool = EnginePool(cluster, "cpu", tmp_path_factory.mktemp("logs"))
     yield EngineSetup(pool, folder, "auto", "float32", 512)
-    pool.close()
+    pool.release()
     ray.shutdown()
 
 
