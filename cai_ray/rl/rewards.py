@@ -91,16 +91,11 @@ class Feedback:
     mean, std = 0.0, 1.0
 
     def __init__(self, judge: Judge, setup: Setup):
-        self._tokenizer, self._device, self._seed = (
-            Tokenizer.load(judge.model, judge.format),
-            setup.torch_device,
-            setup.seed,
-        )
-        sharding = setup.config.critic.sharding
-        model: Any = load_causal_lm(judge.model, sharding.dtype)
-        self._model = model.to(self._device).eval()
+        self._tokenizer = Tokenizer.load(judge.model, judge.format)
+        self._device, self._seed = setup.torch_device, setup.seed
+        self._model: Any = load_to_look(setup, setup.config.critic, lambda dtype: load_causal_lm(judge.model, dtype))
         self._principles, self._language = judge.constitution.for_feedback(), judge.constitution.language
-        self._budget = sharding.microbatch_tokens
+        self._budget = setup.config.critic.sharding.microbatch_tokens
 
     def raw(self, part: pa.Table) -> list[float]:
         """Scores of a micro-batch."""
