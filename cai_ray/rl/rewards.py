@@ -33,8 +33,6 @@ class Reward(Onlooker):
 
     def _load(self) -> None:
         setup = self._setup
-        self._least = setup.config.ensemble == "min"
-        self._microbatch_tokens = setup.config.critic.sharding.microbatch_tokens
         self._scorers = [_scorer(reward, setup) for reward in setup.rewards]
         self._heldout = Model(setup.heldout_reward, setup) if setup.heldout_reward else None
 
@@ -42,7 +40,8 @@ class Reward(Onlooker):
     @torch.no_grad()
     def score(self, batch: pa.Table, piece: tuple[int, int] | None = None) -> Answer:
         """Table (row, score_raw, score), and heldout where a model watches, of a piece: first row and how many."""
-        batch, plan = piece_of(batch, piece, self._microbatch_tokens, *self._share)
+        config = self._setup.config
+        batch, plan = piece_of(batch, piece, config.critic.sharding.microbatch_tokens, *self._share)
         rows = [i for chunk in plan for i in chunk]
         found: dict[str, list[float]] = {"score_raw": [], "score": [], **({"heldout": []} if self._heldout else {})}
         for chunk in plan:
@@ -50,7 +49,7 @@ class Reward(Onlooker):
             raw = torch.tensor([scorer.raw(part)[: len(chunk)] for scorer in self._scorers], dtype=torch.float64)
             own = torch.stack([(x - s.mean) / s.std for s, x in zip(self._scorers, raw, strict=True)])
             found["score_raw"] += raw.mean(0).tolist()
-            found["score"] += (own.amin(0) if self._least else own.mean(0)).tolist()
+            found["score"] += (own.amin(0) if config.ensemble == "min" else own.mean(0)).tolist()
             if self._heldout:
                 watched = self._heldout.raw(part)[: len(chunk)]
                 found["heldout"] += [(x - self._heldout.mean) / self._heldout.std for x in watched]

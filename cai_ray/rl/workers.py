@@ -66,7 +66,6 @@ class Reference(Onlooker):
 
     def _load(self) -> None:
         setup = self._setup
-        self._temperature = setup.config.temperature
         # The actor's own dtype: the KL at the first step is then 0, not the distance between two precisions.
         self._model = load_to_look(
             setup, setup.config.actor, lambda dtype: PolicyForward(load_causal_lm(setup.policy, dtype))
@@ -78,7 +77,7 @@ class Reference(Onlooker):
         """Table (row, ref_logprobs) of a piece of the batch: first row and how many."""
 
         def predict(micro: Micro) -> Tensor:
-            return self._model(micro.ids_1T, micro.documents, micro.response_1T, self._temperature)[0]
+            return self._model(micro.ids_1T, micro.documents, micro.response_1T, self._setup.config.temperature)[0]
 
         part, plan = piece_of(batch, piece, self._setup.config.actor.sharding.microbatch_tokens, *self._share)
         return _per_token("ref_logprobs", part, plan, self._device, predict), {}
