@@ -12,7 +12,6 @@ class Timeline:
     """
 
     def __init__(self, path: Path):
-        path.parent.mkdir(parents=True, exist_ok=True)
         if not path.is_file():
             path.write_text("[\n", "utf-8")
         self._file = path.open("a", 1, "utf-8")  # a write a line; opening it for each of hundreds of spans is slow
