@@ -1,7 +1,7 @@
-"""What actor and critic minimise: pure functions of a micro-batch's columns.
+"""What the actor minimises: pure functions of a micro-batch's columns. The critic's is `algo.ppo.value_loss`.
 
 Shapes: N response tokens of a micro-batch. `total` counts the response tokens of the whole optimizer step, over all
-ranks and micro-batches; losses and stats are partial sums over it.
+ranks and micro-batches; loss and stats are partial sums over it.
 """
 
 from collections.abc import Mapping
@@ -10,10 +10,8 @@ from torch import Tensor
 
 from cai_ray.algo.kl import kl_estimate
 from cai_ray.algo.masking import partial_mean, zero_masked
-from cai_ray.algo.ppo import Stats, importance_weights, policy_loss, value_loss
+from cai_ray.algo.ppo import Stats, importance_weights, policy_loss
 from cai_ray.config import PPOConfig
-
-CRITIC_COLUMNS = ("values", "returns")
 
 
 def actor_columns(config: PPOConfig) -> tuple[str, ...]:
@@ -52,11 +50,3 @@ def actor_loss(
         stats["kl_loss"] = kl.detach()
         loss = loss + kl_coef * kl
     return loss, stats
-
-
-def critic_loss(
-    config: PPOConfig, columns: Mapping[str, Tensor], values_N: Tensor, mask_N: Tensor, total: Tensor | float
-) -> tuple[Tensor, Stats]:
-    """Half the squared error to the returns, clipped."""
-    old_N, returns_N = (columns[name] for name in CRITIC_COLUMNS)
-    return value_loss(values_N, old_N, returns_N, mask_N, config.value_clip_range, total)

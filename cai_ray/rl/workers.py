@@ -19,14 +19,14 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from cai_ray.algo.ppo import nll_loss
+from cai_ray.algo.ppo import nll_loss, value_loss
 from cai_ray.config import Learner
 from cai_ray.models.checkpoints import load_causal_lm, load_scalar_model
 from cai_ray.models.tokenization import Tokenizer
 from cai_ray.records import derive_seed
 from cai_ray.rl.batches import Micro, Plan, collate, piece_of, ragged
 from cai_ray.rl.forward import PolicyForward, ValueForward
-from cai_ray.rl.losses import CRITIC_COLUMNS, actor_columns, actor_loss, critic_loss
+from cai_ray.rl.losses import actor_columns, actor_loss
 from cai_ray.rl.setup import Answer, Setup, table, timed
 from cai_ray.rl.weight_sync import Engines, Sender
 from cai_ray.rl.worker import Onlooker, Worker, load_to_look
@@ -251,7 +251,7 @@ class Actor(_Trained):
 class Critic(_Trained):
     """The value function."""
 
-    _columns = CRITIC_COLUMNS
+    _columns = ("values", "returns")
 
     def _build(self) -> ValueForward:
         return ValueForward(load_scalar_model(self._start, self._learner.sharding.dtype, seed=self._setup.seed))
@@ -260,7 +260,8 @@ class Critic(_Trained):
         return (self._model.module(micro.ids_1T, micro.documents, micro.response_1T),)
 
     def _loss(self, micro: Micro, predicted: Any, total: int, kl_coef: float) -> tuple[Tensor, dict[str, Tensor]]:
-        return critic_loss(self._setup.config, micro.columns, predicted[0], micro.mask_N, total)
+        old_N, returns_N = (micro.columns[name] for name in self._columns)
+        return value_loss(predicted[0], old_N, returns_N, micro.mask_N, self._setup.config.value_clip_range, total)
 
     @timed
     def values(self, batch: pa.Table, plan: Plan, keep: bool) -> Answer:

@@ -13,10 +13,11 @@ import pyarrow as pa
 import pytest
 import torch
 
+from cai_ray.algo.ppo import value_loss
 from cai_ray.config import PPOConfig
 from cai_ray.rl.batches import flat, ragged
 from cai_ray.rl.experience import make_experience
-from cai_ray.rl.losses import actor_columns, actor_loss, critic_loss
+from cai_ray.rl.losses import actor_columns, actor_loss
 
 BATCH, STEPS, GROUP = 256, 300, 4
 METHODS = ("gae", "rloo", "grpo")
@@ -80,8 +81,9 @@ def train(config, reward, ref_RV, lr=0.2, seed=0):
         columns = {name: flat(experience, name) for name in actor_columns(config)}
         loss, _ = actor_loss(config, config.kl_coef, columns, now_BR[mask_BR], entropy_BR[mask_BR], mask_N, total)
         if config.has_critic:
-            columns = {name: flat(experience, name) for name in ("values", "returns")}
-            loss = loss + critic_loss(config, columns, values_R.expand(BATCH, -1)[mask_BR], mask_N, total)[0]
+            old_N, returns_N = (flat(experience, name) for name in ("values", "returns"))
+            values_N = values_R.expand(BATCH, -1)[mask_BR]
+            loss = loss + value_loss(values_N, old_N, returns_N, mask_N, config.value_clip_range, total)[0]
         for optimizer in optimizers:
             optimizer.zero_grad()
         loss.backward()
