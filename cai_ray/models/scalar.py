@@ -73,6 +73,11 @@ def document_states(model: PreTrainedModel, ids_1T: torch.Tensor, lengths: Seque
     """
     if shares_prompt(model):
         return packed_hidden_states(model, ids_1T, lengths)[0]
+    return padded_states(model, ids_1T, lengths)
+
+
+def padded_states(model: PreTrainedModel, ids_1T: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+    """`document_states` of any family: each document becomes a row that is padded on the right."""
     ids_BT = pad_sequence(list(ids_1T[0].split(list(lengths))), batch_first=True)
     real_BT = torch.arange(ids_BT.shape[1]) < torch.tensor(lengths)[:, None]
     return hidden_states(model, ids_BT, real_BT.to(ids_BT.device))[real_BT]

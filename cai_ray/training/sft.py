@@ -1,6 +1,6 @@
 """Supervised fine-tuning: what a revision row teaches, and its loss. Knows nothing of ranks, steps or Ray.
 
-Shapes: B sequences, T tokens, N loss positions.
+Shapes: T tokens of all examples, N loss positions.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,13 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from cai_ray.algo.ppo import logprobs_from_hidden, nll_loss
 from cai_ray.config import SftConfig
 from cai_ray.models.checkpoints import load_causal_lm
 from cai_ray.models.packed import packed_hidden_states
-from cai_ray.models.scalar import hidden_states, lm_head
+from cai_ray.models.scalar import lm_head, padded_states
 from cai_ray.models.tokenization import Tokenizer, sft_example
 from cai_ray.records import Row, answers, check_messages
 
@@ -60,25 +59,18 @@ class TokenLogprobs(nn.Module):
         super().__init__()
         self.hf = hf
 
-    def forward(
-        self,
-        ids_BT: Tensor,
-        attention_mask_BT: Tensor | None,
-        wanted_BT: Tensor,
-        lengths: Sequence[int] | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """(logprobs_N, entropy_N) in float32 nats of the wanted tokens, row by row; the first token is never wanted.
+    def forward(self, ids_1T: Tensor, wanted_1T: Tensor, lengths: Sequence[int], packed: bool) -> tuple[Tensor, Tensor]:
+        """(logprobs_N, entropy_N) in float32 nats of the wanted tokens; a document's first token is never wanted.
 
-        With `lengths` there is one row of documents of so many tokens, and no attention mask.
+        The row holds documents of so many tokens, which are read as they stand there (`packed`) or as padded rows.
         """
-        if lengths:
-            hidden_BTH = packed_hidden_states(self.hf, ids_BT, lengths)
+        if packed:
+            hidden_TH = packed_hidden_states(self.hf, ids_1T, lengths)[0]
         else:
-            assert attention_mask_BT is not None
-            hidden_BTH = hidden_states(self.hf, ids_BT, attention_mask_BT)
-        wanted = wanted_BT[:, 1:]
-        hidden_NH, weight_VH = lm_head(self.hf, hidden_BTH[:, :-1][wanted])
-        return logprobs_from_hidden(hidden_NH, weight_VH, ids_BT[:, 1:][wanted])
+            hidden_TH = padded_states(self.hf, ids_1T, lengths)
+        wanted_T = wanted_1T[0, 1:]
+        hidden_NH, weight_VH = lm_head(self.hf, hidden_TH[:-1][wanted_T])
+        return logprobs_from_hidden(hidden_NH, weight_VH, ids_1T[0, 1:][wanted_T])
 
 
 def load(folder: Path, dtype: str, seed: int) -> TokenLogprobs:
@@ -108,21 +100,11 @@ def examples(row: Row, tokenizer: Tokenizer, config: SftConfig) -> list[Example]
 
 
 def collate(batch: Sequence[Example], pad_id: int, device: torch.device, config: SftConfig) -> Batch:
-    """What `TokenLogprobs` reads of a micro-batch; an empty one becomes a row of padding whose one token has no loss.
-
-    Examples stand one after the other in one row (`packing`), or each in a row that is padded on the right.
-    """
+    """What `TokenLogprobs` reads of a micro-batch; an empty one becomes two tokens of padding without loss."""
     ids = [torch.from_numpy(e.ids_T) for e in batch] or [torch.full((2,), pad_id)]
     wanted = [torch.from_numpy(e.loss_mask_T) for e in batch] or [torch.tensor([False, True])]
-    if config.packing:
-        ids_1T, wanted_1T = torch.cat(ids)[None].long(), torch.cat(wanted)[None]
-        row = {"ids_BT": ids_1T.to(device), "wanted_BT": wanted_1T.to(device)}
-        return {**row, "attention_mask_BT": None, "lengths": [len(x) for x in ids]}
-    ids_BT = pad_sequence(ids, batch_first=True, padding_value=pad_id).long()
-    real_BT = pad_sequence([torch.ones_like(x, dtype=torch.bool) for x in ids], batch_first=True)
-    wanted_BT = pad_sequence(wanted, batch_first=True)
-    tensors = {"ids_BT": ids_BT, "attention_mask_BT": real_BT, "wanted_BT": wanted_BT}
-    return {name: x.to(device) for name, x in tensors.items()}
+    row = {"ids_1T": torch.cat(ids)[None].long().to(device), "wanted_1T": torch.cat(wanted)[None].to(device)}
+    return {**row, "lengths": [len(x) for x in ids], "packed": config.packing}
 
 
 def loss(module: nn.Module, batch: Sequence[Example], tensors: Batch, config: SftConfig, total: int) -> Tensor:

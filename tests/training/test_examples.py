@@ -79,7 +79,7 @@ def test_sft_log_probs_are_those_of_the_answer(tiny: Path, tokenizer: Any, packi
     module = sft.load(tiny, "float32", 0)
     tensors = sft.collate(examples, tokenizer.pad_id, CPU, SftConfig(packing=packing))
     lengths = [e.length for e in examples]
-    assert tensors["ids_BT"].shape == ((1, sum(lengths)) if packing else (6, max(lengths)))
+    assert (tensors["ids_1T"].shape, tensors["packed"]) == ((1, sum(lengths)), packing)
     with torch.no_grad():
         scores = sft.score(module, examples, tensors)
         for example, (logprob, tokens) in zip(examples, scores, strict=True):

@@ -102,13 +102,14 @@ def test_a_language_model_trains_a_step_and_comes_back(family: str, folder: Make
     real_BT = torch.arange(ids_BT.shape[1]) < lengths_B[:, None]
     wanted_BT = real_BT.clone()
     wanted_BT[:, 0] = False
+    documents = ids_BT[real_BT][None], wanted_BT[real_BT][None], lengths_B.tolist(), False
     with torch.no_grad():
         plain = AutoModelForCausalLM.from_pretrained(start, dtype="float32").eval()
         logprobs = plain(input_ids=ids_BT, attention_mask=real_BT.long()).logits[:, :-1].log_softmax(-1)
         expected = logprobs.gather(2, ids_BT[:, 1:, None])[..., 0][wanted_BT[:, 1:]]
-        ours = sft.load(start, "float32", 0)(ids_BT, real_BT, wanted_BT)[0]
+        ours = sft.load(start, "float32", 0)(*documents)[0]
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
-    model = train(sft.load(start, "float32", 0), lambda module: -module(ids_BT, real_BT, wanted_BT)[0].mean())
+    model = train(sft.load(start, "float32", 0), lambda module: -module(*documents)[0].mean())
     model.export(Tokenizer.load(start), out)
     again = AutoModelForCausalLM.from_pretrained(out, dtype="float32").eval()
     assert type(again) is type(plain)
@@ -150,7 +151,7 @@ def test_soft_capped_logits_are_a_clear_error(tiny: Path, tmp_path: Path) -> Non
     model.save_pretrained(tmp_path / "model")
     module, every = sft.load(tmp_path / "model", "float32", 0), torch.ones(1, 3, dtype=torch.bool)
     with pytest.raises(DataError, match="final_logit_softcapping"):
-        module(every.long(), every, every)
+        module(every.long(), every, [3], False)
 
 
 GENERATE = """
