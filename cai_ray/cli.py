@@ -3,7 +3,6 @@
 import json
 import shlex
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +23,10 @@ class _Formatter(click.Command):
             formatter.write("\nExamples:\n" + "".join(f"  {line}\n" for line in self.epilog.splitlines()))
 
 
-def _command(
-    epilog: str, group: click.Group | None = None, name: str | None = None
-) -> Callable[[Callable[..., Any]], click.Command]:
-    names = {"help_option_names": ["-h", "--help"]}
-    return (group or main).command(name, cls=_Formatter, epilog=epilog, context_settings=names)
-
-
 class _Readable(click.Group):
     """Commands whose errors a user can mend: one message and an exit code, 2 for bad input, 3 for a failed stage."""
+
+    command_class, group_class = _Formatter, type  # `type`: groups within are of this class too
 
     def invoke(self, ctx: click.Context) -> Any:
         """Runs the command."""
@@ -81,7 +75,7 @@ def _run(directory: Path) -> Any:
     return RunDir(directory)
 
 
-@_command("cai-ray run quickstart\ncai-ray run quickstart ppo.kl_coef=0.1 --name b --reuse runs/quickstart")
+@main.command(epilog="cai-ray run quickstart\ncai-ray run quickstart ppo.kl_coef=0.1 --name b --reuse runs/quickstart")
 @click.argument("config")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--name", help="Name of the run; its directory is runs/NAME.")
@@ -112,7 +106,7 @@ def run(
         run_and_summarize(settings, Request(only, start, rebuild, reuse), config)
 
 
-@_command("cai-ray plan quickstart\ncai-ray plan 70b_multinode cluster.engines=8")
+@main.command(epilog="cai-ray plan quickstart\ncai-ray plan 70b_multinode cluster.engines=8")
 @click.argument("config")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--name", help="Name of the run.")
@@ -128,7 +122,7 @@ def config_group() -> None:
     """Looks at configurations."""
 
 
-@_command("cai-ray config show quickstart\ncai-ray config show paper ppo.steps=10", config_group)
+@config_group.command(epilog="cai-ray config show quickstart\ncai-ray config show paper ppo.steps=10")
 @click.argument("config")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 def show(config: str, overrides: tuple[str, ...]) -> None:
@@ -143,11 +137,10 @@ def constitution_group() -> None:
     """Imports and checks constitutions."""
 
 
-@_command(
-    "cai-ray constitution import ConstitutionalHarmlessnessPaper published.yaml\n"
-    "cai-ray constitution import ConstitutionalHarmlessnessPaper/prompts mine.yaml --force",
-    constitution_group,
+@constitution_group.command(
     "import",
+    epilog="cai-ray constitution import ConstitutionalHarmlessnessPaper published.yaml\n"
+    "cai-ray constitution import ConstitutionalHarmlessnessPaper/prompts mine.yaml --force",
 )
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.argument("out", metavar="OUT.yaml", type=click.Path(path_type=Path))
@@ -171,7 +164,7 @@ def import_(folder: Path, out: Path, force: bool) -> None:
     click.echo(f"{holdings(imported)}\n{out} sha256 {imported.sha256}")
 
 
-@_command("cai-ray constitution check mine.yaml\ncai-ray constitution check default", constitution_group)
+@constitution_group.command(epilog="cai-ray constitution check mine.yaml\ncai-ray constitution check default")
 @click.argument("file", metavar="FILE|NAME")
 def check(file: str) -> None:
     """Lists everything that is wrong with a constitution, then prints it as a table; exit code 2 if anything is."""
@@ -186,7 +179,7 @@ def check(file: str) -> None:
         raise SystemExit(2)
 
 
-@_command("cai-ray report runs/quickstart\ncai-ray report /mnt/shared/runs/7b_8xgpu")
+@main.command(epilog="cai-ray report runs/quickstart\ncai-ray report /mnt/shared/runs/7b_8xgpu")
 @click.argument("run_directory", metavar="RUN", type=click.Path(path_type=Path))
 def report(run_directory: Path) -> None:
     """Writes RUN/report.html from what the run directory holds, finished or not."""
@@ -195,7 +188,7 @@ def report(run_directory: Path) -> None:
     click.echo(write_report(_run(run_directory)))
 
 
-@_command("cai-ray export runs/quickstart --to data\ncai-ray export runs/quickstart --to data --force")
+@main.command(epilog="cai-ray export runs/quickstart --to data\ncai-ray export runs/quickstart --to data --force")
 @click.argument("run_directory", metavar="RUN", type=click.Path(path_type=Path))
 @click.option("--to", required=True, type=click.Path(path_type=Path), metavar="DIR", help="A new or empty folder.")
 @click.option("--force", is_flag=True, help="Replace an earlier export in DIR.")
@@ -213,7 +206,7 @@ def export(run_directory: Path, to: Path, force: bool) -> None:
         click.echo(line)
 
 
-@_command("cai-ray chat runs/quickstart\ncai-ray chat embedded")
+@main.command(epilog="cai-ray chat runs/quickstart\ncai-ray chat embedded")
 @click.argument("model", metavar="RUN|MODEL")
 @click.option("--max-new-tokens", default=128, show_default=True, help="Longest answer, tokens.")
 @click.option("--temperature", default=1.0, show_default=True, help="Sampling temperature.")
@@ -225,7 +218,7 @@ def chat(model: str, max_new_tokens: int, temperature: float, seed: int) -> None
     chat_loop(model, max_new_tokens, temperature, seed)
 
 
-@_command(f'cai-ray critique "{WIFI}"\ncai-ray critique "{WIFI_ZH}" --constitution zh')
+@main.command(epilog=f'cai-ray critique "{WIFI}"\ncai-ray critique "{WIFI_ZH}" --constitution zh')
 @click.argument("prompt")
 @click.option("--response", help="The answer to criticise; without it the model answers first.")
 @click.option("--constitution", default="default", show_default=True, help="Shipped name or YAML file.")
@@ -238,7 +231,7 @@ def critique(prompt: str, response: str | None, constitution: str, model: str, s
     critique_once(prompt, response, constitution, model, seed)
 
 
-@_command("cai-ray doctor\ncai-ray doctor && cai-ray run quickstart")
+@main.command(epilog="cai-ray doctor\ncai-ray doctor && cai-ray run quickstart")
 def doctor() -> None:
     """Checks this machine: versions, memory, disk, GPUs, tokens (present or not, never their values)."""
     from cai_ray.doctor import diagnose
