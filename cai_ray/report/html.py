@@ -19,21 +19,17 @@ from cai_ray.report.collect import Record, StageRecord, cautions, collect, inter
 MAX_SAMPLES = 12  # a stage
 MAX_TEXT = 6000  # characters of one text
 _COLUMNS = {"score": "{:.2f}", "refusals": "{:.0%}", "words": "{:.0f}", "truncated": "{:.0%}", "prompts": "{:.0f}"}
-# Chart title, stage, label -> names that the metric may have
-_LOSSES = {"training": ("train/loss", "loss"), "held-out": ("eval/loss",)}
+# Chart title, stage, label -> metric
+_LOSSES = {"training": "train/loss", "held-out": "eval/loss"}
 _CURVES = (
     ("SL model: loss", "sft", _LOSSES),
     ("Preference model: loss", "preference_model", _LOSSES),
-    (
-        "Preference model: accuracy",
-        "preference_model",
-        {"training": ("train/accuracy", "accuracy"), "held-out": ("eval/accuracy",)},
-    ),
-    ("PPO: score", "ppo", {"score": ("objective/score",), "held-out model": ("objective/heldout_score",)}),
-    ("PPO: KL to the SL model, nats", "ppo", {"KL": ("objective/kl",)}),
-    ("PPO: response length, tokens", "ppo", {"length": ("rollout/length",)}),
-    ("PPO: engine against trainer, nats", "ppo", {"gap": ("rollout/logprob_gap",)}),
-    ("PPO: policy entropy, nats", "ppo", {"entropy": ("policy/entropy",)}),
+    ("Preference model: accuracy", "preference_model", {"held-out": "eval/accuracy"}),
+    ("PPO: score", "ppo", {"score": "objective/score", "held-out model": "objective/heldout_score"}),
+    ("PPO: KL to the SL model, nats", "ppo", {"KL": "objective/kl"}),
+    ("PPO: response length, tokens", "ppo", {"length": "rollout/length"}),
+    ("PPO: engine against trainer, nats", "ppo", {"gap": "rollout/logprob_gap"}),
+    ("PPO: policy entropy, nats", "ppo", {"entropy": "policy/entropy"}),
 )
 
 
@@ -96,8 +92,7 @@ def charts(record: Record) -> list[Markup]:
     drawn = []
     for title, stage, lines in _CURVES:
         series = record.stage(stage).series
-        found = [(label, next((n for n in names if n in series), None)) for label, names in lines.items()]
-        drawn.append(line_chart(title, [(label, *series[name]) for label, name in found if name]))
+        drawn.append(line_chart(title, [(label, *series[name]) for label, name in lines.items() if name in series]))
     drawn.insert(1, histogram("Labels: P(A is better)", label_probs(record.stage("label"))))
     return [c for c in drawn if c]
 
