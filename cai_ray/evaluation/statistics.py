@@ -21,21 +21,12 @@ def looks_like_refusal(text: str) -> bool:
     return bool(_REFUSAL.search(text[:200]))
 
 
-def mean_interval(values: Sequence[float], seed: int = 0, draws: int = 1000) -> tuple[float, float, float]:
-    """Mean and its 95% percentile-bootstrap interval.
-
-    Args:
-        values: one number a prompt.
-        seed: of the bootstrap.
-        draws: bootstrap resamples.
-
-    Returns:
-        (mean, low, high); three NaN for no values.
-    """
+def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """(mean, low, high) with the 95% percentile-bootstrap interval of 1,000 resamples; three NaN for no values."""
     x = np.asarray(values, dtype=np.float64)
     if x.size == 0:
         return float("nan"), float("nan"), float("nan")
-    picks = np.random.default_rng(seed).integers(0, x.size, (draws, x.size))
+    picks = np.random.default_rng(0).integers(0, x.size, (1000, x.size))
     low, high = np.percentile(x[picks].mean(1), [2.5, 97.5])
     return float(x.mean()), float(low), float(high)
 
