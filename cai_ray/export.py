@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from cai_ray.artifacts import Manifest, RunDir, StageDir
+from cai_ray.artifacts import RunDir, StageDir
 from cai_ray.config import Config, Principles
 from cai_ray.config_files import load_config
 from cai_ray.constitution import Constitution, Principle
@@ -243,30 +244,44 @@ def _card(export: Export, counts: Counter[tuple[str, str]], run: RunDir, config:
     head = {"configs": [{"config_name": "default", "data_files": files}], "tags": ["constitutional-ai", "synthetic"]}
     made = [[split, kind, f"{n:,}"] for (split, kind), n in sorted(counts.items(), reverse=True) if split]
     none = sum(n for (split, _), n in counts.items() if not split)
-    parts = [
-        f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n# {export.name}\n\n{export.about}",
-        table(["split", "kind", "rows"], made),
-        *([f"Rows of `{export.stage}` that became none: {none:,}, because {export.nothing}."] if none else []),
-        "## Where it comes from\n\nMade by cai-ray (Constitutional AI, Bai et al. 2022, arXiv 2212.08073).",
-    ]
-    manifests = {name: manifest for name in export.makers if (manifest := run.stage(name).manifest())}
-    parts.append(table(["stage", "models", "constitution", "seed", "cai-ray"], provenance(manifests, run, config)))
-    if label := manifests.get("label"):
+    parts = [export.about, table(["split", "kind", "rows"], made)]
+    if none:
+        parts.append(f"Rows of `{export.stage}` that became none: {none:,}, because {export.nothing}.")
+    parts.append(provenance(export.makers, run, config))
+    label = run.stage("label").manifest()
+    if label and "label" in export.makers:
         numbers = [[key, f"{value:.4g}"] for key, value in label.metrics.items() if isinstance(value, int | float)]
         parts += ["## What the labels are like", table(["of the stage label", "value"], numbers)]
-    return "\n\n".join([*parts, "## Limits", "\n".join(f"- {limit}" for limit in limits)]) + "\n"
+    return card(head, export.name, parts, limits)
 
 
-def provenance(manifests: Mapping[str, Manifest], run: RunDir, config: Config) -> Iterator[list[str]]:
-    """A card's lines about the stages that had a part in something: models, constitution, seed, version."""
+def card(head: Mapping[str, Any], title: str, parts: Iterable[str], limits: Iterable[str]) -> str:
+    """A README.md in the Hugging Face hub's form; `head` is what the hub and its libraries read."""
+    start = f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n# {title}"
+    return "\n\n".join([start, *parts, "## Limits", "\n".join(f"- {limit}" for limit in limits)]) + "\n"
+
+
+def provenance(stages: Iterable[str], run: RunDir, config: Config, own: Iterable[list[str]] = ()) -> str:
+    """A card's section on the stages that had a part in something: models, constitution, seed, version.
+
+    Args:
+        stages: those of them that are unfinished are left out.
+        run: the run's directory.
+        config: the run's.
+        own: lines of the table to follow theirs.
+    """
+    rows: list[list[str]] = []
     chosen = {"revise": config.constitution.critique, "label": config.constitution.feedback}
+    manifests = {name: manifest for name in stages if (manifest := run.stage(name).manifest())}
     for name, manifest in manifests.items():
         found = _constitution(run, name, chosen[name]) if name in chosen else None
         constitution = f"{found.name}, version {found.version}, " if found else ""
         if manifest.constitution_sha256:
             constitution += f"sha256 {manifest.constitution_sha256}"
         models = ", ".join(f"{role}: {identity}" for role, identity in manifest.models.items())
-        yield [name, models, constitution, str(manifest.seed), manifest.packages.get("cai-ray", "")]
+        rows.append([name, models, constitution, str(manifest.seed), manifest.packages.get("cai-ray", "")])
+    made_by = "## Where it comes from\n\nMade by cai-ray (Constitutional AI, Bai et al. 2022, arXiv 2212.08073).\n\n"
+    return made_by + table(["stage", "models", "constitution", "seed", "cai-ray"], [*rows, *own])
 
 
 def table(head: list[str], rows: Iterable[list[str]]) -> str:

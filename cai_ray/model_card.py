@@ -11,7 +11,7 @@ import yaml
 
 from cai_ray.artifacts import RunDir, StageKey, package_versions
 from cai_ray.config import Config
-from cai_ray.export import LIMITS, provenance, table
+from cai_ray.export import LIMITS, card, provenance, table
 from cai_ray.models.embedded import HUB_ID
 from cai_ray.pipeline import STAGES, Stage, model_spec
 from cai_ray.report.collect import cautions, collect
@@ -50,30 +50,23 @@ def model_card(run: RunDir, config: Config, stage: Stage, key: StageKey, metrics
         head["base_model"] = base
     head["tags"] = ["constitutional-ai", "rlaif", "cai-ray", stage.name.replace("_", "-")]
     folders = [run.stage(name).path / "data" for name in (*stage.data(config), stage.name)]
-    made_by = {name: manifest for name in _before(config, stage) if (manifest := run.stage(name).manifest())}
-    own = ", ".join(f"{role}: {identity}" for role, identity in key.parts.get("models", {}).items())
+    models = ", ".join(f"{role}: {identity}" for role, identity in key.parts.get("models", {}).items())
     packages = package_versions()
-    rows = [
-        *provenance(made_by, run, config),
-        [stage.name, own, "", str(key.parts["seed"]), packages.get("cai-ray", "")],
-    ]
+    own = [stage.name, models, "", str(key.parts["seed"]), packages.get("cai-ray", "")]
     numbers = [[name, f"{value:.4g}"] for name, value in metrics.items() if isinstance(value, int | float)]
     limits = [*_LIMITS, *LIMITS, *cautions(collect(run), unfinished=False)]
     parts = [
-        f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n# {config.run.name}: {stage.name}\n\n{about}",
+        about,
         f'```python\nfrom transformers import {auto}\n\nmodel = {auto}.from_pretrained("PATH/TO/THIS/FOLDER")\n```',
         "## Data\n\nRows that the stage was given; those of the split `test` are held out.",
         table(["source", "kind", "split", "rows"], _counts(folders)),
-        "## Where it comes from\n\nMade by cai-ray (Constitutional AI, Bai et al. 2022, arXiv 2212.08073).",
-        table(["stage", "models", "constitution", "seed", "cai-ray"], rows),
+        provenance(_before(config, stage), run, config, [own]),
         "Packages: " + ", ".join(f"{name} {version}" for name, version in packages.items()) + ".",
         f"## Hyperparameters\n\n```yaml\n{yaml.safe_dump(key.config, sort_keys=False)}```",
         "## Metrics",
         table(["metric", "value"], numbers),
-        "## Limits",
-        "\n".join(f"- {limit}" for limit in limits),
     ]
-    return "\n\n".join(parts) + "\n"
+    return card(head, f"{config.run.name}: {stage.name}", parts, limits)
 
 
 def _before(config: Config, stage: Stage) -> list[str]:
