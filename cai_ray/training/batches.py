@@ -4,6 +4,7 @@ Both are pure functions of ids, lengths and the seed: files, workers and ranks c
 holds, and the layout changes nothing about its loss but rounding.
 """
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -85,11 +86,10 @@ def layout(
         )
     fewest = len(_cut(order, lengths, microbatch_tokens, packed))
     count = min(len(order), -(-fewest // ranks) * ranks)  # as few as the budget allows, but work for every rank
-    low, high = longest, microbatch_tokens
-    while low < high:  # the smallest budget that needs no more micro-batches than that
-        middle = (low + high) // 2
-        low, high = (low, middle) if len(_cut(order, lengths, middle, packed)) <= count else (middle + 1, high)
-    micro = _cut(order, lengths, high, packed)
+    # The smallest budget that needs no more micro-batches than that.
+    budgets = range(longest, microbatch_tokens)
+    smaller = bisect_left(budgets, True, key=lambda tokens: len(_cut(order, lengths, tokens, packed)) <= count)
+    micro = _cut(order, lengths, longest + smaller, packed)
     micro += [[] for _ in range(-len(micro) % ranks)]
     return [micro[rank::ranks] for rank in range(ranks)]
 
