@@ -210,7 +210,7 @@ class _Passes:
 
         Raises:
             StageFailed: the loss or the gradient is not finite, on every rank alike and before the weights change; the
-                batch is in `saved`.
+                batch is in `saved`, as a JSON list of the examples' fields.
         """
         import torch
         import torch.distributed as dist
@@ -231,8 +231,8 @@ class _Passes:
                 )
             norm = model.step()
         except StageFailed as error:
-            if model.rank == 0:
-                save_batch(saved, batch)
+            if model.rank == 0:  # ids, token ids, masks, labels; no text
+                write_atomic(saved, json.dumps([vars(e) for e in batch], default=lambda array: array.tolist()))
             raise StageFailed(f"{error.message}; the tokens of its rows are in {saved}", error.fix) from None
         speed = sum(e.tokens for e in batch) / (time.monotonic() - begun)
         return {"train/loss": float(loss), "train/lr": lr, "train/grad_norm": norm, "perf/tokens_per_s": speed}
@@ -253,14 +253,6 @@ def reward_scale(scores: Sequence[float]) -> dict[str, float]:
             "train it longer or with another rate: it does not tell answers apart",
         )
     return {"reward_mean": mean, "reward_std": std}
-
-
-def save_batch(path: Path, batch: Sequence[Any]) -> None:
-    """Writes the examples of a step as JSON, a list of their fields: ids, token ids, masks, labels; no text."""
-    import numpy as np
-
-    rows = [{k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in vars(e).items()} for e in batch]
-    write_atomic(path, json.dumps(rows))
 
 
 def _examples(
