@@ -17,8 +17,8 @@ PLAIN_INTERVAL_S = 15.0
 class Reporter:
     """Prints banners and progress, and writes the same words to a log file."""
 
-    def __init__(self, log: Path | None = None, console: Console | None = None):
-        self.console = console or Console(highlight=False, soft_wrap=True)
+    def __init__(self, log: Path | None = None):
+        self.console = Console(highlight=False, soft_wrap=True)
         self._log = log
 
     def say(self, text: str, style: str = "") -> None:
