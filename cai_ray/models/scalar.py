@@ -66,18 +66,16 @@ def lm_head(model: PreTrainedModel, hidden_NH: torch.Tensor) -> tuple[torch.Tens
     return torch.cat([hidden_NH, ones_N1], 1), torch.cat([head.weight, head.bias[:, None]], 1)
 
 
-def document_states(model: PreTrainedModel, ids_1T: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+def document_states(
+    model: PreTrainedModel, ids_1T: torch.Tensor, lengths: Sequence[int], packed: bool | None = None
+) -> torch.Tensor:
     """The last hidden states hidden_TH of documents that stand one after the other in one row, without padding.
 
-    Families that are not known to keep documents apart get them as padded rows, which is slower.
+    They are read as they stand there (`packed`) or as padded rows, which is slower; None: packed where the family is
+    known to keep documents apart.
     """
-    if shares_prompt(model):
+    if shares_prompt(model) if packed is None else packed:
         return packed_hidden_states(model, ids_1T, lengths)[0]
-    return padded_states(model, ids_1T, lengths)
-
-
-def padded_states(model: PreTrainedModel, ids_1T: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
-    """`document_states` of any family: each document becomes a row that is padded on the right."""
     ids_BT = pad_sequence(list(ids_1T[0].split(list(lengths))), batch_first=True)
     real_BT = torch.arange(ids_BT.shape[1]) < torch.tensor(lengths)[:, None]
     return hidden_states(model, ids_BT, real_BT.to(ids_BT.device))[real_BT]

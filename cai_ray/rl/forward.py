@@ -1,5 +1,6 @@
-"""The forward passes of PPO's roles, each over whole sequences in one row: no padding, no logits of prompt tokens.
+"""The forward passes of critic and reward, each over whole sequences in one row; no padding.
 
+That of actor and reference is SFT's: `training.sft.TokenLogprobs`.
 What reads a weight does so inside a module's `forward`, where ZeRO-3 gathers it.
 Shapes: B sequences, T tokens of all of them, N response tokens of all of them.
 """
@@ -10,8 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from cai_ray.algo.ppo import logprobs_from_hidden
-from cai_ray.models.scalar import document_scores, document_states, lm_head
+from cai_ray.models.scalar import document_scores, document_states
 
 
 class _Forward(nn.Module):
@@ -20,25 +20,14 @@ class _Forward(nn.Module):
         self.hf = hf
 
 
-class PolicyForward(_Forward):
-    """What actor and reference say of the response tokens."""
-
-    def forward(
-        self, ids_1T: Tensor, documents: Sequence[int], response_1T: Tensor, temperature: float
-    ) -> tuple[Tensor, Tensor]:
-        """(logprobs_N, entropy_N) in float32 nats under softmax(logits / temperature)."""
-        hidden_TH = document_states(self.hf, ids_1T, documents)
-        hidden_NH, weight_VH = lm_head(self.hf, hidden_TH[_before(response_1T)])
-        return logprobs_from_hidden(hidden_NH, weight_VH, ids_1T[response_1T], temperature)
-
-
 class ValueForward(_Forward):
     """The critic's values of the states in which each response token was chosen."""
 
     def forward(self, ids_1T: Tensor, documents: Sequence[int], response_1T: Tensor) -> Tensor:
         """values_N in float32."""
         hidden_TH = document_states(self.hf, ids_1T, documents)
-        return self.hf.get_submodule("score")(hidden_TH[_before(response_1T)])[:, 0]
+        before_T = torch.roll(response_1T[0], -1)  # one place to the left; no sequence begins with its response
+        return self.hf.get_submodule("score")(hidden_TH[before_T])[:, 0]
 
 
 class ScoreForward(_Forward):
@@ -47,8 +36,3 @@ class ScoreForward(_Forward):
     def forward(self, ids_1T: Tensor, documents: Sequence[int]) -> Tensor:
         """scores_B in float32."""
         return document_scores(self.hf, ids_1T, documents)
-
-
-def _before(response_1T: Tensor) -> Tensor:
-    """Where the response tokens are predicted: one place to the left; no sequence begins with its response."""
-    return torch.roll(response_1T[0], -1)

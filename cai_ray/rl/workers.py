@@ -25,13 +25,14 @@ from cai_ray.models.checkpoints import load_causal_lm, load_scalar_model
 from cai_ray.models.tokenization import Tokenizer
 from cai_ray.records import derive_seed
 from cai_ray.rl.batches import Micro, Plan, collate, piece_of, ragged
-from cai_ray.rl.forward import PolicyForward, ValueForward
+from cai_ray.rl.forward import ValueForward
 from cai_ray.rl.losses import actor_columns, actor_loss
 from cai_ray.rl.setup import Answer, Setup, table, timed
 from cai_ray.rl.weight_sync import Engines, Sender
 from cai_ray.rl.worker import Onlooker, Worker, load_to_look
 from cai_ray.training.deepspeed import ShardedModel, loading
 from cai_ray.training.lora import add_adapters
+from cai_ray.training.sft import TokenLogprobs
 
 
 def _per_token(
@@ -68,7 +69,7 @@ class Reference(Onlooker):
         setup = self._setup
         # The actor's own dtype: the KL at the first step is then 0, not the distance between two precisions.
         self._model = load_to_look(
-            setup, setup.config.actor, lambda dtype: PolicyForward(load_causal_lm(setup.policy, dtype))
+            setup, setup.config.actor, lambda dtype: TokenLogprobs(load_causal_lm(setup.policy, dtype))
         )
 
     @timed
@@ -87,7 +88,7 @@ class _Trained(Worker):
     """What actor and critic share: the process group of their ranks, the walk over a plan, checkpoints."""
 
     # Each role's own: its module, its forward pass, its loss with its stats, and the columns that the loss reads.
-    _build: Callable[[], "PolicyForward | ValueForward"]
+    _build: Callable[[], "TokenLogprobs | ValueForward"]
     _predict: Callable[..., tuple[Tensor, ...]]
     _loss: Callable[[Micro, Any, int, float], tuple[Tensor, dict[str, Tensor]]]
     _columns: tuple[str, ...]
@@ -190,8 +191,8 @@ class Actor(_Trained):
 
     _sender: Sender
 
-    def _build(self) -> PolicyForward:
-        return PolicyForward(load_causal_lm(self._start, self._learner.sharding.dtype))
+    def _build(self) -> TokenLogprobs:
+        return TokenLogprobs(load_causal_lm(self._start, self._learner.sharding.dtype))
 
     @property
     def _columns(self) -> tuple[str, ...]:

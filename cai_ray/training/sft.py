@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from cai_ray.algo.ppo import logprobs_from_hidden, nll_loss
 from cai_ray.config import SftConfig
 from cai_ray.models.checkpoints import load_causal_lm
-from cai_ray.models.packed import packed_hidden_states
-from cai_ray.models.scalar import lm_head, padded_states
+from cai_ray.models.scalar import document_states, lm_head
 from cai_ray.models.tokenization import Tokenizer, sft_example
 from cai_ray.records import Row, answers, check_messages
 
@@ -50,7 +49,7 @@ class Example:
 
 
 class TokenLogprobs(nn.Module):
-    """Log-probs and entropies at chosen tokens only.
+    """Log-probs and entropies at chosen tokens only; in PPO too, what actor and reference say of the response tokens.
 
     One module call holds backbone and head, so that ZeRO-3 gathers the head's weight too.
     """
@@ -59,18 +58,22 @@ class TokenLogprobs(nn.Module):
         super().__init__()
         self.hf = hf
 
-    def forward(self, ids_1T: Tensor, wanted_1T: Tensor, lengths: Sequence[int], packed: bool) -> tuple[Tensor, Tensor]:
-        """(logprobs_N, entropy_N) in float32 nats of the wanted tokens; a document's first token is never wanted.
+    def forward(
+        self,
+        ids_1T: Tensor,
+        documents: Sequence[int],
+        wanted_1T: Tensor,
+        temperature: float = 1.0,
+        packed: bool | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """(logprobs_N, entropy_N) of the wanted tokens in float32 nats, under softmax(logits / temperature).
 
-        The row holds documents of so many tokens, which are read as they stand there (`packed`) or as padded rows.
+        The row holds documents of so many tokens; the first of each is never wanted. `packed`: see `document_states`.
         """
-        if packed:
-            hidden_TH = packed_hidden_states(self.hf, ids_1T, lengths)[0]
-        else:
-            hidden_TH = padded_states(self.hf, ids_1T, lengths)
+        hidden_TH = document_states(self.hf, ids_1T, documents, packed)
         wanted_T = wanted_1T[0, 1:]
         hidden_NH, weight_VH = lm_head(self.hf, hidden_TH[:-1][wanted_T])
-        return logprobs_from_hidden(hidden_NH, weight_VH, ids_1T[0, 1:][wanted_T])
+        return logprobs_from_hidden(hidden_NH, weight_VH, ids_1T[0, 1:][wanted_T], temperature)
 
 
 def load(folder: Path, dtype: str, seed: int) -> TokenLogprobs:
@@ -104,7 +107,7 @@ def collate(batch: Sequence[Example], pad_id: int, device: torch.device, config:
     ids = [torch.from_numpy(e.ids_T) for e in batch] or [torch.full((2,), pad_id)]
     wanted = [torch.from_numpy(e.loss_mask_T) for e in batch] or [torch.tensor([False, True])]
     row = {"ids_1T": torch.cat(ids)[None].long().to(device), "wanted_1T": torch.cat(wanted)[None].to(device)}
-    return {**row, "lengths": [len(x) for x in ids], "packed": config.packing}
+    return {**row, "documents": [len(x) for x in ids], "packed": config.packing}
 
 
 def loss(module: nn.Module, batch: Sequence[Example], tensors: Batch, config: SftConfig, total: int) -> Tensor:

@@ -6,7 +6,8 @@ import torch
 from cai_ray.algo.ppo import logprobs_from_logits
 from cai_ray.models import scalar
 from cai_ray.models.checkpoints import load_causal_lm, load_scalar_model
-from cai_ray.rl.forward import PolicyForward, ScoreForward, ValueForward
+from cai_ray.rl.forward import ScoreForward, ValueForward
+from cai_ray.training.sft import TokenLogprobs
 from tests.reference import values_of
 
 PROMPTS, RESPONSES = [[5, 6, 7], [8], [9, 10, 11, 12, 13]], [[1, 2], [3, 4, 11, 20, 21], [30]]
@@ -26,7 +27,7 @@ def how(request, monkeypatch):
 
 def test_log_probs_are_those_of_each_sequence_alone(policy, how):
     hf = load_causal_lm(policy, "float32")
-    logprobs_N, entropy_N = PolicyForward(hf)(IDS, LENGTHS, RESPONSE, 0.7)
+    logprobs_N, entropy_N = TokenLogprobs(hf)(IDS, LENGTHS, RESPONSE, 0.7)
     plain = load_causal_lm(policy, "float32")
     expected, entropies = [], []
     for sequence, response in zip(SEQUENCES, RESPONSES, strict=True):
@@ -51,7 +52,7 @@ def test_values_and_scores_are_those_of_each_sequence_alone(reward_model, how):
 
 def test_gradients_reach_the_weights_from_response_tokens_only(policy):
     hf = load_causal_lm(policy, "float32")
-    PolicyForward(hf)(IDS, LENGTHS, RESPONSE, 1.0)[0].sum().backward()
+    TokenLogprobs(hf)(IDS, LENGTHS, RESPONSE, 1.0)[0].sum().backward()
     packed = {name: p.grad.clone() for name, p in hf.named_parameters()}
     hf.zero_grad()
     for sequence, response in zip(SEQUENCES, RESPONSES, strict=True):

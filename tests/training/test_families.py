@@ -102,7 +102,7 @@ def test_a_language_model_trains_a_step_and_comes_back(family: str, folder: Make
     real_BT = torch.arange(ids_BT.shape[1]) < lengths_B[:, None]
     wanted_BT = real_BT.clone()
     wanted_BT[:, 0] = False
-    documents = ids_BT[real_BT][None], wanted_BT[real_BT][None], lengths_B.tolist(), False
+    documents = ids_BT[real_BT][None], lengths_B.tolist(), wanted_BT[real_BT][None], 1.0, False
     with torch.no_grad():
         plain = AutoModelForCausalLM.from_pretrained(start, dtype="float32").eval()
         logprobs = plain(input_ids=ids_BT, attention_mask=real_BT.long()).logits[:, :-1].log_softmax(-1)
@@ -151,7 +151,7 @@ def test_soft_capped_logits_are_a_clear_error(tiny: Path, tmp_path: Path) -> Non
     model.save_pretrained(tmp_path / "model")
     module, every = sft.load(tmp_path / "model", "float32", 0), torch.ones(1, 3, dtype=torch.bool)
     with pytest.raises(DataError, match="final_logit_softcapping"):
-        module(every.long(), every, [3], False)
+        module(every.long(), [3], every)
 
 
 GENERATE = """
