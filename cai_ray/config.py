@@ -42,13 +42,11 @@ class Section(BaseModel):
 
     def identity(self) -> dict[str, Any]:
         """The fields that decide what comes out, as plain JSON values: all but the operational ones."""
-        out: dict[str, Any] = {}
-        for name, info in type(self).model_fields.items():
-            if (info.json_schema_extra or {}).get("operational"):  # type: ignore[union-attr]
-                continue
-            value = getattr(self, name)
-            out[name] = value.identity() if isinstance(value, Section) else _plain(value)
-        return out
+        return {
+            name: _plain(getattr(self, name))
+            for name, info in type(self).model_fields.items()
+            if not (info.json_schema_extra or {}).get("operational")  # type: ignore[union-attr]
+        }
 
 
 def _plain(value: Any) -> Any:
