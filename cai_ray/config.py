@@ -574,15 +574,9 @@ class PPOConfig(Sampling):
 
     @model_validator(mode="after")
     def _sizes(self) -> "PPOConfig":
-        if self.rollout_batch_size % self.minibatch_size:
-            raise ValueError(
-                f"rollout_batch_size {self.rollout_batch_size} is no multiple of minibatch_size {self.minibatch_size}"
-            )
-        if self.rollout_batch_size % self.samples_per_prompt:
-            raise ValueError(
-                f"rollout_batch_size {self.rollout_batch_size} is no multiple of "
-                f"samples_per_prompt {self.samples_per_prompt}"
-            )
+        for name, size in (("minibatch_size", self.minibatch_size), ("samples_per_prompt", self.samples_per_prompt)):
+            if self.rollout_batch_size % size:
+                raise ValueError(f"rollout_batch_size {self.rollout_batch_size} is no multiple of {name} {size}")
         if not self.has_critic:
             if self.samples_per_prompt < 2:
                 raise ValueError(f"{self.advantage} compares samples of a prompt: set samples_per_prompt to 2 or more")
