@@ -33,7 +33,7 @@ def load_config(name_or_path: str, overrides: tuple[str, ...] = ()) -> Config:
         raise ConfigError(f"{path} is not readable YAML: {e}", "mend the line that is named") from e
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} holds {type(tree).__name__}, expected keys such as models and ppo")
-    if path.stem and not (tree.get("run") or {}).get("name"):
+    if not (tree.get("run") or {}).get("name"):
         tree["run"] = {**(tree.get("run") or {}), "name": path.stem}
     for item in overrides:
         _override(tree, item)
