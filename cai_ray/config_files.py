@@ -90,14 +90,10 @@ def _known_keys(loc: list[str]) -> list[str]:
     for part in loc:
         if part.isdigit():  # the place in a list
             continue
-        info = section.model_fields.get(part) if isinstance(section, type) and issubclass(section, Section) else None
-        if info is None:
-            return []
-        candidates = [info.annotation, *get_args(info.annotation)]
+        annotation = section.model_fields[part].annotation
+        candidates = [annotation, *get_args(annotation)]
         candidates += [a for c in candidates for a in get_args(c)]
-        section = next((c for c in candidates if isinstance(c, type) and issubclass(c, Section)), None)
-        if section is None:
-            return []
+        section = next(c for c in candidates if isinstance(c, type) and issubclass(c, Section))
     return list(section.model_fields)
 
 

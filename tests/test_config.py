@@ -79,6 +79,10 @@ def test_override_of_a_short_form_keeps_what_it_named() -> None:
         ("prompts.generate=[{kind: harmful, n: 4, model: sft}]", "'pretrained', 'helpful' or 'feedback'"),
         ("prompts.generate=[{kind: harmful, n: 4, few_shot: 3}]", "did you mean 'few_shots'"),
         ("prompts.harmful=[{path: a, limitt: 3}]", "did you mean 'limit'"),
+        ("sft.lora.rnk=1", "did you mean 'rank'"),
+        ("ppo.actor.sharding.rankss=1", "did you mean 'ranks'"),
+        ("models.feedback.revison=x", "did you mean 'revision'"),
+        ("constitution.critique.onli=[x]", "did you mean 'only'"),
     ],
 )
 def test_bad_overrides_say_what_to_mend(override: str, words: str) -> None:
