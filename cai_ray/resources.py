@@ -6,7 +6,6 @@ recomputed) at the rates below, prompts of PROMPT_TOKENS and responses of full l
 What is unknown is NaN (see `models.shapes`): it refuses nothing.
 """
 
-import gzip
 import math
 import os
 from collections.abc import Collection, Sequence
@@ -19,6 +18,7 @@ from cai_ray.errors import ResourceError
 from cai_ray.models.shapes import LIBRARIES_GIB, WIDTH, Part, Shape, find_shape, memory_sum, training_memory
 from cai_ray.pipeline import GENERATING, Stage, model_spec, needed
 from cai_ray.shipped import source_path
+from cai_ray.sources import PACKED
 
 CPU_RATE = 100e9  # float32 operations per second of a small machine, all roles together
 GPU_RATE = 300e12  # bfloat16, one H100-class GPU at about a third of its peak: training and scoring
@@ -161,7 +161,7 @@ def source_rows(source: Source) -> float:
     files = [f for f in sorted(path.rglob("*")) if f.is_file()] if path.is_dir() else [path]
     count = 0.0 if files and all(f.is_file() and ".jsonl" in f.suffixes for f in files) else math.nan
     for file in files if not math.isnan(count) else ():
-        with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as lines:
+        with PACKED.get(file.suffix, open)(file, "rb") as lines:
             count += sum(1 for line in lines if line.strip())
     return count if source.limit is None else min(source.limit, count)
 

@@ -30,7 +30,7 @@ from cai_ray.shipped import source_path
 
 _TURN = re.compile(r"\n\n(Human|Assistant): ?")
 _ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
-_PACKED: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+PACKED: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _BROKEN = (OSError, EOFError, ValueError, OverflowError, csv.Error, zlib.error, lzma.LZMAError, pa.ArrowException)
 _DEEPEST = 16  # containers inside each other; no row needs more than four
 
@@ -89,8 +89,8 @@ def _stream(name: str, split: str, folder: str | None) -> Iterator[Row]:
 
 
 def _file_rows(path: Path) -> Iterator[Row | DataError]:
-    opened = _PACKED.get(path.suffix, open)
-    suffix = path.with_suffix("").suffix if path.suffix in _PACKED else path.suffix
+    opened = PACKED.get(path.suffix, open)
+    suffix = path.with_suffix("").suffix if path.suffix in PACKED else path.suffix
     if suffix not in _ENDINGS:
         raise DataError(f"{path.name}: no reader for its ending {suffix!r}", f"use one of {', '.join(_ENDINGS)}")
     try:

@@ -1,5 +1,6 @@
 """Rows, processes, memory and minutes against numbers worked by hand; requests that cannot work are refused."""
 
+import bz2
 import json
 import math
 import re
@@ -145,6 +146,9 @@ def test_files_are_counted_and_the_hub_only_by_its_limit(tmp_path: Path) -> None
     assert source_rows(Source(path=str(tmp_path / "a.jsonl"))) == 2
     assert source_rows(Source(path=str(tmp_path))) == 2
     assert source_rows(Source(path=str(tmp_path), limit=1)) == 1
+    packed = tmp_path / "packed.jsonl.bz2"
+    packed.write_bytes(bz2.compress(b'{"prompt": "x"}\n' * 3))
+    assert source_rows(Source(path=str(packed))) == 3
     assert source_rows(Source(path="hf:someone/data", limit=7)) == 7
     assert math.isnan(source_rows(Source(path="hf:someone/data")))
     (tmp_path / "b.csv").write_text("prompt\nx\n")
