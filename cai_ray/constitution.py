@@ -149,7 +149,7 @@ class Constitution(_Strict):
         content = self.model_dump(mode="json", exclude={"source"}, exclude_defaults=True)
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
-    def select(self, only: Sequence[str] | None = None, without: Sequence[str] | None = None) -> "Constitution":
+    def select(self, only: Sequence[str] | None = None, without: Sequence[str] = ()) -> "Constitution":
         """The same constitution with the principles that `only` names (all, if None) and `without` does not.
 
         Args:
@@ -161,17 +161,16 @@ class Constitution(_Strict):
         """
         names = {p.id: {p.id, *p.tags} for p in self.principles}
         known = set().union(*names.values())
-        for name in [*(only or ()), *(without or ())]:
+        for name in [*(only or ()), *without]:
             if name not in known:
                 raise ConfigError(f"constitution {self.name!r} has no principle or tag {name!r}" + nearest(name, known))
         kept = tuple(
-            p
-            for p in self.principles
-            if (only is None or names[p.id] & set(only)) and not names[p.id] & set(without or ())
+            p for p in self.principles if (only is None or names[p.id] & set(only)) and not names[p.id] & set(without)
         )
         if not kept:
             raise ConfigError(
-                f"no principle of {self.name!r} is left by only={only}, without={without}", "select at least one"
+                f"no principle of {self.name!r} is left by only={only and [*only]}, without={[*without]}",
+                "select at least one",
             )
         return self.model_copy(update={"principles": kept})
 

@@ -164,9 +164,7 @@ def model_identity(spec: ModelSpec) -> str:
 
 def constitution_of(principles: Principles) -> Constitution:
     """The constitution with only the chosen principles."""
-    return load_constitution(principles.file).select(
-        list(principles.only) if principles.only else None, list(principles.without)
-    )
+    return load_constitution(principles.file).select(principles.only, principles.without)
 
 
 def file_identity(source: Source) -> str:

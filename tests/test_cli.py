@@ -52,6 +52,7 @@ def test_plan_lists_the_stages() -> None:
         (["run", "tiny", "models.helpful=/no/such/model"], "/no/such/model"),
         (["run", "tiny", "constitution.critique=gone.yaml"], "gone.yaml"),
         (["run", "tiny", "constitution.critique.only=[no-such-tag]"], "no-such-tag"),
+        (["run", "tiny", "constitution.critique.only=[]"], "select at least one"),
         (["run", "tiny", "--only", "no_such_stage"], "stages are prompts"),
         (["run", "tiny", "cluster.kv_cache_gib=100000"], "GiB"),
         (["run", "tiny", "--reuse", "nowhere"], "no such run directory"),
