@@ -41,7 +41,7 @@ class Scorer:
         inputs = []
         for row in rows:
             prompt, response = tok.prompt(row["messages"]), tok.response(row["response"])
-            inputs.append(torch.tensor(preference_input(prompt, response, tok.eos_id, MAX_TOKENS)[0]))
+            inputs.append(torch.tensor(preference_input(prompt, response, tok.eos_id, MAX_TOKENS)))
         order = sorted(range(len(rows)), key=lambda i: len(inputs[i]))  # neighbours in length share a batch
         scores = [0.0] * len(rows)
         with torch.inference_mode():

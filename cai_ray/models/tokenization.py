@@ -263,16 +263,10 @@ def sft_example(
     return kept + answer, [False] * len(kept) + [True] * len(answer), truncated
 
 
-def preference_input(
-    prompt_ids: Sequence[int], response_ids: Sequence[int], eos_id: int, max_tokens: int
-) -> tuple[list[int], bool]:
-    """What a preference model reads of one answer: `prompt + response + EOS`; see `preference_inputs`.
-
-    Returns:
-        ids, and whether anything was cut.
-    """
-    prompt, (answer,), cut = preference_inputs(prompt_ids, [response_ids], eos_id, max_tokens)
-    return prompt + answer, cut
+def preference_input(prompt_ids: Sequence[int], response_ids: Sequence[int], eos_id: int, max_tokens: int) -> list[int]:
+    """The ids that a preference model reads of one answer: `prompt + response + EOS`; see `preference_inputs`."""
+    prompt, (answer,), _ = preference_inputs(prompt_ids, [response_ids], eos_id, max_tokens)
+    return prompt + answer
 
 
 def preference_inputs(

@@ -73,7 +73,7 @@ class Model:
     def raw(self, part: pa.Table) -> list[float]:
         """Scores of a micro-batch, in the model's own units."""
         inputs = [
-            torch.tensor(preference_input(r["prompt_ids"], r["response_ids"], self._eos, self._max_tokens)[0])
+            torch.tensor(preference_input(r["prompt_ids"], r["response_ids"], self._eos, self._max_tokens))
             for r in part.select(["prompt_ids", "response_ids"]).to_pylist()
         ]
         ids_1T = torch.cat(inputs)[None].to(self._device)

@@ -24,7 +24,7 @@ def scalar(tiny):
 def rows(tiny):
     tok = Tokenizer.load(tiny)
     return [
-        preference_input(tok.prompt([{"role": "user", "content": p}]), tok.response(a), tok.eos_id, 500)[0]
+        preference_input(tok.prompt([{"role": "user", "content": p}]), tok.response(a), tok.eos_id, 500)
         for p, a in zip(PROMPTS, ANSWERS, strict=True)
     ]
 

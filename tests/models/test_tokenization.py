@@ -320,7 +320,10 @@ def test_long_examples_lose_the_prompts_left_then_the_answers_right(load):
 )
 def test_preference_input(response, limit, expected):
     prompt = [1, 2, 3]
-    assert preference_input(prompt, response, 0, limit) == expected
+    assert (
+        preference_input(prompt, response, 0, limit),
+        preference_inputs(prompt, [response], 0, limit)[2],
+    ) == expected
     assert prompt == [1, 2, 3]
 
 

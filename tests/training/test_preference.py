@@ -113,7 +113,7 @@ def test_the_scores_of_a_pair_are_those_that_ppo_and_evaluation_give(
     for row, scores in zip(map(pair, range(6)), found, strict=True):
         for name, score in zip(("response_a", "response_b"), scores, strict=True):
             prompt, response = tokenizer.prompt(row["messages"]), tokenizer.response(row[name])
-            ids, _ = preference_input(prompt, response, tokenizer.eos_id, 500)
+            ids = preference_input(prompt, response, tokenizer.eos_id, 500)
             assert score == pytest.approx(float(values_of(module.hf, ids)[-1]), abs=1e-5)
     assert np.std(found) > 0.1
 
