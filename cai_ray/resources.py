@@ -224,11 +224,6 @@ class StageNeed:
         """Processes with their GPUs, as `2 actor x 1 GPU`."""
         return ", ".join(f"{r.count} {r.name}" + (f" x {r.gpus} GPU" if r.gpus else "") for r in self.roles)
 
-    @property
-    def arithmetic(self) -> str:
-        """How the memory comes about, one line for each role."""
-        return "\n".join(r.arithmetic for r in self.roles)
-
 
 def estimate(config: Config, device: str | None = None) -> list[StageNeed]:
     """What each stage needs on `cpu` or `gpu`; without a device, on the one that this machine would use."""
@@ -328,7 +323,7 @@ def check(
             )
         for what, amount, limit, fix in wants:
             if amount > limit:
-                lines = "".join(f"\n    {line}" for line in need.arithmetic.splitlines())
+                lines = "".join(f"\n    {r.arithmetic}" for r in need.roles)
                 raise ResourceError(
                     f"{need.stage} needs {amount:.4g} {what}, there are {limit:.4g}; {need.processes}:{lines}", fix
                 )

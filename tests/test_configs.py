@@ -51,7 +51,7 @@ def test_its_estimates_are_known_and_its_lengths_fit(name: str) -> None:
     for need in estimate(config, device_of(config)):
         assert math.isfinite(need.rows), need.stage
         assert math.isfinite(need.minutes), need.stage
-        assert all(0 < r.gib < math.inf for r in need.roles), need.arithmetic
+        assert all(0 < r.gib < math.inf for r in need.roles), need.roles
 
 
 def test_its_header_says_hardware_minutes_and_what_to_expect(name: str) -> None:

@@ -97,7 +97,7 @@ def test_an_unknown_model_is_said_to_be_unknown_and_refuses_nothing() -> None:
     config = tiny("models.helpful=nobody/nothing", "models.pretrained=nobody/nothing")
     need = needs(config)["ppo"]
     assert need.minutes_text == "unknown"
-    assert "config.json is not here" in need.arithmetic
+    assert all("config.json is not here" in r.arithmetic for r in need.roles)
     assert need.rows_text == "24"
     check(config, "cpu", host_memory_gib=0.1)
 
@@ -211,8 +211,7 @@ def test_a_cpu_keeps_the_engine_beside_training_and_all_of_ppo_at_once() -> None
 def test_the_arithmetic_is_a_sum_that_adds_up() -> None:
     seen = 0
     for name, device in (("tiny", "cpu"), ("7b_8xgpu", "gpu"), ("70b_multinode", "gpu"), ("paper_cot", "gpu")):
-        found = [n.arithmetic for n in estimate(load_config(name), device) if n.roles]
-        for line in "\n".join(found).splitlines():
+        for line in [r.arithmetic for n in estimate(load_config(name), device) for r in n.roles]:
             terms, total = re.fullmatch(r"[^:]+: (.*) = ([\d.]+) GiB( a GPU)?", line).group(1, 2)
             parts = [re.fullmatch(r".*? ([\d.]+)(?:/(\d+))?", term).groups() for term in terms.split(" + ")]
             assert sum(float(g) / int(n or 1) for g, n in parts) == pytest.approx(float(total), abs=0.08), line
@@ -273,7 +272,7 @@ def test_host_memory_counts_every_role_that_lives_at_once() -> None:
     with pytest.raises(ResourceError) as caught:
         check(config, "cpu", host_memory_gib=together - 0.01)
     assert "ppo needs" in caught.value.message
-    assert need.arithmetic.splitlines()[1] in caught.value.message
+    assert need.roles[1].arithmetic in caught.value.message
     assert "microbatch_tokens" in caught.value.fix
 
 
