@@ -123,5 +123,5 @@ def answers(row: Mapping[str, Any], rounds: str | tuple[int, ...]) -> list[tuple
 
 
 def to_table(rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
-    """Rows as an Arrow table of exactly `schema` (empty lists would otherwise infer as null)."""
-    return pa.Table.from_pylist([{name: row.get(name) for name in schema.names} for row in rows], schema=schema)
+    """Rows as an Arrow table of exactly `schema`: what a row lacks is null, what the schema lacks is dropped."""
+    return pa.Table.from_pylist(list(rows), schema=schema)
