@@ -11,7 +11,7 @@ import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
-from cai_ray import pipeline
+from cai_ray import doctor, pipeline
 from cai_ray.cluster import LOGICAL_CPUS
 from cai_ray.config import Config, Lora, Sharding, Source
 from cai_ray.errors import ResourceError
@@ -350,10 +350,8 @@ def check_sharing(config: Config) -> None:
 
 def likely_device(config: Config) -> str:
     """`cpu` or `gpu`: what the configuration says, else what this machine has."""
-    from cai_ray.doctor import local_gpus
-
     wanted = config.cluster.device
-    return wanted if wanted != "auto" else "gpu" if local_gpus() else "cpu"
+    return wanted if wanted != "auto" else "gpu" if doctor.local_gpus() else "cpu"
 
 
 def check_here(config: Config, stages: Collection[str] = pipeline.NAMES) -> None:
@@ -362,11 +360,10 @@ def check_here(config: Config, stages: Collection[str] = pipeline.NAMES) -> None
     Raises:
         ResourceError: with the arithmetic.
     """
-    from cai_ray.doctor import host_memory_gib, local_gpus
-
-    device, gpus = likely_device(config), local_gpus()
+    device, gpus = likely_device(config), doctor.local_gpus()
     if config.cluster.address or os.environ.get("RAY_ADDRESS") or (device == "gpu" and not gpus):
         check_lengths(config, stages)
         return
     slots = max(LOGICAL_CPUS, os.cpu_count() or 1)  # what `cluster.start_ray` declares
-    check(config, device, host_memory_gib(), slots, len(gpus), min((g.gib for g in gpus), default=math.inf), stages)
+    gpu_gib = min((g.gib for g in gpus), default=math.inf)
+    check(config, device, doctor.host_memory_gib(), slots, len(gpus), gpu_gib, stages)
