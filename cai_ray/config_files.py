@@ -29,12 +29,13 @@ def load_config(name_or_path: str, overrides: tuple[str, ...] = ()) -> Config:
     try:
         tree = yaml.safe_load(path.read_text("utf-8"))
         tree = json.loads(json.dumps(tree, default=str))  # sections that share a YAML anchor become separate ones
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
+    except (yaml.YAMLError, ValueError) as e:  # ValueError: no UTF-8, or a date such as 2025-13-01
         raise ConfigError(f"{path} is not readable YAML: {e}", "mend the line that is named") from e
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} holds {type(tree).__name__}, expected keys such as models and ppo")
-    if not (tree.get("run") or {}).get("name"):
-        tree["run"] = {**(tree.get("run") or {}), "name": path.stem}
+    run = tree.get("run") or {}
+    if isinstance(run, dict) and not run.get("name"):
+        tree["run"] = {**run, "name": path.stem}
     for item in overrides:
         _override(tree, item)
     return parse_config(tree, str(path))

@@ -304,7 +304,7 @@ def read_constitution(path_or_name: str | Path) -> dict[str, Any]:
         raise ConfigError(f"no constitution at {str(path_or_name)!r}", f"give a YAML file or a shipped name: {shipped}")
     try:
         data = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: no UTF-8, or a date such as 2025-13-01
         raise ConfigError(f"{path} is not readable as YAML in UTF-8: {error}", "mend the file there") from None
     if not isinstance(data, dict) or not data.get("principles"):
         raise ConfigError(

@@ -111,6 +111,12 @@ def test_missing_and_unreadable_files(tmp_path: Path) -> None:
     bad.write_text("run: {name: x}", "utf-8")
     with pytest.raises(ConfigError, match="models: is required"):
         load_config(str(bad))
+    bad.write_text("run: {name: 2025-13-01}", "utf-8")
+    with pytest.raises(ConfigError, match="not readable YAML: month"):
+        load_config(str(bad))
+    bad.write_text("run: mine", "utf-8")
+    with pytest.raises(ConfigError, match=r"run: .*got 'mine'"):
+        load_config(str(bad))
 
 
 def test_resolved_yaml_reads_back_to_the_same_configuration() -> None:

@@ -141,6 +141,8 @@ def test_unreadable_files(tmp_path):
     fails(path, "no principles")
     path.write_text("name: [")
     fails(path, "not readable as YAML", "line 1")
+    path.write_text("version: 2025-13-01")
+    fails(path, "not readable as YAML", "month")
     path.write_bytes(b"name: \xff\xfe")
     fails(path, "UTF-8")
 
