@@ -339,7 +339,7 @@ class Training(Section):
 
     @model_validator(mode="after")
     def _deepspeed(self) -> "Training":
-        check_options(self.sharding.deepspeed, self.sharding, self.optim, self.batch_size)
+        check_options(self.sharding, self.optim, self.batch_size)
         return self
 
 
@@ -591,7 +591,7 @@ class PPOConfig(Sampling):
         if self.inference_sharded and FEEDBACK in self.reward:
             raise ValueError(f"a {FEEDBACK} as a reward cannot be sharded: set inference_sharded to false")
         for role in (self.actor, self.critic):
-            check_options(role.sharding.deepspeed, role.sharding, role.optim, self.minibatch_size)
+            check_options(role.sharding, role.optim, self.minibatch_size)
             if self.minibatch_size % role.sharding.ranks:
                 raise ValueError(f"minibatch_size {self.minibatch_size} is no multiple of {role.sharding.ranks} ranks")
         return self

@@ -21,8 +21,8 @@ def read_options(given: Any) -> Any:
     return {k: read_options(v) if isinstance(v, dict) else v for k, v in given.items() if v != "auto"}
 
 
-def check_options(options: dict[str, Any] | None, sharding: Any, optim: Any, batch_size: int) -> None:
-    """Raises ValueError, with both values, where options contradict a `Sharding`, an `Optim` or the batch size."""
+def check_options(sharding: Any, optim: Any, batch_size: int) -> None:
+    """Raises ValueError, with both values, where a `Sharding`'s options contradict it, an `Optim` or the batch size."""
     micro = f"a micro-batch is at most {sharding.microbatch_tokens} tokens (sharding.microbatch_tokens)"
     fixed: dict[str, tuple[Any, str]] = {  # what may stand there, and why
         "zero_optimization.stage": (sharding.zero_stage, f"sharding.zero_stage is {sharding.zero_stage}"),
@@ -36,7 +36,7 @@ def check_options(options: dict[str, Any] | None, sharding: Any, optim: Any, bat
         "scheduler": (None, f"optim.schedule is {optim.schedule}"),
     }
     for key, (ours, why) in fixed.items():
-        found: Any = options
+        found: Any = sharding.deepspeed
         for part in key.split("."):
             found = found.get(part) if isinstance(found, dict) else None
         if found not in (None, ours):
