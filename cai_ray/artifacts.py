@@ -77,7 +77,7 @@ class Manifest:
     workers: dict[str, Any] = field(default_factory=dict)  # role -> process, node
     phases: dict[str, float] = field(default_factory=dict)  # wall seconds
     wall_s: float = 0.0
-    device_s: float = 0.0  # wall seconds times devices held
+    device_s: float = 0.0  # wall seconds times the cluster's GPUs, busy or not; without GPUs wall seconds
     packages: dict[str, str] = field(default_factory=dict)
     git: dict[str, Any] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
@@ -95,6 +95,7 @@ class StageDir:
         quarantine_path: the file of bad rows: id and reason, a JSON object a line.
         manifest_path: written last; its presence is what makes the stage finished.
         phases: wall seconds by name.
+        devices: that the run holds meanwhile.
         on_metrics: is told (stage, step, values) of each line of metrics.
         card: makes README.md of a published model from metrics.
     """
@@ -103,6 +104,7 @@ class StageDir:
         self.path, self.name, self.seed = path, path.name, seed
         self.quarantine_path, self.manifest_path = path / "quarantine.jsonl", path / "manifest.json"
         self.phases: dict[str, float] = {}
+        self.devices = 1
         self.warnings: list[str] = []
         self.on_metrics: Callable[[str, int, Mapping[str, float]], None] | None = None
         self.on_warning: Callable[[str], None] | None = None
@@ -229,7 +231,7 @@ class StageDir:
         return out
 
     def commit(self, plan: "StageKey", metrics: Mapping[str, Any], **extra: Any) -> Manifest:
-        """Writes the manifest, atomically and last; `extra` are further Manifest fields (workers, device_s)."""
+        """Writes the manifest, atomically and last; `extra` are further Manifest fields (workers)."""
         wall = time.monotonic() - self._started
         self.write_card(self.model, metrics)
         manifest = Manifest(
@@ -247,8 +249,9 @@ class StageDir:
             phases={k: round(v, 3) for k, v in self.phases.items()},
             wall_s=round(wall, 3),
             packages=package_versions(),
+            device_s=round(wall * self.devices, 3),
             git=git_state(),
-            **{"device_s": round(wall, 3), **extra},
+            **extra,
         )
         write_atomic(self.manifest_path, json.dumps(asdict(manifest), indent=1, ensure_ascii=False, default=float))
         return manifest

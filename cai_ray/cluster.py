@@ -1,5 +1,6 @@
 """Joins the Ray cluster that was named, or starts one here; and ends what it started, whatever happens."""
 
+import logging
 import os
 import shutil
 import signal
@@ -40,7 +41,8 @@ def start_ray(config: Config) -> None:
     mendable = (ConnectionError, ValueError, RuntimeError) if address else ()
     handler = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **({} if address else own))
+        quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+        ray.init(address=address or "local", **quiet, **({} if address else own))
     except mendable as e:
         raise ResourceError(
             f"no Ray cluster answers at {address}: {str(e).splitlines()[0]}",

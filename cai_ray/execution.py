@@ -171,6 +171,7 @@ class Execution:
         self, config: Config, run: RunDir, reporter: Reporter, stack: ExitStack, waiting: Collection[str], rebuild: bool
     ):
         self.config, self.run, self.reporter, self._stack = config, run, reporter, stack
+        self._devices = 1  # GPUs of the cluster, once it is known
         self._waiting, self._rebuild = waiting, rebuild  # stages that are to run; whether changed ones are discarded
 
     # ---- Ray and the engines ------------------------------------------------------------------------------------
@@ -184,6 +185,7 @@ class Execution:
         start_ray(self.config)
         self._stack.callback(ray.shutdown)
         there = ray.cluster_resources()
+        self._devices = int(there.get("GPU", 0)) or 1
         device = self.config.cluster.device
         device = ("gpu" if there.get("GPU", 0) > 0 else "cpu") if device == "auto" else device
         # `preflight` knew this machine only, not the cluster that was joined.
@@ -237,7 +239,9 @@ class Execution:
             out.card = lambda metrics: model_card(self.run, config, stage, key, metrics)
         try:
             function = getattr(import_module(f"cai_ray.stages.{stage.name}"), stage.name)
-            manifest: Manifest = function(getattr(config, stage.name, None), self._inputs(stage, key), out)
+            inputs = self._inputs(stage, key)
+            out.devices = self._devices
+            manifest: Manifest = function(getattr(config, stage.name, None), inputs, out)
         except BaseException as e:
             tracker.finish(None)
             raise _readable(e, stage.name, out) from e

@@ -141,13 +141,18 @@ def test_a_stage_whose_inputs_come_out_anew_is_neither_done_nor_continued(
         assert not (out.checkpoints / "old").exists()
         return out.commit(key, {"rows": 2})
 
-    monkeypatch.setattr(Execution, "_inputs", lambda *_: None)
+    def inputs(self: Any, *_: Any) -> None:  # what needs Ray tells how many GPUs there are
+        self._devices = 4
+
+    monkeypatch.setattr(Execution, "_inputs", inputs)
     monkeypatch.setitem(sys.modules, "cai_ray.stages.preference_model", SimpleNamespace(preference_model=train))
     with ExitStack() as stack:
         with pytest.raises(ConfigError, match=r"inputs\.label"):
             Execution(both, run, Reporter(), stack, (), False).execute(stage, "")
         assert (out.path / "key.json").read_text("utf-8") == began
-        assert Execution(both, run, Reporter(), stack, (), True).execute(stage, "").metrics["rows"] == 2
+        done = Execution(both, run, Reporter(), stack, (), True).execute(stage, "")
+    assert done.metrics["rows"] == 2
+    assert done.device_s == pytest.approx(4 * done.wall_s, abs=0.01)
     assert run.stage("ppo").manifest() is None
 
 

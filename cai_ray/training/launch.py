@@ -75,7 +75,7 @@ def _nodes() -> set[str]:
 def _run(job: Job, out: StageDir, on_progress: Bar | None) -> dict[str, float]:
     watch = Watch([rank_log(out, r) for r in range(job.config.sharding.ranks)], job.start_timeout_s, job.step_timeout_s)
     follow = _Follow(out, job.config.epochs, on_progress)
-    running = _fit.remote(job)
+    running = _fit.remote(job, MAX_FAILURES)
     finished = False
     try:
         while not (finished := bool(ray.wait([running], timeout=POLL_S)[0])):
@@ -94,7 +94,7 @@ def _run(job: Job, out: StageDir, on_progress: Bar | None) -> dict[str, float]:
 
 
 @ray.remote(num_cpus=0, max_retries=0, max_calls=1)
-def _fit(job: Job) -> Any:
+def _fit(job: Job, max_failures: int) -> Any:
     """Ray Train's driver, in a process of its own: what `train` returns, or a StageFailed."""
     print_to(job.out / "logs" / "trainer.log")
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(job.start_timeout_s)
@@ -135,7 +135,7 @@ def _fit(job: Job) -> Any:
                 checkpoint_score_order="min",
             ),
             worker_runtime_env={"env_vars": memory},
-            failure_config=FailureConfig(max_failures=MAX_FAILURES, controller_failure_limit=1),
+            failure_config=FailureConfig(max_failures=max_failures, controller_failure_limit=1),
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
