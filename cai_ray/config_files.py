@@ -10,6 +10,7 @@ import yaml
 from pydantic import ValidationError
 
 from cai_ray.config import Config, Section
+from cai_ray.constitution import UniqueKeys
 from cai_ray.errors import ConfigError
 from cai_ray.shipped import shipped_file, shipped_names
 
@@ -27,7 +28,7 @@ def load_config(name_or_path: str, overrides: tuple[str, ...] = ()) -> Config:
             "give the path of a YAML file or a shipped name",
         )
     try:
-        tree = yaml.safe_load(path.read_text("utf-8"))
+        tree = yaml.load(path.read_text("utf-8"), UniqueKeys)
         tree = json.loads(json.dumps(tree, default=str))  # sections that share a YAML anchor become separate ones
     except (yaml.YAMLError, ValueError) as e:  # ValueError: no UTF-8, or a date such as 2025-13-01
         raise ConfigError(f"{path} is not readable YAML: {e}", "mend the line that is named") from e

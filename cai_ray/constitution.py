@@ -264,10 +264,11 @@ def with_balanced_answers(shots: Sequence[Shot], seed: int) -> tuple[Shot, ...]:
     return tuple(shot if shot.answer == wanted[i] else shot.turned() for i, shot in enumerate(shots))
 
 
-class _UniqueKeys(yaml.SafeLoader):
+class UniqueKeys(yaml.SafeLoader):
     """YAML lets a later key replace an earlier one: a forgotten `- id` would swallow the principle before it."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A mapping; raises MarkedYAMLError for a key that stands there twice."""
         seen: set[str] = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.value in seen:
@@ -303,7 +304,7 @@ def read_constitution(path_or_name: str | Path) -> dict[str, Any]:
         shipped = ", ".join(shipped_names("constitutions"))
         raise ConfigError(f"no constitution at {str(path_or_name)!r}", f"give a YAML file or a shipped name: {shipped}")
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
+        data = yaml.load(path.read_text(encoding="utf-8"), UniqueKeys)
     except (yaml.YAMLError, ValueError) as error:  # ValueError: no UTF-8, or a date such as 2025-13-01
         raise ConfigError(f"{path} is not readable as YAML in UTF-8: {error}", "mend the file there") from None
     if not isinstance(data, dict) or not data.get("principles"):

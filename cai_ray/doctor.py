@@ -70,15 +70,23 @@ def local_gpus() -> list[Gpu]:
     """The GPUs that nvidia-smi lists and CUDA_VISIBLE_DEVICES leaves; none where it does not answer in time."""
     if not shutil.which("nvidia-smi"):
         return []
-    command = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+    command = ["nvidia-smi", "--query-gpu=uuid,name,memory.total", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=2 * PROBE_S, check=True)
-        rows = [line.rsplit(",", 1) for line in done.stdout.splitlines()]
-        found = [Gpu(name.strip(), float(mib) / 1024) for name, mib in rows]
+        rows = [line.split(",") for line in done.stdout.splitlines()]
+        found = [(uuid, Gpu(",".join(name).strip(), float(mib) / 1024)) for uuid, *name, mib in rows]
     except (OSError, ValueError, subprocess.SubprocessError):
         return []
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return found if visible is None else found[: len([v for v in visible.split(",") if v.strip() not in ("", "-1")])]
+    shown: list[Gpu] = []
+    # As CUDA reads it: numbers, or beginnings of UUIDs; what names no GPU ends the list.
+    for wanted in visible.split(",") if visible is not None else map(str, range(len(found))):
+        name = wanted.strip()
+        named = [gpu for i, (uuid, gpu) in enumerate(found) if name == str(i) or (name and uuid.startswith(name))]
+        if not named:
+            break
+        shown.append(named[0])
+    return shown
 
 
 def _machine() -> Iterator[Check]:

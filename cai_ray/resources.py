@@ -14,11 +14,10 @@ from dataclasses import dataclass, replace
 from cai_ray import doctor, pipeline
 from cai_ray.cluster import LOGICAL_CPUS
 from cai_ray.config import Config, Lora, Sharding, Source
-from cai_ray.errors import ResourceError
+from cai_ray.errors import DataError, ResourceError
 from cai_ray.models.shapes import LIBRARIES_GIB, WIDTH, Part, Shape, find_shape, memory_sum, training_memory
 from cai_ray.pipeline import GENERATING, Stage, model_spec, needed
-from cai_ray.shipped import source_path
-from cai_ray.sources import PACKED
+from cai_ray.sources import BROKEN, PACKED, data_files
 
 CPU_RATE = 100e9  # float32 operations per second of a small machine, all roles together
 GPU_RATE = 300e12  # bfloat16, one H100-class GPU at about a third of its peak: training and scoring
@@ -157,12 +156,13 @@ def context_tokens(config: Config, stage: str) -> int:
 
 def source_rows(source: Source) -> float:
     """Lines of a source's jsonl files, or its limit; NaN where counting is not cheap. A transcript may hold more."""
-    path = source_path(source.path)
-    files = [f for f in sorted(path.rglob("*")) if f.is_file()] if path.is_dir() else [path]
-    count = 0.0 if files and all(f.is_file() and ".jsonl" in f.suffixes for f in files) else math.nan
-    for file in files if not math.isnan(count) else ():
-        with PACKED.get(file.suffix, open)(file, "rb") as lines:
-            count += sum(1 for line in lines if line.strip())
+    count = 0.0
+    try:
+        for file in data_files(source.path):
+            with PACKED.get(file.suffix, open)(file, "rb") as lines:
+                count += sum(1 for line in lines if line.strip()) if ".jsonl" in file.suffixes else math.nan
+    except (DataError, *BROKEN):  # whoever reads it says what is wrong
+        count = math.nan
     return count if source.limit is None else min(source.limit, count)
 
 

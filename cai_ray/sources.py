@@ -31,7 +31,7 @@ from cai_ray.shipped import source_path
 _TURN = re.compile(r"\n\n(Human|Assistant): ?")
 _ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 PACKED: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-_BROKEN = (OSError, EOFError, ValueError, OverflowError, csv.Error, zlib.error, lzma.LZMAError, pa.ArrowException)
+BROKEN = (OSError, EOFError, ValueError, OverflowError, csv.Error, zlib.error, lzma.LZMAError, pa.ArrowException)
 _DEEPEST = 16  # containers inside each other; no row needs more than four
 
 
@@ -46,7 +46,7 @@ def read_rows(source: Source) -> Iterator[Row | DataError]:
         name, _, folder = name.partition("//")  # hf:Anthropic/hh-rlhf//harmless-base:train
         yield from _stream(name, split or "train", folder or None)
         return
-    for path in _files(source.path):
+    for path in data_files(source.path):
         yield from _file_rows(path)
 
 
@@ -58,10 +58,11 @@ def as_json(row: Row) -> str:
 def check_source(source: Source) -> None:
     """Raises DataError when a local source does not exist; the hub is asked only when it is read."""
     if not source.path.startswith("hf:"):
-        _files(source.path)
+        data_files(source.path)
 
 
-def _files(path: str) -> list[Path]:
+def data_files(path: str) -> list[Path]:
+    """The files of a local source, in order; of a folder those with a known ending. Raises DataError for none."""
     here = source_path(path)
     if here.is_dir():
         files = sorted(p for p in here.rglob("*") if p.is_file() and {*p.suffixes} & {*_ENDINGS})
@@ -83,7 +84,7 @@ def _stream(name: str, split: str, folder: str | None) -> Iterator[Row]:
     datasets.disable_progress_bars()
     try:
         yield from datasets.load_dataset(name, split=split, data_dir=folder, streaming=True)
-    except (*_BROKEN, datasets.exceptions.DatasetsError) as e:
+    except (*BROKEN, datasets.exceptions.DatasetsError) as e:
         fix = "check name and split (hf:NAME//FOLDER:SPLIT), network and HF_TOKEN"
         raise _unreadable(name, e, fix) from e
 
@@ -103,7 +104,7 @@ def _file_rows(path: Path) -> Iterator[Row | DataError]:
         else:
             with opened(path, "rb") as lines:
                 yield from _json_rows(path.name, lines, suffix == ".json")
-    except _BROKEN as e:
+    except BROKEN as e:
         raise _unreadable(path.name, e, "mend or remove the file") from e
 
 

@@ -111,6 +111,9 @@ def test_missing_and_unreadable_files(tmp_path: Path) -> None:
     bad.write_text("run: {name: x}", "utf-8")
     with pytest.raises(ConfigError, match="models: is required"):
         load_config(str(bad))
+    bad.write_text("run: {seed: 1}\nmodels: {}\nrun: {seed: 2}", "utf-8")
+    with pytest.raises(ConfigError, match="the key 'run' is given twice"):
+        load_config(str(bad))
     bad.write_text("run: {name: 2025-13-01}", "utf-8")
     with pytest.raises(ConfigError, match="not readable YAML: month"):
         load_config(str(bad))

@@ -68,12 +68,14 @@ def fake_nvidia_smi(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) 
 
 
 def test_gpus_are_those_of_nvidia_smi_that_cuda_shows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    fake_nvidia_smi(tmp_path, monkeypatch, "printf 'NVIDIA H100, 80 GB, 81559\\nNVIDIA H100, 80 GB, 81559\\n'")
+    fake_nvidia_smi(tmp_path, monkeypatch, "printf 'GPU-1a, NVIDIA H100, 80 GB, 81559\\nGPU-2b, L4, 23034\\n'")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert local_gpus() == [Gpu("NVIDIA H100, 80 GB", 81559 / 1024)] * 2
-    for visible, count in (("0", 1), ("0,1", 2), ("", 0), ("-1", 0)):
+    large, small = Gpu("NVIDIA H100, 80 GB", 81559 / 1024), Gpu("L4", 23034 / 1024)
+    assert local_gpus() == [large, small]
+    shown = {"0": [large], "1": [small], "1, 0": [small, large], "GPU-2b": [small], "GPU-1": [large]}
+    for visible, gpus in {**shown, "": [], "-1": [], "0,-1,1": [large], "7,0": []}.items():
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-        assert len(local_gpus()) == count
+        assert local_gpus() == gpus
     assert doctor._gpus([Gpu("H100", 79.6)] * 2).detail.startswith("2 x H100 (80 GiB)")
 
 

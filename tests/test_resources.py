@@ -1,6 +1,7 @@
 """Rows, processes, memory and minutes against numbers worked by hand; requests that cannot work are refused."""
 
 import bz2
+import gzip
 import json
 import math
 import re
@@ -151,6 +152,12 @@ def test_files_are_counted_and_the_hub_only_by_its_limit(tmp_path: Path) -> None
     assert source_rows(Source(path=str(packed))) == 3
     assert source_rows(Source(path="hf:someone/data", limit=7)) == 7
     assert math.isnan(source_rows(Source(path="hf:someone/data")))
+    (tmp_path / "README.md").write_text("Two lines\nof no data")
+    assert source_rows(Source(path=str(tmp_path))) == 5
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"prompt": "x"}\n' * 3)[:-9])
+    assert math.isnan(source_rows(Source(path=str(tmp_path / "cut.jsonl.gz"))))
+    assert math.isnan(source_rows(Source(path=str(tmp_path / "missing.jsonl"))))
+    (tmp_path / "cut.jsonl.gz").unlink()
     (tmp_path / "b.csv").write_text("prompt\nx\n")
     assert math.isnan(source_rows(Source(path=str(tmp_path))))
     text = needs(tiny('prompts.harmful=["hf:someone/data"]'))["revise"]

@@ -1,5 +1,7 @@
 """Stage 6: a preference model on AI-harmless and human-helpful comparisons (Bai et al. 2022, section 4.1)."""
 
+from collections import Counter
+
 from cai_ray.artifacts import Manifest, StageDir
 from cai_ray.config import PreferenceModelConfig
 from cai_ray.errors import DataError
@@ -17,7 +19,7 @@ def preference_model(config: PreferenceModelConfig, inputs: TrainInputs, out: St
     """
     folders = list(inputs.rows)
     bad: list[Row] = []
-    counts: dict[str, int] = {}
+    counts: Counter[str] = Counter()
     seen: set[str] = set()
     for number, source in enumerate(s for s in config.data if s.path != "label"):
         rows, unusable = read_comparisons(source)
@@ -28,8 +30,8 @@ def preference_model(config: PreferenceModelConfig, inputs: TrainInputs, out: St
         # Kept: what was trained on is part of the stage's record.
         folders.append(write_rows(new, LABELED_PAIR, out.data / f"human-{number}"))
         bad += unusable
-        counts[f"rows/{source.path}"] = len(new)
-        counts["duplicates"] = counts.get("duplicates", 0) + len(rows) - len(new)
+        counts[f"rows/{source.path}"] += len(new)  # a path may stand there twice, with other columns
+        counts["duplicates"] += len(rows) - len(new)
     out.quarantine(bad, sum(counts.values()) + len(bad), inputs.max_bad_fraction)
     metrics = fit("preference_model", config, folders, inputs, out)
     metrics["quarantined"] += len(bad)

@@ -23,10 +23,11 @@ def test_a_comparison_that_two_sources_share_counts_once(tmp_path, monkeypatch):
         return {"quarantined": 0}
 
     monkeypatch.setattr(stage, "fit", fit)
-    config = PreferenceModelConfig(data=(write("a.jsonl", "bread", "rain"), write("b.jsonl", "rain", "sun")))
+    rows = write("b.jsonl", "rain", "sun")
+    config = PreferenceModelConfig(data=(write("a.jsonl", "bread", "rain"), rows, rows.model_copy(update={"limit": 1})))
     key = StageKey({}, {"seed": 7}, {})
     inputs = TrainInputs(key, (), tmp_path, "auto", 0.01, Cluster(), "cpu", lambda *_: None)
     manifest = stage.preference_model(config, inputs, StageDir(tmp_path / "preference_model", 7))
     assert sorted(given) == ["bread", "rain", "sun"]
-    assert manifest.metrics["duplicates"] == 1
-    assert [manifest.metrics[f"rows/{source.path}"] for source in config.data] == [2, 1]
+    assert manifest.metrics["duplicates"] == 2
+    assert [manifest.metrics[f"rows/{source.path}"] for source in config.data[:2]] == [2, 1]
