@@ -1,6 +1,6 @@
 """How fast `revise` and `label` are beside vLLM alone.
 
-    python -m tests.bench.generation [--rows 200] [--task label]
+    python -m tests.bench.generation [--rows 200] [--task label] [--rounds 3]
 
 Each arm runs in a process of its own with the same engine arguments, threads, token ids and sampling: the stage's
 program under Ray Data, as a run has it, notes every request that its rows make; `raw` gives `vllm.LLM.generate` all of
@@ -9,8 +9,9 @@ tokens read and written between the first request and the last result, after a f
 the starts of engine and Ray's workers are outside, as in a run whose stages share both. The gain of the prefix cache is
 that of a labelling with five examples over the same requests of 48 of its rows without the cache.
 
-The last line is one JSON object: label_over_raw, revise_over_raw, revise_over_barrier, label_cache_gain, each arm's
-rates and the settings.
+With several rounds every arm runs again in turn, and ratios are of mean rates: on a shared machine one round scatters
+by a tenth. The last line is one JSON object: label_over_raw, revise_over_raw, revise_over_barrier, label_cache_gain,
+each arm's rates, round by round, and the settings.
 """
 
 import argparse
@@ -257,6 +258,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--rows", type=int, default=200, help="prompts, and comparisons")
     parser.add_argument("--task", choices=("revise", "label", "shots"), help="only this one's arms")
+    parser.add_argument("--rounds", type=int, default=1, help="times that each arm runs")
     parser.add_argument("--arm", nargs=3, metavar=("TASK", "HOW", "FOLDER"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.arm:
@@ -264,20 +266,22 @@ def main() -> None:
         found = stage(task, options.rows, folder) if how == "stage" else alone(task, how, folder)
         (folder / f"{how}.json").write_text(json.dumps(found))
         return
-    results: dict[str, dict[str, float]] = {}
+    arms = [arm for arm in ARMS if options.task in (None, arm[1])]
+    results: dict[str, list[dict[str, float]]] = {name: [] for name, _, _ in arms}
     with tempfile.TemporaryDirectory() as root:
-        for name, task, how in (arm for arm in ARMS if options.task in (None, arm[1])):
-            folder = Path(root) / task
+        for turn, (name, task, how) in ((t, arm) for t in range(options.rounds) for arm in arms):
+            folder = Path(root) / f"{task}-{turn}"
             folder.mkdir(exist_ok=True)
             command = [sys.executable, "-m", "tests.bench.generation", "--rows", str(options.rows), "--arm"]
             with (folder / f"{how}.log").open("w") as log:
                 done = subprocess.run([*command, task, how, str(folder)], stdout=log, stderr=log, check=False)
             if done.returncode:
                 sys.exit(f"{name} failed:\n" + (folder / f"{how}.log").read_text()[-3000:])
-            results[name] = json.loads((folder / f"{how}.json").read_text())
-            print(f"{name}: {results[name]['tokens_per_s']:.0f} tokens/s, {results[name]['seconds']:.0f} s", flush=True)
-    rate = {name: r["tokens_per_s"] for name, r in results.items()}
-    settings = {"rows": options.rows, "new_tokens": NEW_TOKENS, "rounds": ROUNDS, "few_shots": FEW_SHOTS}
+            results[name].append(found := json.loads((folder / f"{how}.json").read_text()))
+            print(f"{name}: {found['tokens_per_s']:.0f} tokens/s, {found['seconds']:.0f} s", flush=True)
+    rate = {name: sum(r["tokens_per_s"] for r in rounds) / len(rounds) for name, rounds in results.items()}
+    settings = {"rows": options.rows, "rounds": options.rounds, "new_tokens": NEW_TOKENS}
+    settings |= {"revision_rounds": ROUNDS, "few_shots": FEW_SHOTS}
     print(
         json.dumps(
             {
