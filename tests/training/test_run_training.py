@@ -458,7 +458,7 @@ def test_a_rank_that_runs_out_of_memory_says_so(
         if (pid := process_of(out, 0)) not in limited:
             limited.append(pid)
             process = psutil.Process(pid)
-            process.rlimit(psutil.RLIMIT_AS, (process.memory_info().vms + 2**26,) * 2)  # type: ignore[arg-type]
+            process.rlimit(psutil.RLIMIT_AS, (process.memory_info().vms + 2**27,) * 2)  # type: ignore[arg-type]
 
     config = sft_config(tokens=5000, batch_size=2, max_tokens=5000, rounds="last")
     with pytest.raises(StageFailed, match=r"rank 0: .*memory.*\n.*memory of a rank: .*activations") as error:
