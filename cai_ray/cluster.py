@@ -1,6 +1,5 @@
 """Joins the Ray cluster that was named, or starts one here; and ends what it started, whatever happens."""
 
-import logging
 import os
 import shutil
 import signal
@@ -37,12 +36,12 @@ def start_ray(config: Config) -> None:
     import ray
 
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
-    own: dict[str, Any] = {"num_cpus": max(LOGICAL_CPUS, os.cpu_count() or 1), "include_dashboard": False}
+    how: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    own = {"num_cpus": max(LOGICAL_CPUS, os.cpu_count() or 1), "include_dashboard": False}
     mendable = (ConnectionError, ValueError, RuntimeError) if address else ()
     handler = signal.getsignal(signal.SIGTERM)
     try:
-        quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
-        ray.init(address=address or "local", **quiet, **({} if address else own))
+        ray.init(address=address or "local", **how, **({} if address else own))
     except mendable as e:
         raise ResourceError(
             f"no Ray cluster answers at {address}: {str(e).splitlines()[0]}",

@@ -98,27 +98,26 @@ def test_prompts_to_generate_are_read_and_count_in_the_identity() -> None:
     assert config.prompts.identity() != load_config("tiny").prompts.identity()
 
 
-def test_missing_and_unreadable_files(tmp_path: Path) -> None:
+def test_a_missing_file_is_answered_with_the_shipped_names() -> None:
     with pytest.raises(ConfigError, match="tiny"):
         load_config("no-such-config")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("models: [", "not readable YAML"),
+        ("- 1", "holds list"),
+        ("run: {name: x}", "models: is required"),
+        ("run: {seed: 1}\nmodels: {}\nrun: {seed: 2}", "the key 'run' is given twice"),
+        ("run: {name: 2025-13-01}", "not readable YAML: month"),
+        ("run: mine", r"run: .*got 'mine'"),
+    ],
+)
+def test_unreadable_files(tmp_path: Path, text: str, words: str) -> None:
     bad = tmp_path / "bad.yaml"
-    bad.write_text("models: [", "utf-8")
-    with pytest.raises(ConfigError, match="not readable YAML"):
-        load_config(str(bad))
-    bad.write_text("- 1", "utf-8")
-    with pytest.raises(ConfigError, match="holds list"):
-        load_config(str(bad))
-    bad.write_text("run: {name: x}", "utf-8")
-    with pytest.raises(ConfigError, match="models: is required"):
-        load_config(str(bad))
-    bad.write_text("run: {seed: 1}\nmodels: {}\nrun: {seed: 2}", "utf-8")
-    with pytest.raises(ConfigError, match="the key 'run' is given twice"):
-        load_config(str(bad))
-    bad.write_text("run: {name: 2025-13-01}", "utf-8")
-    with pytest.raises(ConfigError, match="not readable YAML: month"):
-        load_config(str(bad))
-    bad.write_text("run: mine", "utf-8")
-    with pytest.raises(ConfigError, match=r"run: .*got 'mine'"):
+    bad.write_text(text, "utf-8")
+    with pytest.raises(ConfigError, match=words):
         load_config(str(bad))
 
 
