@@ -33,6 +33,11 @@ def start_ray(config: Config) -> None:
     os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     os.environ.setdefault("RAY_enable_worker_prestart", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 lets any busy process starve the workers
+    # A worker without work wakes a hundred times a second and takes 1% of a core; Ray keeps one a slot unless told. And
+    # no dashboard is there to read what its agent measures.
+    os.environ.setdefault("RAY_num_workers_soft_limit", "0")
+    os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "5000")
+    os.environ.setdefault("REPORTER_UPDATE_INTERVAL_MS", "600000")
     import ray
 
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")

@@ -147,8 +147,8 @@ class EngineActor:
 
     # ---- programs -------------------------------------------------------------------------------------------------
 
-    async def run(self, program: Program, table: pa.Table) -> pa.Table:
-        """Runs a program on every row of a block at once, in the one continuous batch.
+    async def run(self, program: Program, table: pa.Table, piece: tuple[int, int | None] = (0, None)) -> pa.Table:
+        """Runs a program on a piece of a table (first row and how many), all at once, in the one continuous batch.
 
         Returns:
             A table of `program.schema` and the column `bad_reason`, rows in order. A bad row has its id and the reason.
@@ -158,7 +158,7 @@ class EngineActor:
             Exception: what a program raised that is no CaiError: a bug, not a bad row.
         """
         begun = time.time()
-        done = to_table(await self._rows_of(program, table, None, None), _with_reason(program))
+        done = to_table(await self._rows_of(program, table.slice(*piece), None, None), _with_reason(program))
         return done.replace_schema_metadata({SPAN: json.dumps([begun, time.time()])})
 
     async def record(self, program: Program, table: pa.Table, ledger: Ledger) -> int:

@@ -62,9 +62,11 @@ def wait(calls: Sequence[Call], timeout_s: float, what: str) -> list[Any]:
                 f"{what}: no answer within {timeout_s:g} s from {names}",
                 "see whether that process works or hangs (ray stack); cluster.step_timeout_s sets the limit",
             )
-        call = pending.pop(ready[0])
-        if call.fetch:
-            answers[call.done] = _answer(call, what, max(1.0, deadline - time.monotonic()))
+        # With all that have answered by now: each look at the list costs as much as it is long.
+        for done in ray.wait(list(pending), num_returns=len(pending), timeout=0, fetch_local=False)[0]:
+            call = pending.pop(done)
+            if call.fetch:
+                answers[done] = _answer(call, what, max(1.0, deadline - time.monotonic()))
     return [answers.get(call.done) for call in calls]
 
 

@@ -31,7 +31,6 @@ from cai_ray.rl.roles import reserved, started
 from cai_ray.rl.rollouts import prompts_of_steps
 from cai_ray.rl.sampler import LOOKS, TRIES, Sampler
 from cai_ray.rl.setup import Setup
-from cai_ray.rl.timeline import Timeline
 from cai_ray.rl.weight_sync import GAP_LIMITS, check_gap, check_sync, mean_gap
 from cai_ray.rl.workers import Mixed
 from cai_ray.training.batches import layout, step_rows
@@ -87,8 +86,8 @@ def run_ppo(
                 if setup.colocated:  # until the workers have loaded what they need
                     wait(engine_calls(engines, "sleep"), setup.cluster.step_timeout_s, "the rollout engines' rest")
                 with started(setup, placement) as groups, progress() as bar:
-                    controller = _Controller(setup, groups, engines, get_engines, steps, out, bar, sl_rows)
-                    metrics, workers = controller.run()
+                    sampler = Sampler(setup, steps, out, groups, engines, get_engines)
+                    metrics, workers = _Controller(setup, groups, sampler, out, bar, sl_rows).run()
                 break
             except RollBack as e:
                 if (roll_backs := roll_backs + 1) > ROLL_BACKS:
@@ -115,9 +114,7 @@ class _Controller:
 
     setup: Setup
     groups: dict[str, Group]
-    engines: list[Any]
-    get_engines: Callable[[], list[Any]]
-    steps: list[list[Row]]
+    sampler: Sampler
     out: StageDir
     bar: Bar
     sl_rows: pa.Table | None
@@ -129,10 +126,6 @@ class _Controller:
         self.kl: FixedKL = FixedKL(config.kl_coef)
         if config.kl_target:
             self.kl = AdaptiveKL(config.kl_coef, config.kl_target, config.kl_horizon)
-        self.timeline = Timeline(self.out.path / "timeline.json")
-        self.sampler = Sampler(
-            self.setup, self.steps, self.out, self.groups, self.engines, self.get_engines, self.timeline
-        )
         if self.sl_rows is not None:
             self.sl_ref = ray.put(self.sl_rows)
             prompts, self.sl_answers = (row_lengths(self.sl_rows, name) for name in ("prompt_ids", "response_ids"))
@@ -228,7 +221,7 @@ class _Controller:
                 sent = begun.get(phase) or submit()
                 out[phase] = sent, wait(sent, self.limit, phase)
             for call, answer in zip(*out[phase], strict=True):
-                self.timeline.add(call.who, phase, step, answer["span"])
+                self.sampler.timeline.add(call.who, phase, step, answer["span"])
         return out
 
     def _split(self, role: str, rows: Sequence[int], lengths: Sequence[int]) -> list[Plan]:

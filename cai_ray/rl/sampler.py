@@ -35,9 +35,9 @@ class Sampler:
         groups: the actor, source of the weights; reward and reference.
         engines: the rollout engines; they have yet to get the actor's weights.
         get_engines: gives them again, dead ones replaced.
-        timeline: learns when engines worked.
 
     Attributes:
+        timeline: when engines, and whoever else adds to it, worked.
         version: updates behind the actor's weights, and so the step that they are for; whoever trains them counts.
     """
 
@@ -49,9 +49,8 @@ class Sampler:
         groups: dict[str, Group],
         engines: list[Any],
         get_engines: Callable[[], list[Any]],
-        timeline: Timeline,
     ):
-        self._setup, self._steps, self._out, self._groups, self._timeline = setup, steps, out, groups, timeline
+        self._setup, self._steps, self._out, self._groups = setup, steps, out, groups
         self._get_engines, self._limit = get_engines, setup.cluster.step_timeout_s
         self._engines, self._fresh = engines, True  # fresh: the actor does not know them yet
         size, ranks = setup.config.rollout_batch_size, setup.config.inference_ranks
@@ -60,8 +59,9 @@ class Sampler:
         self._asked: dict[int, list[Call]] = {}  # by step: what the engines work on
         self._early: dict[tuple[int, str], list[Call]] = {}  # by step and phase: who waits for that
         self._ready: dict[int, tuple[Any, dict[str, Any]]] = {}  # by step: what is on disk and not yet taken
+        self._program: Any = ray.put(RollOut(setup.config))
         self._keep: Any = ray.remote(num_cpus=0, num_returns=2)(keep_rollouts)
-        self.version = 0
+        self.timeline, self.version = Timeline(out.path / "timeline.json"), 0
 
     def calls(self, method: str, *args: Any) -> list[Call]:
         """Calls a method of every engine."""
@@ -75,11 +75,13 @@ class Sampler:
         """
         what = f"weight sync before step {self.version}"
         self._rest("wake", what, "weights")
-        calls = self._groups["actor"].submit("sync", self.version, self._engines if self._fresh else None)
+        everyone = self._setup.colocated or self._setup.config.actor.sharding.zero_stage == 3
+        senders = self._groups["actor"].workers[: None if everyone else 1]
+        calls = Group("actor", senders).submit("sync", self.version, self._engines if self._fresh else None)
         answers = wait(calls, self._limit, what)
         self._rest("wake", what, "kv_cache")
         for call, answer in zip(calls, answers, strict=True):
-            self._timeline.add(call.who, "sync", self.version, answer["span"])
+            self.timeline.add(call.who, "sync", self.version, answer["span"])
         self._fresh = False
 
     def _rest(self, method: str, what: str, *args: Any) -> None:
@@ -104,9 +106,10 @@ class Sampler:
         if not self._path(step).is_file():
             if self._fresh:
                 self.sync()
-            asked = requests(self._steps[step], self._setup.config, self._setup.seed, step)
-            parts = [(asked.slice(*piece),) for piece in self._pieces]
-            calls = engine_calls(self._engines, "run", RollOut(self._setup.config), each=parts, fetch=False)
+            # Given once, not with every call: on 64 engines that costs the controller more than all else in a step.
+            asked = ray.put(requests(self._steps[step], self._setup.config, self._setup.seed, step))
+            pieces = [(piece,) for piece in self._pieces]
+            calls = engine_calls(self._engines, "run", self._program, asked, each=pieces, fetch=False)
             if self._setup.side_by_side and not self._setup.colocated:  # else the engines have the room
                 for phase in LOOKS:
                     self._early[step, phase] = self._look(phase, [(call.done,) for call in calls])
@@ -159,7 +162,7 @@ class Sampler:
             )
         del self._asked[step]
         for call, span in zip(calls, seen["spans"], strict=True):
-            self._timeline.add(call.who, "rollout", step, span)
+            self.timeline.add(call.who, "rollout", step, span)
         if seen["spans"]:  # else they were on disk already
             begun, ended = (list(times) for times in zip(*seen["spans"], strict=True))
             seen["seconds"] = max(ended) - min(begun)

@@ -1,8 +1,9 @@
 """The actor's weights on their way to the rollout engines, through vLLM's weight-transfer API.
 
 On CPU over shared memory (`generation.shared_memory`), on GPUs over NCCL; where actor and engines share GPUs by handles
-of the actor's own memory (CUDA IPC), because NCCL refuses two processes on one GPU. All ranks of the actor take part,
-because gathering a sharded parameter is a collective; rank 0 speaks to the engines.
+of the actor's own memory (CUDA IPC), because NCCL refuses two processes on one GPU. Rank 0 speaks to the engines; under
+ZeRO-3 all ranks of the actor take part, because gathering a sharded parameter is a collective, and with IPC each rank
+serves the engine beside it.
 """
 
 import os
@@ -61,7 +62,7 @@ class Engines:
 
 
 class Sender:
-    """Sends a `ShardedModel`'s weights; every rank of the actor makes one and calls `send` alike.
+    """Sends a `ShardedModel`'s weights; every rank that takes part makes one and calls `send` alike.
 
     Args:
         model: source of the weights.

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import ray.data
 
 from cai_ray.artifacts import Manifest, StageDir, StageKey
@@ -13,7 +12,7 @@ from cai_ray.config import EvaluateConfig
 from cai_ray.errors import DataError
 from cai_ray.evaluation.answers import ANSWER, SCORED, Scorer, summary, wins
 from cai_ray.generation.data_plane import MapSettings, RowCounts, map_rows, quiet
-from cai_ray.records import PROMPT, Row, to_table
+from cai_ray.records import PROMPT, Row
 from cai_ray.stages.shared import EngineSetup, ask, read_rows, write_rows
 
 
@@ -56,7 +55,7 @@ def evaluate(config: EvaluateConfig, inputs: EvaluateInputs, out: StageDir) -> M
         next(iter(inputs.models.values())).pool.release()
     with out.phase("score"):
         answers = _score(inputs, [part.data for part in parts], out)
-    pq.write_table(to_table(answers, SCORED), out.data / "part-00000.parquet")
+    write_rows(answers, SCORED, out.data)
     metrics: dict[str, Any] = {
         "rows_in": sum(c.rows_in for c in counts),
         "rows_out": len(answers),

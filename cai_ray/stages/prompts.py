@@ -14,14 +14,13 @@ from itertools import islice
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import ray.data
 
 from cai_ray.artifacts import Manifest, StageDir, StageKey
 from cai_ray.config import GeneratePrompts, PromptsConfig, Source
 from cai_ray.errors import DataError
 from cai_ray.generation.data_plane import MapSettings, map_rows
-from cai_ray.records import PROMPT, Row, derive_seed, row_id, to_table
+from cai_ray.records import PROMPT, Row, derive_seed, row_id
 from cai_ray.sources import as_json, read_rows, to_prompts
 from cai_ray.stages.shared import EngineSetup, ask, write_rows
 from cai_ray.stages.shared import read_rows as read_stage
@@ -78,7 +77,7 @@ def prompts(config: PromptsConfig, inputs: PromptsInputs, out: StageDir) -> Mani
         raise DataError(
             "prompts: the sources hold no prompt", "give prompts.harmful or prompts.helpful a source with rows"
         )
-    pq.write_table(to_table(rows, PROMPT), out.data / "part-00000.parquet")
+    write_rows(rows, PROMPT, out.data)
     counts = {
         f"{kind}_{split}": sum(r["kind"] == kind and r["split"] == split for r in rows)
         for kind in ("harmful", "helpful")
