@@ -75,6 +75,7 @@ class Sampler:
         """
         what = f"weight sync before step {self.version}"
         self._rest("wake", what, "weights")
+        # One rank has all the weights, but under ZeRO-3; engines that share GPUs are served by the rank beside each.
         everyone = self._setup.colocated or self._setup.config.actor.sharding.zero_stage == 3
         senders = self._groups["actor"].workers[: None if everyone else 1]
         calls = Group("actor", senders).submit("sync", self.version, self._engines if self._fresh else None)
@@ -106,7 +107,7 @@ class Sampler:
         if not self._path(step).is_file():
             if self._fresh:
                 self.sync()
-            # Given once, not with every call: on 64 engines that costs the controller more than all else in a step.
+            # Given once: serialised with every call it was a quarter of the controller's own work.
             asked = ray.put(requests(self._steps[step], self._setup.config, self._setup.seed, step))
             pieces = [(piece,) for piece in self._pieces]
             calls = engine_calls(self._engines, "run", self._program, asked, each=pieces, fetch=False)
