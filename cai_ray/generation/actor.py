@@ -232,6 +232,10 @@ class EngineActor:
         """`Engine.finish_weight_update`."""
         await self._call(self._engine.finish_weight_update, version)
 
+    async def load_adapter(self, folder: Path, version: int) -> None:
+        """`Engine.load_adapter`."""
+        await self._call(self._engine.load_adapter, folder, version)
+
     async def sleep(self) -> None:
         """`Engine.sleep`."""
         await self._call(self._engine.sleep)
@@ -255,7 +259,7 @@ class EngineActor:
         """Who this is, how many sequences it takes at once, and what weights it holds."""
         e = self._engine
         who = {"name": self.name, "pid": os.getpid(), "node": os.uname().nodename, "slots": e.max_num_seqs}
-        return {**who, "version": e.version, "holds": e.holds, "updating": e.updating}
+        return {**who, "version": e.version, "holds": e.holds, "loaded": e.loaded, "updating": e.updating}
 
     async def shutdown(self) -> None:
         """Ends vLLM's own processes; the actor is of no use afterwards."""

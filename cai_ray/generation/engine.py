@@ -8,12 +8,13 @@ here, and stop strings are looked for here.
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from cai_ray.errors import DataError, StageFailed
 from cai_ray.generation.shared_memory import BACKEND
@@ -150,15 +151,17 @@ def architecture(folder: Path) -> dict[str, Any]:
     return {k: v for k, v in config.items() if k not in _NAMES}
 
 
-def weight_names(folder: Path) -> set[str]:
-    """Names of the tensors in a folder's safetensors files, read from the headers; a tied `lm_head` counts not."""
+def weight_shapes(folder: Path) -> dict[str, list[int]]:
+    """Name -> shape of the tensors in a folder's safetensors files, by the headers; a tied `lm_head` counts not."""
     from safetensors import safe_open
 
-    names: set[str] = set()
+    shapes: dict[str, list[int]] = {}
     for file in folder.glob("*.safetensors"):
         with safe_open(file, "pt") as f:
-            names |= set(f.keys())
-    return names - {"lm_head.weight"} if architecture(folder).get("tie_word_embeddings") else names
+            shapes |= {name: f.get_slice(name).get_shape() for name in f.keys()}  # noqa: SIM118
+    if architecture(folder).get("tie_word_embeddings"):
+        shapes.pop("lm_head.weight", None)
+    return shapes
 
 
 class Engine:
@@ -176,6 +179,7 @@ class Engine:
         device: cpu or gpu.
         threads: CPU threads of the arithmetic; PyTorch's default when None.
         sleeps: others use its GPU in turn (`sleep`), the trainer among them, whose weights it reads in place.
+        lora_rank: largest rank of an adapter that `load_adapter` puts over its weights; 0 takes none.
     """
 
     def __init__(
@@ -192,6 +196,7 @@ class Engine:
         device: str = "cpu",
         threads: int | None = None,
         sleeps: bool = False,
+        lora_rank: int = 0,
     ):
         # The core in this process: on CPU it starts faster, and a trainer's CUDA handles cannot be sent on to another.
         _set_environment(device, threads, core_here=device == "cpu" or sleeps)  # before vLLM is imported
@@ -202,23 +207,15 @@ class Engine:
 
         if threads:
             torch.set_num_threads(threads)
-        if device == "cpu":
-            # Compiling costs more than it gains at the sizes that run on CPU. Prompts enter whole: after a part of
-            # one vLLM rewinds the request's generator, which PyTorch's CPU generators cannot do.
-            options: dict[str, Any] = {
-                "enforce_eager": True,
-                "kv_cache_memory_bytes": int(kv_cache_gib * 2**30),
-                "enable_chunked_prefill": False,
-                "max_num_batched_tokens": max(2048, max_model_len),
-            }
-        else:
+        options = _cpu_options(kv_cache_gib, max_model_len)
+        if device == "gpu":
             options = {
                 "gpu_memory_utilization": gpu_memory_utilization,
                 "tensor_parallel_size": tensor_parallel_size,
                 "distributed_executor_backend": "mp" if tensor_parallel_size > 1 else "uni",
                 "enable_sleep_mode": sleeps,
             }
-        options["dtype"] = dtype
+        options |= {"dtype": dtype, **_adapter_options(lora_rank, model_folder)}
         backend = BACKEND if device == "cpu" else "ipc" if sleeps else "nccl"
         self._llm = LLMEngine.from_engine_args(
             EngineArgs(
@@ -234,13 +231,16 @@ class Engine:
                 **options,
             )
         )
-        self.model_folder, self.device = model_folder, device
+        self.device = device
         self.max_model_len, self.max_num_seqs = max_model_len, max_num_seqs
         self.tokenizer = Tokenizer.load(model_folder, format)
-        self.holds: tuple[Path, str] | None = (model_folder, format)  # the checkpoint; None after a weight update
+        self.loaded = (model_folder, format)  # the checkpoint that the tokenizer is of, and once the weights
+        self.holds: tuple[Path, str] | None = self.loaded  # None after a weight update
         self.version = 0
         self.tokens_in, self.tokens_out, self.busy_s = 0, 0, 0.0
         self.updating = False  # between the start and the end of a change of weights
+        self._adapter: Any = None  # vLLM's name of it, for each request
+        self._takes_adapters = bool(lora_rank)
         self._open: dict[str, Request | ChoiceRequest | ScoreRequest] = {}
 
     # ---- the continuous batch -------------------------------------------------------------------------------------
@@ -270,7 +270,8 @@ class Engine:
                 "shorten the prompt, or raise the stage's limits",
             )
         try:
-            self._llm.add_request(request_id, tokens_input(ids), self._params(request))
+            params = self._params(request)
+            self._llm.add_request(request_id, tokens_input(ids), params, lora_request=self._adapter)
         except VLLMClientError as e:
             raise DataError(f"vLLM refuses the request: {e}") from None
         self._open[request_id] = request
@@ -382,9 +383,10 @@ class Engine:
             StageFailed: requests are unfinished.
         """
         self._require_idle()
-        if architecture(folder) != architecture(self.model_folder):
-            raise DataError(f"{folder} is of another architecture than {self.model_folder}", "start a new engine")
-        missing = weight_names(self.model_folder) - weight_names(folder)
+        before = self.loaded[0]
+        if architecture(folder) != architecture(before):
+            raise DataError(f"{folder} is of another architecture than {before}", "start a new engine")
+        missing = weight_shapes(before).keys() - weight_shapes(folder).keys()
         if missing:
             raise DataError(
                 f"{folder} lacks {len(missing)} weights, such as {min(missing)}", "give a complete checkpoint"
@@ -398,10 +400,12 @@ class Engine:
 
             self._llm.apply_model(repack_tied_head)
         self._swapped(0)
-        self.model_folder, self.tokenizer, self.holds = folder, tokenizer, (folder, format)
+        self.tokenizer, self.loaded = tokenizer, (folder, format)
+        self.holds = self.loaded
 
     def init_weight_transfer(self, info: dict[str, Any]) -> None:
         """Connects to the trainer; with NCCL it returns when both sides have met."""
+        self._llm.collective_rpc("shutdown_weight_transfer_engine")  # the link to an earlier one
         self._llm.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": info})
 
     def start_weight_update(self) -> None:
@@ -423,16 +427,33 @@ class Engine:
         self._llm.collective_rpc("finish_weight_update")
         self._swapped(version)
 
+    def load_adapter(self, folder: Path, version: int) -> None:
+        """Puts an adapter in peft's format over the checkpoint's weights, in the place of the one before.
+
+        Raises:
+            StageFailed: requests are unfinished.
+        """
+        from vllm.lora.request import LoRARequest
+
+        self._require_idle()
+        self.updating = True
+        self._llm.add_lora(LoRARequest("policy", 1, str(folder), load_inplace=True))
+        self._adapter = LoRARequest("policy", 1, str(folder))  # a request with load_inplace would read it anew
+        self._swapped(version)
+
     def sleep(self) -> None:
-        """Frees the GPU of weights and KV cache; weights have to come anew. On CPU, where memory is not short, nothing.
+        """Frees the GPU of weights and KV cache; on CPU, where memory is not short, nothing.
+
+        Weights under an adapter wait in host memory, others have to come anew.
 
         Raises:
             StageFailed: requests are unfinished.
         """
         self._require_idle()
         if self.device == "gpu":
-            self.holds = None
-            self._llm.sleep(level=2)  # keeps no copy: every waking is followed by a weight update
+            if not self._takes_adapters:
+                self.holds = None
+            self._llm.sleep(level=1 if self._takes_adapters else 2)  # 2 keeps no copy: a weight update follows
 
     def wake(self, *parts: str) -> None:
         """Takes memory again for `weights` (before an update) and `kv_cache` (after it), as far as they sleep."""
@@ -453,6 +474,30 @@ class Engine:
     def shutdown(self) -> None:
         """Ends vLLM's own processes and frees its memory."""
         self._llm.engine_core.shutdown()
+
+
+def _cpu_options(kv_cache_gib: float, max_model_len: int) -> dict[str, Any]:
+    # Compiling costs more than it gains at the sizes that run on CPU. Prompts enter whole: after a part of one vLLM
+    # rewinds the request's generator, which PyTorch's CPU generators cannot do.
+    return {
+        "enforce_eager": True,
+        "kv_cache_memory_bytes": int(kv_cache_gib * 2**30),
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": max(2048, max_model_len),
+    }
+
+
+def _adapter_options(rank: int, folder: Path) -> dict[str, Any]:
+    if not rank:
+        return {}
+    from vllm.config.lora import MaxLoRARanks
+
+    known = min(size for size in get_args(MaxLoRARanks) if size >= rank)  # vLLM has room for some ranks only
+    # Inside the layers only, as `training.lora` puts them: over the head vLLM 0.32 counts on one row of logits for each
+    # sequence, which is wrong where the tokens of prompts are scored.
+    inside = [name for name, shape in weight_shapes(folder).items() if re.search(r"\.\d+\.", name) and len(shape) == 2]
+    modules = sorted({name.split(".")[-2] for name in inside})
+    return {"enable_lora": True, "max_lora_rank": known, "lora_target_modules": modules}
 
 
 def _set_environment(device: str, threads: int | None, core_here: bool = True) -> None:

@@ -30,7 +30,7 @@ class _Live:
     name: str
     handle: EngineHandle
     log_file: Path
-    kind: tuple[Any, ...]  # architecture, dtype, placement group: what load_checkpoint cannot change
+    kind: tuple[Any, ...]  # architecture, dtype, placement group, adapters' base: what load_checkpoint cannot change
     max_model_len: int
     place: int  # its bundle of the placement group, if it has one
     info: Any  # reference that is ready once the engine is
@@ -63,6 +63,8 @@ class EnginePool:
         max_model_len: int,
         count: int | None = None,
         group: PlacementGroup | None = None,
+        lora_rank: int = 0,
+        updated: bool = False,
     ) -> list[EngineHandle]:
         """Engines that hold a model, idle, in a stable order.
 
@@ -76,6 +78,8 @@ class EnginePool:
             count: how many. When None `cluster.engines` are waited for, and as many others, up to
                 `cluster.max_engines`, as Ray finds room for join later.
             group: a bundle for each engine, whose GPU it shares with others; it can sleep then.
+            lora_rank: for engines that take adapters over these weights: their largest rank.
+            updated: they are about to get weights from a trainer: those that have had some are not given the model's.
 
         Raises:
             ResourceError: the cluster is too small for them; the message carries the arithmetic.
@@ -83,14 +87,15 @@ class EnginePool:
         """
         fewest = count or self.cluster.engines
         most = count or self.cluster.max_engines or fewest
-        kind, model = (architecture(folder), dtype, group), (folder, format)
+        kind, model = (architecture(folder), dtype, group, (folder, lora_rank) if lora_rank else None), (folder, format)
         infos = [(e, _settled(e)) for e in self._live if e.kind == kind and e.max_model_len >= max_model_len]
         fit = {e: info for e, info in infos if info and not info["updating"]}
         self._stop([e for e in self._live if e not in fit])
         self._live, surplus = list(fit)[:most], list(fit)[most:]
         self._stop(surplus)
         # The engine itself knows what it holds: PPO may have given it other weights since.
-        stale = [e for e in self._live if fit[e]["holds"] != model]
+        holds = {e: fit[e]["holds"] or (fit[e]["loaded"] if updated else None) for e in self._live}
+        stale = [e for e in self._live if holds[e] != model]
         swaps = [(e, e.handle.load_checkpoint.remote(*model)) for e in stale]
         missing = max(0, fewest - len(self._live))
         if group is None:  # else their room is reserved
@@ -127,6 +132,7 @@ class EnginePool:
             "max_num_seqs": cluster.max_num_seqs,
             "device": self.device,
             "sleeps": group is not None,
+            "lora_rank": kind[3][1] if kind[3] else 0,
         }
         environment = {"VLLM_NO_USAGE_STATS": "1"}
         if gpus:

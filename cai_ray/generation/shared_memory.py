@@ -50,11 +50,13 @@ def write_bucket(tensors: "Mapping[str, torch.Tensor]", name: str) -> dict[str, 
             f"{_FOLDER} has {free / 2**20:.0f} MiB free, a bucket of weights takes {size / 2**20:.0f} MiB",
             "give the container more shared memory (--shm-size), or send smaller buckets",
         )
-    path = _path(name)
-    temporary = path.with_suffix(".tmp")
-    save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, temporary)
-    temporary.replace(path)
-    return {"path": str(path)}
+    cleanup(name)
+    try:
+        save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, _path(name))
+    except BaseException:
+        cleanup(name)  # of what a half-written bucket takes
+        raise
+    return {"path": str(_path(name))}
 
 
 def cleanup(name: str) -> None:

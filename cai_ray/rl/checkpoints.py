@@ -19,7 +19,7 @@ def commit_checkpoint(folder: Path, state: Mapping[str, Any], keep: int = 1) -> 
     write_atomic(folder / "manifest.json", json.dumps({**state, "files": files}))
     whole = sorted(_step_of(path.parent) for path in folder.parent.glob("step-*/manifest.json"))
     oldest = [step for step in whole if step <= state["step"]][-keep:][0]
-    _remove(path for path in list(folder.parent.iterdir()) if _step_of(path) < oldest)
+    _remove(path for path in list(folder.parent.glob("*-*")) if _step_of(path) < oldest)
 
 
 def last_checkpoint(checkpoints: Path, before: float = math.inf) -> tuple[Path, dict[str, Any]] | None:

@@ -15,6 +15,7 @@ from cai_ray.algo.masking import masked_mean, masked_var, masked_whiten
 from cai_ray.algo.ppo import gae, group_advantages, shaped_rewards
 from cai_ray.config import PPOConfig
 from cai_ray.errors import StageFailed
+from cai_ray.records import derive_seed
 from cai_ray.rl.batches import padded, ragged, row_lengths
 
 NGRAM = 4  # tokens; a response that says half of its n-grams again is repetitive
@@ -88,8 +89,9 @@ def repetitive(ids: Sequence[int]) -> bool:
 
 
 def _samples(batch: pa.Table, scores_B: Tensor) -> list[dict[str, Any]]:
-    """The best, the worst and the first response; which one is first is drawn by a hash."""
-    chosen = {"best": int(scores_B.argmax()), "worst": int(scores_B.argmin()), "random": 0}
+    """The best response, the worst, and one that is drawn by a hash."""
+    draws = [derive_seed(0, id, "sample") for id in batch["id"].to_pylist()]
+    chosen = {"best": int(scores_B.argmax()), "worst": int(scores_B.argmin()), "random": draws.index(min(draws))}
     shown = batch.select(["id", "kind", "prompt", "response", "score", "ended"])
     return [{"sample": name, **shown.slice(row, 1).to_pylist()[0]} for name, row in chosen.items()]
 

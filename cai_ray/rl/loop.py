@@ -70,9 +70,10 @@ def run_ppo(
             limit.
     """
     config = setup.config
-    steps, too_long = prompts_of_steps(prompts, config, setup.seed, Tokenizer.load(setup.policy, setup.format))
+    tokenizer = Tokenizer.load(setup.policy, setup.format)
+    steps, too_long, looked_at = prompts_of_steps(prompts, config, setup.seed, tokenizer)
     out.path.mkdir(parents=True, exist_ok=True)
-    out.quarantine(too_long, len(prompts), max_bad_fraction)
+    out.quarantine(too_long, looked_at, max_bad_fraction)
     failures: Counter[int] = Counter()  # by the step that the last checkpoint continues from
     roll_backs = 0
     if not setup.colocated:
@@ -122,7 +123,10 @@ class _Controller:
     def __post_init__(self) -> None:
         config, self.limit = self.setup.config, self.setup.cluster.step_timeout_s
         self.config, self.learners = config, [role for role in ("actor", "critic") if role in self.groups]
-        self.gap_limit = max(GAP_LIMITS[self.setup.engine_dtype], GAP_LIMITS[config.actor.sharding.dtype])
+        formats = [self.setup.engine_dtype, config.actor.sharding.dtype]
+        self.gap_limit = max(GAP_LIMITS[name] for name in formats)
+        if self.setup.device == "gpu":
+            self.gap_limit = max(self.gap_limit, GAP_LIMITS["tf32"])
         self.kl: FixedKL = FixedKL(config.kl_coef)
         if config.kl_target:
             self.kl = AdaptiveKL(config.kl_coef, config.kl_target, config.kl_horizon)
@@ -277,7 +281,7 @@ class _Controller:
     def _probe(self, experience: Any, probe: list[tuple[list[int], list[int]]], step: int) -> float:
         """Compares engines and actor on a few of the step's responses; returns how far the update moved them."""
         # Engines want room for one more token, which the longest response has used up: its last token is left out.
-        room = self.config.max_prompt_tokens + self.config.max_new_tokens - 1
+        room = self.config.max_tokens - 1
         ids, starts = [(p + r)[:room] for p, r in probe], [len(p) for p, _ in probe]
         # One rank has all the weights, but under ZeRO-3.
         ranks = self.groups["actor"].workers[: None if self.config.actor.sharding.zero_stage == 3 else 1]

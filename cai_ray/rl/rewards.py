@@ -63,19 +63,21 @@ class Model:
     def __init__(self, folder: Path, setup: Setup):
         config = setup.config
         self._device = setup.torch_device
-        self._max_tokens = config.max_prompt_tokens + config.max_new_tokens + 1  # EOS for a truncated response
+        self._max_tokens = config.max_tokens + 1  # EOS for a truncated response
         self._model: Any = load_to_look(
             setup, config.critic, lambda dtype: ScoreForward(load_scalar_model(folder, dtype))
         )
-        self._eos = _same_tokens(folder, setup).eos_id
+        self._tokenizer = _same_tokens(folder, setup)
         self.mean, self.std = _moments(folder, self._model.hf.config) if config.normalize_scores else (0.0, 1.0)
 
     def raw(self, part: pa.Table) -> list[float]:
         """Scores of a micro-batch, in the model's own units."""
-        inputs = [
-            torch.tensor(preference_input(r["prompt_ids"], r["response_ids"], self._eos, self._max_tokens))
-            for r in part.select(["prompt_ids", "response_ids"]).to_pylist()
-        ]
+        tokenizer, inputs = self._tokenizer, []
+        for row in part.select(["prompt_ids", "response_ids"]).to_pylist():
+            prompt, response = row["prompt_ids"], row["response_ids"]
+            if response[-1:] and response[-1] in tokenizer.eos_ids:  # of several, the model has learned one
+                response = response[:-1]
+            inputs.append(torch.tensor(preference_input(prompt, response, tokenizer.eos_id, self._max_tokens)))
         ids_1T = torch.cat(inputs)[None].to(self._device)
         return self._model(ids_1T, [len(x) for x in inputs]).tolist()
 
@@ -84,7 +86,7 @@ class Feedback:
     """A language model that rates each response from 1 to 10 under a drawn principle (Lee et al. 2023, section 2.2.2).
 
     The score is the expected one, from -1 to 1; a principle that asks for the worse answer turns the sign. The draw is
-    seeded by the response's id.
+    seeded by prompt and step: the responses that are compared with each other answer to one principle.
     """
 
     mean, std = 0.0, 1.0
@@ -98,8 +100,9 @@ class Feedback:
 
     def raw(self, part: pa.Table) -> list[float]:
         """Scores of a micro-batch."""
-        rows = part.select(["id", "messages", "response"]).to_pylist()
-        drawn = [draw(self._principles, derive_seed(self._seed, row["id"], "ppo/reward")) for row in rows]
+        rows = part.select(["prompt_id", "step", "messages", "response"]).to_pylist()
+        seeds = [derive_seed(self._seed, row["prompt_id"], f"ppo/reward/{row['step']}") for row in rows]
+        drawn = [draw(self._principles, own) for own in seeds]
         plans = [self._plan(row, principle) for row, principle in zip(rows, drawn, strict=True)]
         found = self._answers([request for plan in plans for request in plan.requests])
         scores = []

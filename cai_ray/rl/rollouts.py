@@ -23,7 +23,13 @@ from cai_ray.templates import STOP_PLAIN
 
 PROBES = 2  # responses that are compared after a weight sync
 
-_HEAD = [("row", pa.int32()), ("id", pa.string()), ("kind", pa.string())]  # row: 0 ... B - 1
+_HEAD = [  # row: 0 ... B - 1
+    ("row", pa.int32()),
+    ("id", pa.string()),
+    ("prompt_id", pa.string()),
+    ("step", pa.int32()),
+    ("kind", pa.string()),
+]
 REQUESTS = pa.schema([*_HEAD, PROMPT.field("messages"), ("seed", pa.int64())])
 ROLLOUTS = pa.schema(
     [
@@ -83,8 +89,8 @@ def _endless(rows: Sequence[Row], seed: int, fits: Callable[[Row], bool]) -> Ite
 
 def prompts_of_steps(
     prompts: Sequence[Row], config: PPOConfig, seed: int, tokenizer: Tokenizer
-) -> tuple[list[list[Row]], list[dict[str, str]]]:
-    """The prompts of every step, and which could not be used (id, reason): tokenized as far as the run reaches."""
+) -> tuple[list[list[Row]], list[dict[str, str]], int]:
+    """The prompts of every step; which could not be used (id, reason); how many were looked at, as the run reaches."""
     limit = config.max_prompt_tokens
     reasons: dict[str, str] = {}
 
@@ -101,7 +107,7 @@ def prompts_of_steps(
         return not reasons[row["id"]]
 
     steps = list(islice(prompt_steps(prompts, config, seed, fits), config.steps))
-    return steps, [{"id": key, "reason": why} for key, why in sorted(reasons.items()) if why]
+    return steps, [{"id": key, "reason": why} for key, why in sorted(reasons.items()) if why], len(reasons)
 
 
 def requests(prompts: Sequence[Row], config: PPOConfig, seed: int, step: int) -> pa.Table:
@@ -112,7 +118,8 @@ def requests(prompts: Sequence[Row], config: PPOConfig, seed: int, step: int) ->
         sample, key = seen[prompt["id"]], prompt["id"]  # a prompt that comes twice in a step is one more sample
         seen[key] += 1
         own = derive_seed(seed, key, f"ppo/{step}/{sample}")
-        rows.append({**prompt, "row": len(rows), "id": f"{key}-{sample}", "seed": own})
+        name = {"id": f"{key}-{sample}", "prompt_id": key, "step": step}
+        rows.append({**prompt, **name, "row": len(rows), "seed": own})
     return to_table(rows, REQUESTS)
 
 

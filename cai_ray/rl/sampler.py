@@ -14,7 +14,7 @@ import ray
 from cai_ray.artifacts import StageDir
 from cai_ray.errors import StageFailed
 from cai_ray.records import Row
-from cai_ray.rl.groups import Call, EngineDied, Group, engine_calls, wait
+from cai_ray.rl.groups import Call, EngineDied, Group, WorkerDied, engine_calls, wait
 from cai_ray.rl.rollouts import RollOut, keep_rollouts, requests
 from cai_ray.rl.setup import Setup
 from cai_ray.rl.timeline import Timeline
@@ -72,14 +72,21 @@ class Sampler:
 
         Raises:
             EngineDied: one is gone; after `replace` the same call can be made again.
+            WorkerDied: one is gone, and the actor's ranks with it.
         """
         what = f"weight sync before step {self.version}"
         self._rest("wake", what, "weights")
         # One rank has all the weights, but under ZeRO-3; engines that share GPUs are served by the rank beside each.
         everyone = self._setup.colocated or self._setup.config.actor.sharding.zero_stage == 3
         senders = self._groups["actor"].workers[: None if everyone else 1]
-        calls = Group("actor", senders).submit("sync", self.version, self._engines if self._fresh else None)
-        answers = wait(calls, self._limit, what)
+        engines, folder = self._engines if self._fresh else None, self._out.checkpoints / "adapter"
+        calls = Group("actor", senders).submit("sync", self.version, engines, folder)
+        try:
+            answers = wait(calls, self._limit, what)
+        except EngineDied as e:
+            if self._setup.colocated and len(senders) > 1:  # the other ranks stand in the transfer's own collectives
+                raise WorkerDied(e.message, e.fix) from e
+            raise
         self._rest("wake", what, "kv_cache")
         for call, answer in zip(calls, answers, strict=True):
             self.timeline.add(call.who, "sync", self.version, answer["span"])

@@ -3,14 +3,15 @@
 On CPU over shared memory (`generation.shared_memory`), on GPUs over NCCL; where actor and engines share GPUs by handles
 of the actor's own memory (CUDA IPC), because NCCL refuses two processes on one GPU. Rank 0 speaks to the engines; under
 ZeRO-3 all ranks of the actor take part, because gathering a sharded parameter is a collective, and with IPC each rank
-serves the engine beside it.
+serves the engine beside it. Adapters that go alone (`ppo.lora_sync`) are small, and engines read them as a file.
 """
 
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -21,7 +22,8 @@ from cai_ray.rl.groups import engine_calls, free_address, wait
 from cai_ray.training.deepspeed import ShardedModel, layer_of
 
 BUCKET_BYTES = 256 << 20
-GAP_LIMITS = {"float32": 1e-3, "bfloat16": 0.05}  # nats, mean over tokens; two right implementations differ by far less
+# Nats, mean over tokens; two right implementations differ by far less. On GPUs vLLM's attention in float32 is TF32's.
+GAP_LIMITS = {"float32": 1e-3, "tf32": 0.01, "bfloat16": 0.05}
 
 
 class Engines:
@@ -37,6 +39,7 @@ class Engines:
     def __init__(self, handles: list[Any], gpus: int, timeout_s: float, colocated: bool = False):
         self.handles, self.gpus, self._timeout_s, self.colocated = handles, gpus, timeout_s, colocated
         self.version = 0
+        self.give_up: Callable[[], None] = lambda: None  # ends the sender's side of a transfer
 
     def _all(self, method: str, *args: Any, each: list[tuple] | None = None) -> None:
         calls = engine_calls(self.handles, method, *args, each=each)
@@ -54,11 +57,19 @@ class Engines:
 
     def update_weights(self, update_info: Any) -> None:
         """Engines take in what is described."""
-        self._all("update_weights", update_info)
+        try:
+            self._all("update_weights", update_info)
+        except BaseException:
+            self.give_up()  # the sender waits in NCCL for one that is gone, and would for ever
+            raise
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         """Engines drop their prefix caches and go on with the new version."""
         self._all("finish_weight_update", self.version)
+
+    def load_adapter(self, folder: Path) -> None:
+        """Engines put an adapter over their own weights and go on with the new version."""
+        self._all("load_adapter", folder, self.version)
 
 
 class Sender:
@@ -67,10 +78,11 @@ class Sender:
     Args:
         model: source of the weights.
         engines: the receiving side.
+        adapter: where only adapters are sent: their configuration, and a folder that sender and engines share.
     """
 
-    def __init__(self, model: ShardedModel, engines: Engines):
-        self._model, self._engines = model, engines
+    def __init__(self, model: ShardedModel, engines: Engines, adapter: tuple[Any, Path] | None = None):
+        self._model, self._engines, self._adapter = model, engines, adapter
         self._link: Any = None  # from the first transfer on: on GPUs vLLM's sending side, on CPU True
 
     def send(self, version: int) -> None:
@@ -80,16 +92,29 @@ class Sender:
             StageFailed: an engine did not answer.
         """
         self._engines.version = version
+        if self._adapter:
+            self._model.export_adapter(*self._adapter)
+            if self._model.rank == 0:
+                self._engines.load_adapter(self._adapter[1])
+            return
         parameters = self._model.merged_parameters()
         try:
             if self._engines.gpus:
                 self._link = self._link or _gpu_trainer(self._model, self._engines)
+                self._engines.give_up = self._link.shutdown
                 self._link.source.parameters = parameters
                 self._link.send_weights()
             elif self._model.rank == 0:
                 self._pass_on(parameters)
+        except BaseException:
+            self._link = None
+            raise
         finally:  # the other ranks gather all of them, also when an engine dies
             deque(parameters, maxlen=0)
+
+    def close(self) -> None:
+        """Frees what the link to engines holds on a GPU."""
+        self._engines.give_up()
 
     def _pass_on(self, parameters: Iterator[tuple[str, Tensor]]) -> None:
         if not self._link:
@@ -144,7 +169,9 @@ def _gpu_trainer(model: ShardedModel, engines: Engines) -> Any:
             return self.parameters
 
     if engines.colocated:
-        info = IPCTrainerInitInfo(rank=model.rank, packed=True)
+        largest = max(p.nbytes for p in model.merged_shapes().values())  # an embedding may exceed the default of 1 GiB
+        size = max(IPCTrainerInitInfo.packed_buffer_size_bytes, largest)
+        info = IPCTrainerInitInfo(rank=model.rank, packed=True, packed_buffer_size_bytes=size)
         return IPCTrainerWeightTransferEngine.trainer_init(info, client=engines, source=Source())
     address, port = free_address()
     world = 1 + len(engines.handles) * engines.gpus

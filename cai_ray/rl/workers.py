@@ -189,7 +189,7 @@ class _Trained(Worker):
 class Actor(_Trained):
     """The policy under training."""
 
-    _sender: Sender
+    _sender: Sender | None = None
 
     def _build(self) -> TokenLogprobs:
         return TokenLogprobs(load_causal_lm(self._start, self._learner.sharding.dtype))
@@ -212,18 +212,22 @@ class Actor(_Trained):
         return self._forward("old_logprobs", batch, plan, keep)
 
     @timed
-    def sync(self, version: int, engines: list[Any] | None) -> Answer:
+    def sync(self, version: int, engines: list[Any] | None, folder: Path) -> Answer:
         """Sends the weights to the engines, which then hold version `version`; None stands for those of the last time.
 
-        Handles of 64 engines for each of 64 ranks would cost the controller more than all else in a step.
+        Handles of 64 engines for each of 64 ranks would cost the controller more than all else in a step. Adapters that
+        are sent alone go by way of `folder`.
         """
         if engines is not None:
             cluster = self._setup.cluster
             gpus = cluster.tensor_parallel_size if self._setup.device == "gpu" else 0
             # Half of what the controller waits for this: an engine that hangs is named before the actor is.
-            self._sender = Sender(
-                self._model, Engines(engines, gpus, cluster.step_timeout_s / 2, self._setup.colocated)
-            )
+            receivers = Engines(engines, gpus, cluster.step_timeout_s / 2, self._setup.colocated)
+            adapter = (self._adapters, folder) if self._setup.config.adapter_rank else None
+            if self._sender:
+                self._sender.close()
+            self._sender = Sender(self._model, receivers, adapter)
+        assert self._sender is not None  # the first call names engines
         self._sender.send(version)
         return None, {}
 

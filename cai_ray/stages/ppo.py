@@ -41,7 +41,8 @@ def ppo(config: PPOConfig, inputs: PPOInputs, out: StageDir) -> Manifest:
     prompts = read_rows(inputs.prompts, config.share, split="train")
     if not prompts:
         raise DataError("ppo: no training prompt", "give `prompts` a source with rows, or widen ppo.share")
-    engines = inputs.setup.engines(config.max_prompt_tokens + config.max_new_tokens, config.engines)
+    options = {"lora_rank": config.adapter_rank, "updated": True}
+    engines = inputs.setup.engines(config.max_tokens, config.engines, **options)
     setup = Setup(
         config=config,
         policy=inputs.setup.model,
@@ -70,7 +71,7 @@ def to_learn(folder: Path, config: PPOConfig, tokenizer: Tokenizer) -> pa.Table:
     Raises:
         DataError: there is none.
     """
-    sft, rows = SftConfig(max_tokens=config.max_prompt_tokens + config.max_new_tokens), []
+    sft, rows = SftConfig(max_tokens=config.max_tokens), []
     for row in iter_rows(folder, split="train"):
         for example in examples(row, tokenizer, sft):
             first = int(example.loss_mask_T.argmax())  # the answer is the end of the row

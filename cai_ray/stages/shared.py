@@ -37,7 +37,7 @@ class EngineSetup:
     dtype: str
     run_tokens: int  # the run's longest prompt and response: an engine that holds them serves later stages too
 
-    def engines(self, max_model_len: int, count: int | None = None) -> Callable[..., list[Any]]:
+    def engines(self, max_model_len: int, count: int | None = None, **options: Any) -> Callable[..., list[Any]]:
         """What gives engines that hold this model: started or reused when called, replaced when dead.
 
         It may be called with the placement group in which they are to be.
@@ -45,12 +45,12 @@ class EngineSetup:
         Args:
             max_model_len: longest prompt and response together, tokens.
             count: how many; as many as the cluster is to have when None (`EnginePool.engines`).
+            options: further ones of `EnginePool.engines`.
         """
         positions = json.loads((self.model / "config.json").read_text("utf-8")).get("max_position_embeddings")
         longest = max(max_model_len, min(self.run_tokens, positions or self.run_tokens))
-        return lambda group=None: self.pool.engines(
-            self.model, format=self.format, dtype=self.dtype, max_model_len=longest, count=count, group=group
-        )
+        how = {"format": self.format, "dtype": self.dtype, "max_model_len": longest, "count": count, **options}
+        return lambda group=None: self.pool.engines(self.model, **how, group=group)
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,12 @@ class TrainInputs:
     cluster: Cluster
     device: str
     progress: Show
+
+
+def warn_of_few(out: StageDir, wanted: int, found: int) -> None:
+    """Says so where a constitution has fewer examples than few_shots asks for."""
+    if found < wanted:
+        out.warn(f"{out.name}.few_shots asks for {wanted} examples, the constitution has {found} of this kind.")
 
 
 def check_length(ids: list[int], limit: int) -> list[int]:

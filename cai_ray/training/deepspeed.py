@@ -116,7 +116,7 @@ def _engine_config(sharding: Sharding, optim: Optim, device: torch.device) -> di
         "allgather_bucket_size": _BUCKET,
         "overlap_comm": gpu and stage > 1,
     }
-    if sharding.offload_optimizer and stage:
+    if sharding.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": gpu}
     if sharding.offload_parameters:
         zero["offload_param"] = {"device": "cpu", "pin_memory": gpu}
@@ -253,6 +253,7 @@ class ShardedModel:
         if self._moves_moments:
             offload_optimizer_states(self.module.optimizer.optimizer, "cpu", pin_memory=gpu)
             self._move_masters(torch.device("cpu"))
+        torch.cuda.empty_cache()  # an engine on the same GPU is about to take what is free now
 
     def reload(self) -> None:
         """Brings back what `offload` has moved, if it has."""
@@ -326,15 +327,16 @@ class ShardedModel:
             ds_to_universal.main(Namespace(**where, **workers, **how))
         dist.barrier()
 
-    def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter whole, under its transformers name, gathered layer by layer; tied weights come once.
+    def full_parameters(self, trained: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter, or only those that are trained, whole, under its transformers name; tied weights come once.
 
-        All ranks iterate to the end; rank 0's tensors are the ones to use. They alias live weights where nothing had
-        to be gathered: copy what has to outlast the next step.
+        They are gathered layer by layer. All ranks iterate to the end; rank 0's tensors are the ones to use. They alias
+        live weights where nothing had to be gathered: copy what has to outlast the next step.
         """
         import deepspeed
 
-        for _, layer in itertools.groupby(self.hf.named_parameters(), lambda item: layer_of(item[0])):
+        wanted = (item for item in self.hf.named_parameters() if item[1].requires_grad or not trained)
+        for _, layer in itertools.groupby(wanted, lambda item: layer_of(item[0])):
             named = list(layer)
             with deepspeed.zero.GatheredParameters([p for _, p in named], enabled=self._stage == 3):
                 for name, parameter in named:
@@ -378,12 +380,13 @@ class ShardedModel:
         dist.barrier()
 
     def export_adapter(self, config: Any, out: Path) -> None:
-        """Writes the adapters that `add_adapters` put in, with peft's `config`, from rank 0."""
-        trained = {name for name, p in self.hf.named_parameters() if p.requires_grad}
-        state = {name: p.to("cpu", copy=True) for name, p in self.full_parameters() if name in trained}
+        """Writes the adapters that `add_adapters` put in, with peft's `config`; rank 0 returns when they are there.
+
+        Below ZeRO-3 rank 0 may be the only one to call it.
+        """
+        state = {name: p.to("cpu", copy=True) for name, p in self.full_parameters(trained=True)}
         if self.rank == 0:
             save_adapter(config, state, out)
-        dist.barrier()
 
 
 def sharded_to_look(model: nn.Module, optim: Optim, sharding: Sharding, device: torch.device) -> nn.Module:
@@ -396,11 +399,11 @@ def sharded_to_look(model: nn.Module, optim: Optim, sharding: Sharding, device: 
 
 
 def _adamw(model: nn.Module, optim: Optim) -> torch.optim.AdamW:
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": optim.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},  # norms and biases
-    ]
+    matrices, others = [], []  # norms and biases do not decay
+    for p in (p for p in model.parameters() if p.requires_grad):
+        whole = getattr(p, "ds_shape", p.shape)  # under ZeRO-3 a loaded weight is cut and empty here
+        (matrices if len(whole) > 1 else others).append(p)
+    groups = [{"params": matrices, "weight_decay": optim.weight_decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, fused=True)
 
 

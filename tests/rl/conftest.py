@@ -2,6 +2,7 @@
 
 import os
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 
@@ -75,8 +76,9 @@ def train(pool, policy, reward_model):
     from cai_ray.rl.loop import run_ppo
     from cai_ray.rl.setup import Setup
 
-    def engines(count, group):
-        return pool.engines(policy, dtype="float32", max_model_len=64 + 12, count=count, group=group)
+    def engines(count, group=None, rank=0):
+        how = {"max_model_len": 64 + 12, "count": count, "group": group, "lora_rank": rank, "updated": True}
+        return pool.engines(policy, dtype="float32", **how)
 
     def run(
         out,
@@ -92,6 +94,7 @@ def train(pool, policy, reward_model):
         setup = Setup(settings, policy, rewards or (reward_model,), heldout, "auto", "cpu", 7, cluster, "float32")
         stage = StageDir(out, 7)
         stage.card = card
-        return run_ppo(setup, prompts(), lambda group=None: engines(count, group), stage, progress, sl_rows)
+        engines_of = partial(engines, count, rank=settings.adapter_rank)
+        return run_ppo(setup, prompts(), engines_of, stage, progress, sl_rows)
 
     return run

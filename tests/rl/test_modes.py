@@ -143,12 +143,13 @@ def test_a_judge_cannot_be_sharded():
 
 
 @pytest.mark.full
-def test_adapters_are_trained_and_reach_the_engines_merged(train, policy, tmp_path):
+@pytest.mark.parametrize("how", ["merged", "adapter"])
+def test_adapters_are_trained_and_reach_the_engines(train, policy, tmp_path, how):
     from peft import PeftModel
 
     sharding = Sharding(dtype="float32", zero_stage=3)
     learner = Learner(optim=Optim(lr=1e-2), sharding=sharding, lora=Lora(rank=4))
-    train(tmp_path, config(steps=3, checkpoint_every=2, actor=learner, critic=learner))
+    train(tmp_path, config(steps=3, checkpoint_every=2, actor=learner, critic=learner, lora_sync=how))
     steps = lines(tmp_path)
     assert max(step["rollout/logprob_gap"] for step in steps) < 5e-5
     assert min(step["policy/logprob_shift"] for step in steps) > 1e-3  # the engines follow a policy that moves

@@ -13,7 +13,7 @@ from cai_ray.errors import ConfigError, DataError
 from cai_ray.models.checkpoints import load_causal_lm, load_scalar_model, save_pretrained
 from cai_ray.models.tokenization import Tokenizer
 from cai_ray.records import PROMPT, derive_seed
-from cai_ray.rl.rewards import Function, Reward
+from cai_ray.rl.rewards import Function, Model, Reward
 from cai_ray.rl.setup import Judge, Setup
 from cai_ray.templates import SCORES, score_prompt
 from tests.reference import values_of
@@ -94,6 +94,17 @@ def test_scores_are_each_model_s_own_in_its_own_spread(policy, reward_model, sec
     assert watched["score"] == one["score"]
 
 
+def test_each_of_a_policys_ends_is_read_as_the_one_that_was_learned(policy, reward_model):
+    config = PPOConfig(critic={"optim": {"lr": 1e-3}, "sharding": {"dtype": "float32"}})
+    model = Model(reward_model, Setup(config, policy, (), None, "auto", "cpu", 7, CLUSTER, "float32"))
+    model._tokenizer.eos_ids = frozenset({model._tokenizer.eos_id, 17})
+    ends = ([], [model._tokenizer.eos_id], [17])
+    responses = pa.array([[4, 5, *end] for end in ends], pa.list_(pa.int32()))
+    own, learned, other = model.raw(pa.table({"prompt_ids": pa.array([[5, 6]] * 3), "response_ids": responses}))
+    assert own == pytest.approx(learned, abs=1e-6)
+    assert other == pytest.approx(learned, abs=1e-6)
+
+
 def test_a_function_scores_responses(policy):
     assert scored(policy, [f"{__name__}:lengths"])["score"] == [3.0, 5.0, 5.0]
 
@@ -124,7 +135,7 @@ def test_a_feedback_model_rates_each_response_under_its_principle(policy):
     constitution = load_constitution("default")
     messages = [[{"role": "user", "content": text}] for text in ("How do I bake bread?", "Why?", "A joke, please.")]
     batch = BATCH.append_column("messages", pa.array(messages, PROMPT.field("messages").type))
-    batch = batch.append_column("id", pa.array(["a-0", "b-0", "c-0"]))
+    batch = batch.append_column("prompt_id", pa.array(["a", "b", "b"])).append_column("step", pa.array([4, 4, 4]))
     config = PPOConfig(critic_init="policy", critic={"optim": {"lr": 1e-3}, "sharding": {"dtype": "float32"}})
     judge = Judge(policy, "plain", constitution)
     setup = Setup(config, policy, (judge,), None, "auto", "cpu", 7, CLUSTER, "float32")
@@ -136,7 +147,7 @@ def test_a_feedback_model_rates_each_response_under_its_principle(policy):
             return float(torch.softmax(model(torch.tensor([ids])).logits[0, -1], -1)[token])
 
     for row in batch.to_pylist():
-        principle = draw(constitution.for_feedback(), derive_seed(7, row["id"], "ppo/reward"))
+        principle = draw(constitution.for_feedback(), derive_seed(7, row["prompt_id"], "ppo/reward/4"))
         prompt = score_prompt(row["messages"], principle.preference_question, row["response"])
         ids, scores = tokenizer.plain(prompt), [tokenizer.text(s) for s in SCORES]
         shared = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, zip(*scores, strict=False)))

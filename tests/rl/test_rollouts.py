@@ -80,8 +80,11 @@ class Words:
 def test_long_and_refused_prompts_are_left_out_and_named():
     config = PPOConfig(rollout_batch_size=2, minibatch_size=2, max_prompt_tokens=8, steps=3)
     rows = [prompt(0), prompt(1, text="a " * 9), prompt(2, text="a " * 8), prompt(3, text="refused")]
-    steps, left_out = prompts_of_steps(rows, config, 0, Words())
+    steps, left_out, looked_at = prompts_of_steps([*rows, *map(prompt, range(4, 90))], config, 0, Words())
+    assert len(list(chain(*steps))) == looked_at - len(left_out) == 6  # what no step reaches is not looked at
+    steps, left_out, looked_at = prompts_of_steps(rows, config, 0, Words())
     assert {row["id"] for row in chain(*steps)} == {"harmful0", "harmful2"}
+    assert looked_at == 4
     assert left_out == [
         {"id": "harmful1", "reason": "the prompt has 9 tokens, more than 8"},
         {"id": "harmful3", "reason": "the template knows no such turn"},
@@ -93,6 +96,7 @@ def test_each_response_has_a_seed_of_its_own_that_names_row_step_and_sample():
     asked = requests([PROMPTS[0], PROMPTS[1], PROMPTS[0]], config, 5, step=3).to_pylist()
     assert [row["row"] for row in asked] == list(range(6))
     assert [row["id"] for row in asked] == [f"harmful{i}" for i in ("0-0", "0-1", "1-0", "1-1", "0-2", "0-3")]
+    assert {(row["prompt_id"], row["step"]) for row in asked} == {("harmful0", 3), ("harmful1", 3)}
     assert asked[5]["seed"] == derive_seed(5, "harmful0", "ppo/3/3")
     assert len({row["seed"] for row in asked}) == 6
 

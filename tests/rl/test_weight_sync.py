@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 
 from cai_ray.errors import StageFailed
 from cai_ray.rl import weight_sync
-from cai_ray.rl.weight_sync import Sender
+from cai_ray.rl.groups import EngineDied
+from cai_ray.rl.weight_sync import Engines, Sender
 
 LAYERS = 6
 WEIGHTS = {f"model.layers.{i}.{part}.weight": torch.full((4, 4), float(i)) for i in range(LAYERS) for part in "ab"}
@@ -67,6 +68,19 @@ def send(monkeypatch):
         return left
 
     return run
+
+
+def test_a_sender_that_waits_for_an_engine_that_is_gone_is_released(monkeypatch):
+    def gone(*_, **__):
+        raise EngineDied("engine-1 is gone")
+
+    monkeypatch.setattr(weight_sync, "engine_calls", lambda *_, **__: [])
+    monkeypatch.setattr(weight_sync, "wait", gone)
+    engines, released = Engines(["engine-1"], 1, 1.0), []
+    engines.give_up = lambda: released.append(True)
+    with pytest.raises(EngineDied):
+        engines.update_weights({})
+    assert released == [True]
 
 
 def test_the_next_bucket_is_written_while_engines_take_one_in_and_there_are_never_three(send):

@@ -71,6 +71,23 @@ def test_steps_are_those_of_plain_torch(stage: int) -> None:
     torch.testing.assert_close(weights(model), [p.detach() for p in plain.parameters()], rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("stage", [0, 3])
+def test_matrices_decay_also_where_they_are_cut_as_they_are_read(stage: int, tiny: Path) -> None:
+    sharding = Sharding(zero_stage=stage, dtype="float32")
+    with loading(sharding, OPTIM, CPU):
+        module = sft.load(tiny, "float32", 0)
+    model = ShardedModel(module, OPTIM, sharding, STEPS, CPU)
+    before = {name: p.clone() for name, p in model.full_parameters()}
+    ids_1T = torch.arange(20, 24)[None]
+    logprobs_N, _ = model.module(ids_1T, [4], torch.tensor([[False, True, True, True]]))
+    model.backward(logprobs_N.sum() * 0)
+    model.step()
+    assert {p.ndim for p in before.values()} == {1, 2}
+    for name, p in model.full_parameters():
+        kept = 1 - OPTIM.lr * OPTIM.weight_decay if p.ndim > 1 else 1
+        torch.testing.assert_close(p, before[name] * kept, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_a_gradient_that_is_not_finite_changes_no_weight(stage: int) -> None:
     model = sharded(small_model(), stage)
