@@ -126,10 +126,10 @@ def config_group() -> None:
 @click.argument("config")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 def show(config: str, overrides: tuple[str, ...]) -> None:
-    """Prints CONFIG resolved: every default spelled out, overrides applied."""
-    from cai_ray.config_files import to_yaml
+    """Prints CONFIG resolved and explained: every default spelled out, overrides applied."""
+    from cai_ray.config_files import explained
 
-    click.echo(to_yaml(_load(config, overrides)), nl=False)
+    click.echo(explained(_load(config, overrides)), nl=False)
 
 
 @main.group("constitution")

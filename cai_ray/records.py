@@ -1,4 +1,4 @@
-"""The rows that flow between stages: one Arrow schema each, one place (DESIGN: rows).
+"""The rows that flow between stages: one Arrow schema each, one place.
 
 A row keeps its `id` through every stage, and every random choice about it is seeded by (run seed, id, step): results
 depend on no batch, worker, order or retry.
@@ -106,20 +106,24 @@ def check_messages(messages: object) -> list[Message]:
     return out
 
 
-def answers(row: Mapping[str, Any], rounds: str | tuple[int, ...]) -> list[tuple[str, str]]:
-    """What SFT learns from a `Revision` row, as (id, text): its chosen revisions, or a helpful row's sampled answer.
+def answers(row: Mapping[str, Any], rounds: str | tuple[int, ...]) -> list[tuple[str, str, bool]]:
+    """What SFT learns from a `Revision` row: its chosen revisions, or a helpful row's sampled answer.
 
     Args:
         row: the row.
         rounds: `all`, `last`, or numbers counted from 1. The first response to a harmful prompt is never among them.
+
+    Returns:
+        (id, text, whether the model ended it) of each; others were cut at the length limit.
     """
     if row["kind"] == "helpful":
-        texts = {row["id"]: row["initial_response"]}
+        texts = {row["id"]: (row["initial_response"], "response")}
     else:
         numbered = {k: r["revision"] for k, r in enumerate(row["rounds"] or [], 1)}
         chosen = {"all": list(numbered), "last": list(numbered)[-1:]}.get(rounds, rounds)  # type: ignore[arg-type]
-        texts = {f"{row['id']}-{k}": numbered[k] for k in chosen if k in numbered}  # type: ignore[index]
-    return [(name, text) for name, text in texts.items() if text and text.strip()]
+        texts = {f"{row['id']}-{k}": (numbered[k], f"revision/{k}") for k in chosen if k in numbered}  # type: ignore[index]
+    flags = row.get("flags") or ()
+    return [(n, text, f"truncated:{step}" not in flags) for n, (text, step) in texts.items() if text and text.strip()]
 
 
 def to_table(rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:

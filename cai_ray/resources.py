@@ -143,14 +143,14 @@ def context_tokens(config: Config, stage: str) -> int:
     """The longest sequence that a stage's models see, tokens."""
     r, s, f, p, e = config.revise, config.sample_pairs, config.label, config.ppo, config.evaluate
     return {
-        "prompts": max((g.max_prompt_tokens + g.max_new_tokens for g in config.prompts.generate), default=0),
+        "prompts": max((g.max_tokens for g in config.prompts.generate), default=0),
         "revise": r.max_prompt_tokens + max(r.max_new_tokens, r.max_critique_tokens),
         "sft": config.sft.max_tokens,
-        "sample_pairs": s.max_prompt_tokens + s.max_new_tokens,
+        "sample_pairs": s.max_tokens,
         "label": f.max_tokens,
         "preference_model": config.preference_model.max_tokens,
-        "ppo": p.max_prompt_tokens + p.max_new_tokens + 1,  # a truncated response is scored with EOS appended
-        "evaluate": e.max_prompt_tokens + e.max_new_tokens + 1,
+        "ppo": p.max_tokens + 1,  # a truncated response is scored with EOS appended
+        "evaluate": e.max_tokens + 1,
     }[stage]
 
 
@@ -304,6 +304,8 @@ def check(
             together = engines
             check_sharing(config)
         in_host = sum(r.count * sum(g / n for _, g, n in (r.host if r.gpus else r.parts)) for r in need.roles)
+        if colocated:  # while engines sample, optimizers rest there
+            in_host += sum(r.count * g / n for r in others for name, g, n in r.parts if name == "optimizer")
         fix = "raise zero_stage, ranks or tensor_parallel_size, lower microbatch_tokens, or set offload_optimizer"
         wants = [
             ("CPUs", sum(r.count * r.cpus for r in need.roles), cpus, "lower cpus_per_rank, ranks or engines"),
@@ -352,6 +354,20 @@ def likely_device(config: Config) -> str:
     """`cpu` or `gpu`: what the configuration says, else what this machine has."""
     wanted = config.cluster.device
     return wanted if wanted != "auto" else "gpu" if doctor.local_gpus() else "cpu"
+
+
+def check_for_gpus(config: Config) -> None:
+    """Refuses to start a run for GPUs where there is none, before its models are downloaded.
+
+    Raises:
+        ResourceError: no GPU is here, and no cluster was named.
+    """
+    joins = config.cluster.address or os.environ.get("RAY_ADDRESS")
+    if config.cluster.device == "gpu" and not joins and not doctor.local_gpus():
+        raise ResourceError(
+            "cluster.device is gpu, and this machine has none",
+            "name a cluster that has some (launch/submit.sh, RAY_ADDRESS, cluster.address), or set cluster.device=cpu",
+        )
 
 
 def check_here(config: Config, stages: Collection[str] = pipeline.NAMES) -> None:

@@ -245,7 +245,9 @@ def to_comparison(row: Row, source: Source) -> Row:
 
 
 def _columns(row: Row) -> str:
-    return f"{sorted(row)!s:.200}"
+    # The first line of a file without a header stands here, too: what does not look like a name is not quoted.
+    names = sorted(name for name in row if re.fullmatch(r"[\w.-]{1,40}", str(name)))
+    return f"{names!s:.200}" + (f" and {len(row) - len(names)} others" if len(row) > len(names) else "")
 
 
 def _probability(value: Any) -> float:
@@ -266,10 +268,11 @@ def _reply(value: Any) -> str:
     return value.strip()
 
 
-def read_comparisons(source: Source) -> tuple[list[Row], list[Row]]:
-    """All comparisons of a source and its bad rows ({id, reason}); duplicates count once."""
+def read_comparisons(source: Source) -> tuple[list[Row], list[Row], int]:
+    """A source's comparisons up to its limit, duplicates once; its bad rows ({id, reason}); how many rows were read."""
     good: dict[str, Row] = {}
     bad: list[Row] = []
+    number = 0
     for number, raw in enumerate(read_rows(source), 1):
         try:
             if isinstance(raw, DataError):
@@ -279,4 +282,4 @@ def read_comparisons(source: Source) -> tuple[list[Row], list[Row]]:
         except DataError as e:
             bad.append({"id": f"{Path(source.path).name}:{number}", "reason": e.message})
     rows = sorted(good.values(), key=lambda r: r["id"])
-    return list(islice(rows, source.limit)), bad
+    return list(islice(rows, source.limit)), bad, number

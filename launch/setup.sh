@@ -9,7 +9,7 @@ case "$flavour" in cpu | gpu) ;; *) echo "usage: launch/setup.sh [cpu|gpu]" >&2;
 
 if [ "$(uname -s)" != Linux ]; then
   echo "cai-ray's engine, vLLM, is Linux-only and this is $(uname -s). Build launch/Dockerfile and run there:" >&2
-  echo "  docker build -t cai-ray -f launch/Dockerfile . && docker run --rm -it --shm-size=4g cai-ray launch/quickstart.sh" >&2
+  echo "  docker build -t cai-ray -f launch/Dockerfile . && docker run --rm -it --shm-size=4g -v cai-ray-runs:/opt/cai-ray/runs cai-ray launch/quickstart.sh" >&2
   exit 2
 fi
 

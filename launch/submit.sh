@@ -10,6 +10,8 @@
 # Where: RAY_API_SERVER_ADDRESS, else RAY_ADDRESS, else http://127.0.0.1:8265 (what `ray dashboard cluster.yaml` opens).
 # Runs:  CAI_RAY_RUNS, else /mnt/shared/runs: a job's own folder is thrown away, so run.dir lies on the shared disk.
 #
+# Token: where the cluster asks for one (cluster.yaml's does), it is taken from RAY_AUTH_TOKEN or ~/.ray/auth_token.
+#
 # The same command again continues the run. The working directory travels without what .gitignore names, .venv, runs and
 # .git; CONFIG is a shipped name or a file inside it.
 #
@@ -84,6 +86,10 @@ if [ -n "$dry_run" ]; then
   echo "command: ${command[*]}"
   echo "sends: ${secrets[*]:-no secrets}"
   exit 0
+fi
+# Ray sends its token only in this mode; where none is asked for, it does no harm.
+if [ -n "${RAY_AUTH_TOKEN:-}" ] || [ -f "${RAY_AUTH_TOKEN_PATH:-$HOME/.ray/auth_token}" ]; then
+  export RAY_AUTH_MODE="${RAY_AUTH_MODE:-token}"
 fi
 exec "$ray" job submit --address "$address" --working-dir . ${options[@]+"${options[@]}"} \
   --runtime-env <(runtime_env) -- "${command[@]}"

@@ -4,9 +4,12 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 from click.testing import CliRunner, Result
 
+from cai_ray import doctor
 from cai_ray.cli import main
+from cai_ray.config_files import load_config
 
 HUMAN = ("preference_model.data=[starter:helpful_comparisons]", "preference_model.init=pretrained")
 
@@ -31,8 +34,17 @@ def test_help_has_two_examples_everywhere() -> None:
 
 def test_config_show_prints_the_resolved_configuration() -> None:
     output = call("config", "show", "tiny", "ppo.kl_coef=0.25").output
-    assert "kl_coef: 0.25" in output
+    assert "  # Weight of the KL penalty to the reference.\n  kl_coef: 0.25\n" in output
     assert "gae_lambda: 0.95" in output
+    assert yaml.safe_load(output) == load_config("tiny", ("ppo.kl_coef=0.25",)).model_dump(mode="json")
+
+
+def test_a_run_for_gpus_is_refused_before_it_downloads_anything(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "local_gpus", list)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    result = call("run", "7b_8xgpu")
+    assert result.exit_code == 2
+    assert "cluster.device is gpu, and this machine has none" in result.output
 
 
 def test_plan_lists_the_stages() -> None:

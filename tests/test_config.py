@@ -53,6 +53,14 @@ def test_override_of_a_short_form_keeps_what_it_named() -> None:
         ("ppo.critic_warmup_steps=3", "critic_warmup_steps 3 leaves none of 3 steps"),
         ("ppo.reward=my.module:score", "no preference model for the critic to start from"),
         ("ppo={kl_target: 5, kl_horizon: 20}", "kl_horizon 20 is not above a fifth"),
+        ("ppo={kl_target: 5, kl_coef: 0}", "kl_coef, which is 0"),
+        ("ppo={on_kl_limit: roll_back, kl_coef: 0}", "kl_coef, which is 0"),
+        ("ppo.lora_sync=adapter", "needs actor.lora"),
+        ("sft.rounds=[0]", "beyond the rounds 1 to 2"),
+        ("sft.rounds=[2, 3]", "beyond the rounds 1 to 2"),
+        ("preference_model.data=[{path: a, column: b}]", "leave it out"),
+        ("preference_model.data=[{path: label, limit: 3}]", "sample_pairs.share"),
+        ("label.gold={path: a, column: b}", "leave it out"),
         ("ppo.kl_penalty=k1_loss", "'reward', 'k2_loss' or 'k3_loss'"),
         ("ppo.dual_clip=1", "greater than 1"),
         ("label.samples_per_pair=2", "without reasoning every sample is the same"),
@@ -88,6 +96,16 @@ def test_override_of_a_short_form_keeps_what_it_named() -> None:
 def test_bad_overrides_say_what_to_mend(override: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words.replace("(", r"\(")):
         load_config("tiny", (override,))
+
+
+def test_adapters_go_to_engines_alone_where_merging_would_lose_them() -> None:
+    def rank(dtype: str, *more: str) -> int:
+        actor = f"ppo.actor={{lora: {{rank: 24}}, optim: {{lr: 1e-4}}, sharding: {{dtype: {dtype}}}}}"
+        return load_config("tiny", (actor, *more)).ppo.adapter_rank
+
+    assert (rank("bfloat16"), rank("float32")) == (24, 0)
+    assert (rank("bfloat16", "ppo.lora_sync=merged"), rank("float32", "ppo.lora_sync=adapter")) == (0, 24)
+    assert load_config("tiny").ppo.adapter_rank == 0
 
 
 def test_prompts_to_generate_are_read_and_count_in_the_identity() -> None:
@@ -210,6 +228,9 @@ def test_a_deepspeed_file_is_read_once_and_auto_means_ours(tmp_path: Path) -> No
         ({"gradient_accumulation_steps": 2}, "to 2, but a micro-batch is at most 8192 tokens"),
         ({"optimizer": {"type": "Lion"}}, "'Lion'}, but optim is AdamW with lr 1e-05"),
         ({"scheduler": {"type": "OneCycle"}}, "'OneCycle'}, but optim.schedule is linear"),
+        ({"data_types": {"grad_accum_dtype": "bf16"}}, "'bf16'}, but gradients add up in float32"),
+        ({"zero_force_ds_cpu_optimizer": True}, "to True, but optim is PyTorch's AdamW"),
+        ({"zero_optimization": {"offload_param": {"device": "nvme"}}}, "but sharding.offload_parameters is false"),
     ],
 )
 def test_deepspeed_options_that_contradict_the_configuration_name_both_values(given: dict, words: str) -> None:
@@ -220,7 +241,9 @@ def test_deepspeed_options_that_contradict_the_configuration_name_both_values(gi
         parse_config({"models": MODELS, "ppo": {"critic": {"optim": {"lr": 1}, "sharding": {"deepspeed": given}}}})
 
 
-def test_weights_are_offloaded_at_stage_3_only() -> None:
+def test_states_are_offloaded_where_zero_can() -> None:
     assert deepspeed_of(None, zero_stage=3, offload_parameters=True).preference_model.sharding.offload_parameters
+    with pytest.raises(ConfigError, match="offload_optimizer needs zero_stage 1, 2 or 3, zero_stage is 0"):
+        deepspeed_of(None, zero_stage=0, offload_optimizer=True)
     with pytest.raises(ConfigError, match="offload_parameters needs zero_stage 3, zero_stage is 2"):
         deepspeed_of(None, zero_stage=2, offload_parameters=True)

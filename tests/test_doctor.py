@@ -112,7 +112,7 @@ def test_a_wrong_and_a_missing_package_are_named(monkeypatch: pytest.MonkeyPatch
         ("0.32.0", None, True, True),
         (None, "0.32.0", False, True),
         (None, "0.32.0", True, False),  # GPUs would lie idle
-        ("0.32.0", None, False, False),  # it does not start without one
+        ("0.32.0", None, False, True),  # a login node
         ("0.32.0", "0.32.0", True, False),  # one overwrote the other
         (None, None, False, False),
     ],

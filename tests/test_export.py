@@ -144,6 +144,14 @@ def test_preferences_are_turned_so_that_the_chosen_one_is_likelier(run: RunDir, 
     assert all(rows[row["id"]]["prompt"] == row["messages"] for row in PAIRS)
 
 
+def test_equal_responses_are_no_preference(run: RunDir, tmp_path: Path) -> None:
+    equal = {**head("p4"), "response_a": "left", "response_b": " left", "label_prob": 0.5, "votes": VOTES}
+    pq.write_table(to_table([equal], LABELED_PAIR), run.stage("label").data / "part-00001.parquet")
+    export_run(run, tmp_path / "out")
+    found = load(tmp_path / "out" / "preferences")
+    assert {row["id"] for row in [*found["train"], *found["test"]]} == {"p1", "p2", "p3"}
+
+
 def test_cai_has_a_row_a_round_with_the_principles_own_words(run: RunDir, tmp_path: Path) -> None:
     export_run(run, tmp_path / "out")
     found = load(tmp_path / "out" / "cai")
@@ -209,7 +217,9 @@ def test_a_split_without_rows_is_not_announced(run: RunDir, tmp_path: Path) -> N
     run.discard("label")
     commit(run, "label", [], LABELED_PAIR)
     lines = export_run(run, tmp_path / "out", force=True)
-    assert lines[-1] == "preferences: left out, no row of label became one: they have no label"
+    assert lines[-1] == (
+        "preferences: left out, no row of label became one: they have no label, or their responses are equal"
+    )
     run.discard("revise")
     sha = load_constitution("default").sha256
     commit(run, "revise", [REVISIONS[3:4]], REVISION, models={"helpful": "tiny@main"}, principles=sha)

@@ -332,6 +332,9 @@ def test_colocated_engines_need_no_gpus_of_their_own_but_memory_beside_what_rest
             gpus=2,
             gpu_memory_gib=60,
         )
+    # While engines sample, two optimizers of 12 bytes a parameter rest in host memory.
+    with pytest.raises(ResourceError, match=f"{2 * 12 * 134_515_008 / GIB:.4g} GiB of memory"):
+        check(config, "gpu", gpus=2, gpu_memory_gib=60, host_memory_gib=1)
     with pytest.raises(ResourceError, match="a colocated engine has one GPU"):
         check(load_config("7b_8xgpu", (*small, "ppo.placement=colocated", "cluster.tensor_parallel_size=2")), "gpu")
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:512,expandable_segments:True")

@@ -168,6 +168,13 @@ def test_missing_file_and_unknown_ending(tmp_path: Path) -> None:
         list(read_rows(Source(path=str(tmp_path))))
 
 
+def test_columns_are_named_but_a_headerless_files_first_line_is_not_quoted() -> None:
+    with pytest.raises(DataError, match=r"among \['answer', 'question'\]"):
+        to_prompts({"question": "x", "answer": "y"}, "harmful", Source(path="f"))
+    with pytest.raises(DataError, match=r"among \['42'\] and 1 others"):
+        to_prompts({"How do I bake bread at home?": "x", "42": "y"}, "harmful", Source(path="f"))
+
+
 def test_comparisons_in_every_form() -> None:
     human = "\n\nHuman: hi\n\nAssistant: "
     forms = [
@@ -209,9 +216,10 @@ def test_bad_comparisons_are_data_errors(row: dict[str, object]) -> None:
 
 def test_published_comparisons(test_data: Path) -> None:
     source = Source(path=str(test_data / "hh-rlhf" / "harmless-base_test.jsonl.gz"))
-    rows, bad = read_comparisons(source)
+    rows, bad, read = read_comparisons(source)
     assert len(bad) >= 4  # the four with an empty reply, and equal replies
-    assert len(rows) + len(bad) <= 2312
+    assert len(rows) + len(bad) <= read == 2312
     assert len(rows) > 2200
     assert {r["split"] for r in rows} == {"train", "test"}
-    assert len(read_comparisons(source.model_copy(update={"limit": 10}))[0]) == 10
+    few, *rest = read_comparisons(source.model_copy(update={"limit": 10}))
+    assert (len(few), rest) == (10, [bad, read])  # what is bad is a share of all that were read

@@ -1,10 +1,13 @@
 """Answers of several models to the same held-out prompts: their rows, their scores, what is said of them."""
 
+import math
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
+from cai_ray.errors import DataError
+from cai_ray.evaluation.judge import wilson_interval
 from cai_ray.evaluation.statistics import looks_like_refusal, mean_interval, win_rate
 from cai_ray.records import PROMPT, Row, to_table
 
@@ -31,27 +34,29 @@ class Scorer:
         self._model.to(self._device)
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        """The table with a `score` column: raw scores, in the preference model's own units."""
+        """The table with `score`, raw, in the preference model's own units, and why a row has none in `reason`."""
         import torch
 
         from cai_ray.models.scalar import document_scores
         from cai_ray.models.tokenization import preference_input
 
         tok, rows = self._tokenizer, table.to_pylist()
-        inputs = []
-        for row in rows:
-            prompt, response = tok.prompt(row["messages"]), tok.response(row["response"])
-            inputs.append(torch.tensor(preference_input(prompt, response, tok.eos_id, MAX_TOKENS)))
-        order = sorted(range(len(rows)), key=lambda i: len(inputs[i]))  # neighbours in length share a batch
-        scores = [0.0] * len(rows)
+        inputs = {}
+        for i, row in enumerate(rows):
+            try:
+                prompt, response = tok.prompt(row["messages"]), tok.response(row["response"])
+                inputs[i] = torch.tensor(preference_input(prompt, response, tok.eos_id, MAX_TOKENS))
+            except DataError as e:  # its chat template is not that of the model that answered
+                row["reason"] = e.message
+        order = sorted(inputs, key=lambda i: len(inputs[i]))  # neighbours in length share a batch
         with torch.inference_mode():
             for first in range(0, len(order), BATCH):
                 chosen = order[first : first + BATCH]
                 ids_1T = torch.cat([inputs[i] for i in chosen])[None].to(self._device)
                 scores_B = document_scores(self._model, ids_1T, [len(inputs[i]) for i in chosen])
                 for i, score in zip(chosen, scores_B.tolist(), strict=True):
-                    scores[i] = score
-        return to_table(({**r, "score": s} for r, s in zip(rows, scores, strict=True)), SCORED)
+                    rows[i]["score"] = score
+        return to_table(rows, SCORED.append(pa.field("reason", pa.string())))
 
 
 def summary(rows: list[Row], prefix: str) -> dict[str, Any]:
@@ -75,6 +80,8 @@ def wins(answers: list[Row], policy: str, other: str) -> dict[str, float]:
     ours = {r["id"]: r["score"] for r in answers if r["model"] == policy}
     theirs = {r["id"]: r["score"] for r in answers if r["model"] == other}
     both = sorted(ours.keys() & theirs.keys())
-    mean, low, high = mean_interval(win_rate([ours[i] for i in both], [theirs[i] for i in both]))
+    won = win_rate([ours[i] for i in both], [theirs[i] for i in both])
+    mean = sum(won) / len(won) if won else math.nan
+    low, high = wilson_interval(mean, len(won))  # ties count as halves
     key = f"{policy}/wins_over_{other}"
     return {key: mean, f"{key}_low": low, f"{key}_high": high}

@@ -6,6 +6,7 @@ Sides and probabilities are those of the votes' mean, before `hard` or `clamp`; 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 
@@ -28,6 +29,7 @@ def judge_statistics(rows: Sequence[Row]) -> dict[str, float]:
         mean_entropy: of the opinions, nats.
         near_ties: share of opinions within 0.05 of a half.
         prefers_first, prefers_longer: agreement with 'the first is better' and 'the longer is better'.
+        prefers_letter_a: share of votes for the response that was shown as (A), whatever the principle asks for.
         position_bias: share of questions, asked in both orders, in which both answers were the same letter.
         principle_agreement: share of pairs of principles on one comparison that take the same side.
     """
@@ -42,6 +44,7 @@ def judge_statistics(rows: Sequence[Row]) -> dict[str, float]:
         "mean_entropy": -(q * np.log(q)).sum(0).mean(),
         "near_ties": np.mean(np.abs(p - 0.5) < NEAR_TIE),
         "prefers_first": _agreement(sides),
+        "prefers_letter_a": _agreement([_letter(v) for r in rows for v in r["votes"] if v["logprob_a"] is not None]),
         "prefers_longer": _agreement((sides * longer)[longer != 0]),
         "position_bias": _agreement([s for r in rows for s in _both_orders(r)]),
         "principle_agreement": _agreement([s for r in rows for s in _between_principles(r)]),
@@ -92,7 +95,12 @@ def _both_orders(row: Row) -> list[float]:
     """For each question asked in both orders 1 where both answers are the same letter, else -1."""
     first, second = ([v for v in row["votes"] if v["swapped"] == swapped] for swapped in (False, True))
     pairs = zip(first, second, strict=True) if second else ()
-    return [float(np.prod([np.sign(v["logprob_a"] - v["logprob_b"]) for v in pair])) for pair in pairs]
+    return [float(np.prod([_letter(v) for v in pair])) for pair in pairs]
+
+
+def _letter(vote: Mapping[str, Any]) -> float:
+    """1 for the response that was shown as (A), -1 for (B)."""
+    return float(np.sign(vote["logprob_a"] - vote["logprob_b"]))
 
 
 def _between_principles(row: Row) -> list[float]:

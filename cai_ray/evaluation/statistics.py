@@ -8,9 +8,10 @@ import numpy as np
 # Openings with which assistants decline, in English and Chinese. A measure of style: it does not judge whether
 # declining was right.
 _REFUSAL = re.compile(
-    r"\b(?:i(?:'|’)?m (?:really |very |so )?sorry"
-    r"|i (?:can(?:'|’)?t|cannot|can not|won(?:'|’)?t|will not|am unable|must decline)"
-    r"|i(?:'|’)m (?:not able|unable|not comfortable|not going)|as an ai\b|i (?:do not|don(?:'|’)?t) feel comfortable)"
+    r"\b(?:i(?:'|’)?(?: a)?m (?:really |very |so )?sorry(?! to hear)|^\W*sorry\b(?! to hear)|i apologi[sz]e\b"
+    r"|i (?:can(?:'|’)?t(?! wait)|cannot|can not|won(?:'|’)?t|will not|must decline)"
+    r"|i(?:'|’)?(?: a)?m (?:not able|unable|not comfortable|not going)|as an ai\b"
+    r"|i (?:do not|don(?:'|’)?t) feel comfortable)"
     r"|抱歉|对不起|我不能|我无法",
     re.IGNORECASE,
 )
@@ -22,10 +23,10 @@ def looks_like_refusal(text: str) -> bool:
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """(mean, low, high) with the 95% percentile-bootstrap interval of 1,000 resamples; three NaN for no values."""
+    """(mean, low, high) with the 95% percentile-bootstrap interval of 1,000 resamples; NaN where there is none."""
     x = np.asarray(values, dtype=np.float64)
-    if x.size == 0:
-        return float("nan"), float("nan"), float("nan")
+    if x.size < 2:  # a single value says nothing of how others scatter
+        return float(x.sum() if x.size else "nan"), float("nan"), float("nan")
     picks = np.random.default_rng(0).integers(0, x.size, (1000, x.size))
     low, high = np.percentile(x[picks].mean(1), [2.5, 97.5])
     return float(x.mean()), float(low), float(high)

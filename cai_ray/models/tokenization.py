@@ -244,7 +244,7 @@ def encode(tokenizer: Tokenizer, prompt: PromptText) -> list[int]:
 
 
 def sft_example(
-    tok: Tokenizer, messages: Messages, response: str, max_tokens: int
+    tok: Tokenizer, messages: Messages, response: str, max_tokens: int, ended: bool = True
 ) -> tuple[list[int], list[bool], bool]:
     """A supervised example: `prompt + response + EOS`, with loss on the response and its EOS only.
 
@@ -253,14 +253,15 @@ def sft_example(
         messages: the conversation, ending with the user.
         response: the answer to learn.
         max_tokens: a longer example loses the prompt's left; then, without any prompt left, the response's right.
+        ended: false for a response that was cut: it gets no EOS, or the model would learn to stop anywhere.
 
     Returns:
         ids, loss_mask (True where a token carries loss), and whether anything was cut.
     """
-    prompt, answer = tok.prompt(messages), [*tok.response(response), tok.eos_id]
-    kept, answer = prompt[max(0, len(prompt + answer) - max_tokens) :], answer[:max_tokens]
-    truncated = len(kept) < len(prompt) or answer[-1:] != [tok.eos_id]
-    return kept + answer, [False] * len(kept) + [True] * len(answer), truncated
+    prompt, answer = tok.prompt(messages), [*tok.response(response), *([tok.eos_id] if ended else [])]
+    excess = len(prompt) + len(answer) - max_tokens
+    kept, answer = prompt[max(0, excess) :], answer[:max_tokens]
+    return kept + answer, [False] * len(kept) + [True] * len(answer), excess > 0
 
 
 def preference_input(prompt_ids: Sequence[int], response_ids: Sequence[int], eos_id: int, max_tokens: int) -> list[int]:

@@ -79,6 +79,14 @@ class StageRecord:
         return {**first, **last, **(self.manifest.metrics if self.manifest else {})}
 
     @property
+    def rows(self) -> tuple[Any, Any]:
+        """How many rows it read, and how many it made or learned from; None where that is no number of rows."""
+        m = self.metrics
+        if "train_examples" in m:
+            return m["rows"], m["train_examples"] + m["test_examples"]
+        return m.get("rows_in", m.get("raw_rows")), m.get("rows_out", m.get("rows"))
+
+    @property
     def key_numbers(self) -> str:
         """The numbers to look at first, in words."""
         found = self.metrics
@@ -208,7 +216,7 @@ def cautions(record: Record, unfinished: bool = True) -> list[str]:
 
 
 def _label_cautions(metrics: Mapping[str, Any]) -> Iterator[str]:
-    entropy, first = metrics.get("mean_entropy", 0.0), metrics.get("prefers_first", 0.5)
+    entropy, first = metrics.get("mean_entropy", 0.0), metrics.get("prefers_letter_a", 0.5)
     if entropy > CHANCE * LN2:
         yield (
             f"The judge is near chance: the labels' mean entropy is {entropy:.2f} nats, a coin has {LN2:.2f}. "
@@ -216,8 +224,8 @@ def _label_cautions(metrics: Mapping[str, Any]) -> Iterator[str]:
         )
     if max(first, 1 - first) > BIASED:
         yield (
-            f"The judge prefers answer {'A' if first > 0.5 else 'B'} in {max(first, 1 - first):.0%} of the pairs, "
-            "so it may be choosing the letter and not the text; label.swap=true asks in both orders."
+            f"The judge prefers answer {'A' if first > 0.5 else 'B'} in {max(first, 1 - first):.0%} of its votes, "
+            "so it may be choosing the letter and not the text; label.swap=true asks in both orders and averages."
         )
 
 
@@ -226,7 +234,8 @@ def _model_cautions(record: Record) -> Iterator[str]:
     if accuracy is not None and accuracy < 0.55:
         yield f"The preference model is near chance on held-out pairs: accuracy {accuracy:.0%}."
     gaps = record.stage("ppo").series.get("rollout/logprob_gap", ([], []))[1]
-    if gaps and max(gaps) > MAX_GAP:
+    stale = (record.config.get("ppo") or {}).get("staleness")  # the gap is then what the policy has moved
+    if gaps and max(gaps) > MAX_GAP and not stale:
         yield f"Engine and trainer disagreed by up to {max(gaps):.3f} nats a token; PPO's ratios are as far off."
 
 

@@ -77,7 +77,7 @@ def headline(record: Record) -> list[tuple[str, str]]:
         *out,
         ("seed", _distinct(m.seed for m in found)),
         ("manifests", " to ".join(dict.fromkeys((days[0], days[-1]))) if days else "none yet"),
-        ("wall time of all stages", seconds(sum(m.wall_s for m in found))),
+        ("wall time of all stages (of a resumed one, the last attempt)", seconds(sum(m.wall_s for m in found))),
         ("cai-ray", _distinct(m.packages.get("cai-ray", "unknown") for m in found)),
         ("git revision", _distinct(git)),
     ]

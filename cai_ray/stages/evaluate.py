@@ -46,20 +46,23 @@ def evaluate(config: EvaluateConfig, inputs: EvaluateInputs, out: StageDir) -> M
     parts, bad = [StageDir(out.path / "answers" / str(n), out.seed) for n in range(len(inputs.models))], []
     for part, (name, setup) in zip(parts, inputs.models.items(), strict=True):
         work = write_rows(rows, PROMPT, part.path / "inputs")
-        engines = setup.engines(config.max_prompt_tokens + config.max_new_tokens)
+        engines = setup.engines(config.max_tokens)
         with out.phase("generate"):
             counts.append(map_rows(work, Answer(config, out.seed, name), engines, part, settings=inputs.settings))
         bad += [{"model": name, **json.loads(line)} for line in part.quarantine_path.read_text("utf-8").splitlines()]
-    out.quarantine(bad, len(bad), 1.0)
     if inputs.gpu:  # the scorer takes a GPU that an engine may hold
         next(iter(inputs.models.values())).pool.release()
     with out.phase("score"):
-        answers = _score(inputs, [part.data for part in parts], out)
+        scored = _score(inputs, [part.data for part in parts], out)
+    answers = [row for row in scored if row["score"] is not None]
+    unread = [{"id": r["id"], "model": r["model"], "reason": r["reason"]} for r in scored if r["score"] is None]
+    out.quarantine(unread, len(scored), inputs.settings.max_bad_fraction)
+    out.quarantine(bad + unread, len(scored), 1.0)  # with those that had no answer, which have kept to the limit
     write_rows(answers, SCORED, out.data)
     metrics: dict[str, Any] = {
         "rows_in": sum(c.rows_in for c in counts),
         "rows_out": len(answers),
-        "quarantined": sum(c.quarantined for c in counts),
+        "quarantined": sum(c.quarantined for c in counts) + len(unread),
     }
     policy = list(inputs.models)[-1]
     for name in inputs.models:

@@ -34,6 +34,7 @@ from cai_ray.stages.shared import (
     encode,
     fit_turns,
     read_rows,
+    warn_of_few,
     write_rows,
 )
 
@@ -49,7 +50,8 @@ def label(config: LabelConfig, inputs: GenerateInputs, out: StageDir) -> Manifes
     """
     assert inputs.constitution is not None
     program = LabelPair(config, inputs.constitution, out.seed)
-    metrics: dict[str, float] = {"few_shots": len(program.shots)}  # a constitution may have fewer than were asked for
+    metrics: dict[str, float] = {"few_shots": len(program.shots)}
+    warn_of_few(out, config.few_shots, len(program.shots))
     engines = inputs.setup.engines(config.max_tokens)
     if config.judge_gate != "off":
         with out.phase("gate"):
@@ -76,7 +78,7 @@ def pass_gate(
         StageFailed: `judge_gate` is stop, and the 95% interval of the accuracy reaches down to a half.
     """
     config, part = program.config, StageDir(out.path / "gate", out.seed)
-    comparisons, unread = read_comparisons(config.gold)
+    comparisons, unread, _ = read_comparisons(config.gold)
     rows, gold = alternate(comparisons, out.seed)
     work = write_rows(rows, RESPONSE_PAIR, part.path / "inputs")
     # Gold that is too long for this judge is counted, and is no reason to stop.

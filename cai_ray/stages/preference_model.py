@@ -21,18 +21,19 @@ def preference_model(config: PreferenceModelConfig, inputs: TrainInputs, out: St
     bad: list[Row] = []
     counts: Counter[str] = Counter()
     seen: set[str] = set()
+    raw_rows = 0
     for number, source in enumerate(s for s in config.data if s.path != "label"):
-        rows, unusable = read_comparisons(source)
-        if not rows and not unusable:
+        rows, unusable, read = read_comparisons(source)
+        if not read:
             raise DataError(f"preference_model: {source.path} holds no comparison", "expected chosen and rejected")
         new = [row for row in rows if row["id"] not in seen]  # HH's parts, for one, may share comparisons
         seen.update(row["id"] for row in new)
         # Kept: what was trained on is part of the stage's record.
         folders.append(write_rows(new, LABELED_PAIR, out.data / f"human-{number}"))
-        bad += unusable
+        bad, raw_rows = bad + unusable, raw_rows + read
         counts[f"rows/{source.path}"] += len(new)  # a path may stand there twice, with other columns
         counts["duplicates"] += len(rows) - len(new)
-    out.quarantine(bad, sum(counts.values()) + len(bad), inputs.max_bad_fraction)
+    out.quarantine(bad, raw_rows, inputs.max_bad_fraction)
     metrics = fit("preference_model", config, folders, inputs, out)
     metrics["quarantined"] += len(bad)
     return out.commit(inputs.key, {**counts, **metrics})

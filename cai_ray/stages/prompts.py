@@ -188,7 +188,7 @@ def _generate(
 ) -> Counter[str]:
     """Has new prompts written; adds the good ones to `seen`, those that could not be asked for to `bad`, and counts."""
     work = write_rows(_requests(config, seen, out), _REQUEST, out.path / "inputs")
-    setup, limit = inputs.writers[config.model], config.max_prompt_tokens + config.max_new_tokens
+    setup, limit = inputs.writers[config.model], config.max_tokens
     engines = setup.engines(limit)
     map_rows(work, WritePrompt(config, out.seed), engines, out, settings=inputs.settings)
     bad += [json.loads(line) for line in out.quarantine_path.read_text("utf-8").splitlines()]
@@ -214,16 +214,16 @@ def _generate(
 
 def _requests(config: GeneratePrompts, seen: Mapping[str, Row], out: StageDir) -> list[Row]:
     """A row for each prompt that is asked for, with the examples that are drawn for it."""
-    longest = config.max_prompt_tokens // config.few_shots  # in characters, of which a token has one or more
+    longest = config.max_prompt_tokens // config.few_shots  # in bytes, of which a token has one or more
     pool = [
         r["messages"][0]["content"]
         for r in sorted(seen.values(), key=lambda r: r["id"])
         if (r["kind"], r["split"], len(r["messages"])) == (config.kind, "train", 1) and r["source"] != GENERATED.path
     ]
-    pool = [text for text in pool if len(text) <= longest]
+    pool = [text for text in pool if len(text.encode()) <= longest]
     if not pool:
         raise DataError(
-            f"prompts.generate: no {config.kind} training prompt has a single turn of at most {longest} characters, "
+            f"prompts.generate: no {config.kind} training prompt has a single turn of at most {longest} bytes, "
             "so none can be an example",
             "give `prompts` such a source, lower few_shots or raise max_prompt_tokens",
         )

@@ -19,7 +19,16 @@ from cai_ray.generation.data_plane import map_rows
 from cai_ray.generation.engine import Completion
 from cai_ray.models.tokenization import Tokenizer
 from cai_ray.records import PROMPT, REVISION, Message, Row, derive_seed, row_id
-from cai_ray.stages.shared import GenerateInputs, PromptOf, PromptText, ask, fit_turns, iter_rows, write_rows
+from cai_ray.stages.shared import (
+    GenerateInputs,
+    PromptOf,
+    PromptText,
+    ask,
+    fit_turns,
+    iter_rows,
+    warn_of_few,
+    write_rows,
+)
 from cai_ray.templates import (
     FRAMES,
     critique_prompt,
@@ -52,6 +61,7 @@ def revise(config: ReviseConfig, inputs: GenerateInputs, out: StageDir) -> Manif
     work = write_rows((row for prompt in prompts for row in asked(prompt, config)), PROMPT, out.path / "inputs")
     assert inputs.constitution is not None
     program = ReviseRow(config, inputs.constitution, out.seed)
+    warn_of_few(out, config.few_shots, len(inputs.constitution.critique_few_shots))
     longest = max(config.max_new_tokens, config.max_critique_tokens)
     engines = inputs.setup.engines(config.max_prompt_tokens + longest)
     with out.phase("generate"):

@@ -30,7 +30,7 @@ def sample_pairs(config: SamplePairsConfig, inputs: GenerateInputs, out: StageDi
     rows = read_rows(inputs.rows, config.share, kind="harmful")
     work = write_rows(rows, PROMPT, out.path / "inputs")
     program = SampleResponses(config, out.seed)
-    engines = inputs.setup.engines(config.max_prompt_tokens + config.max_new_tokens)
+    engines = inputs.setup.engines(config.max_tokens)
     with out.phase("generate"):
         counts = map_rows(work, program, engines, out, settings=inputs.settings)
     # Until the manifest is written, the same command gathers the answers again: pairs may take their place.

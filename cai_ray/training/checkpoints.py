@@ -32,8 +32,9 @@ class Checkpoints:
 
     def __init__(self, out: Path, rank: int, config: Training):
         own = hashlib.sha256(f"{out} {rank}".encode()).hexdigest()[:16]
-        self._scratch = Path(tempfile.gettempdir()) / f"cai-ray-checkpoint-{own}"
-        shutil.rmtree(self._scratch, ignore_errors=True)  # of a rank that was killed here
+        self._scratch = f"cai-ray-checkpoint-{own}-"
+        for left in Path(tempfile.gettempdir()).glob(self._scratch + "*"):  # by a rank that was killed here
+            shutil.rmtree(left, ignore_errors=True)
         self._run, self._rank = out / "checkpoints" / RUN_NAME, rank
         self._every, self._limit = config.checkpoint_every, 60 * config.checkpoint_minutes
         self._last = time.monotonic()
@@ -73,7 +74,7 @@ class Checkpoints:
         """
         import ray.train
 
-        folder = self._scratch / str(model.steps_done)
+        folder = Path(tempfile.gettempdir()) / f"{self._scratch}{model.steps_done}"
         model.save(folder)
         ray.train.report(
             {"steps_done": model.steps_done, **metrics},

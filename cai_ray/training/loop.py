@@ -171,6 +171,7 @@ class _Passes:
     model: "ShardedModel"
     device: "torch.device"
     pulse: Callable[[], None]
+    evaluated: tuple[int, Any] | None = None  # after how many steps, and what came of it
 
     def micro_batches(self, batch: Sequence[Any]) -> Iterator[tuple[list[int], list[Any], Any]]:
         """This rank's: (indices into `batch`, their examples, the tensors)."""
@@ -198,12 +199,14 @@ class _Passes:
         return [score for _, score in sorted({i: s for part in parts for i, s in part.items()}.items())]
 
     def evaluate(self, held_out: Sequence[Any], out: StageDir) -> tuple[list[Any], dict[str, float]]:
-        """Scores of the held-out rows, and the metrics that come of them, which rank 0 writes."""
-        found = self.scores(held_out)
-        summary = self.task.summary(held_out, found) if held_out else {}
-        if self.model.rank == 0 and summary:
-            out.metrics(self.model.steps_done, summary)
-        return found, summary
+        """Scores of the held-out rows, once after each step, and the metrics that come of them, which rank 0 writes."""
+        if self.evaluated is None or self.evaluated[0] != self.model.steps_done:
+            found = self.scores(held_out)
+            summary = self.task.summary(held_out, found) if held_out else {}
+            if self.model.rank == 0 and summary:
+                out.metrics(self.model.steps_done, summary)
+            self.evaluated = self.model.steps_done, (found, summary)
+        return self.evaluated[1]
 
     def step(self, batch: Sequence[Any], saved: Path) -> dict[str, float]:
         """One optimizer step over `batch`; its metrics.

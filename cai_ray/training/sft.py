@@ -19,7 +19,7 @@ from cai_ray.models.scalar import document_states, lm_head
 from cai_ray.models.tokenization import Tokenizer, sft_example
 from cai_ray.records import Row, answers, check_messages
 
-COLUMNS = ("id", "messages", "kind", "split", "initial_response", "rounds")
+COLUMNS = ("id", "messages", "kind", "split", "initial_response", "rounds", "flags")
 Batch = Mapping[str, Any]
 Score = tuple[float, float]  # summed log-prob, its tokens
 
@@ -30,7 +30,7 @@ class Example:
 
     id: str
     ids_T: np.ndarray  # int32
-    loss_mask_T: np.ndarray  # bool: the answer and its EOS
+    loss_mask_T: np.ndarray  # bool: the answer, and its EOS where the model ended it
     truncated: bool
     source: str  # helpful | round-1 | round-2 | …
     weight: float  # how often it is trained on in an epoch
@@ -90,8 +90,8 @@ def examples(row: Row, tokenizer: Tokenizer, config: SftConfig) -> list[Example]
         DataError: the turns do not alternate or are no text, or the chat template refuses them.
     """
     messages, out = check_messages(row["messages"]), []
-    for name, text in answers(row, config.rounds):
-        ids, mask, truncated = sft_example(tokenizer, messages, text, config.max_tokens)
+    for name, text, ended in answers(row, config.rounds):
+        ids, mask, truncated = sft_example(tokenizer, messages, text, config.max_tokens, ended)
         source, weight = "helpful", config.mix.helpful
         if row["kind"] != "helpful":
             number = int(name.rpartition("-")[2])

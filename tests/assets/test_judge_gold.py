@@ -53,7 +53,7 @@ def test_schema(rows: list[Row]) -> None:
 
 
 def test_all_are_read_as_comparisons(rows: list[Row]) -> None:
-    good, bad = read_comparisons(Source(path="starter:judge_gold"))
+    good, bad, _ = read_comparisons(Source(path="starter:judge_gold"))
     assert (len(good), bad) == (len(rows), [])
     assert {r["label_prob"] for r in good} == {1.0}
 

@@ -175,7 +175,7 @@ def pairs(rows: int) -> list[Any]:
     from cai_ray.config import Source
     from cai_ray.sources import read_comparisons
 
-    found, _ = read_comparisons(Source(path="starter:helpful_comparisons", limit=rows))
+    found, *_ = read_comparisons(Source(path="starter:helpful_comparisons", limit=rows))
     assert len(found) == rows, f"the starter data holds {len(found)} comparisons"
     return found
 

@@ -83,7 +83,7 @@ def prompts(size: Size, policy: Path, config: PPOConfig) -> tuple[list[Any], lis
             found[key] = {"id": key, "messages": turn, "kind": "harmful", "source": "hh", "split": "train"}
     rows = [found[key] for key in sorted(found)][: size.batch * (WARMUP + COUNTED)]
     assert len(rows) == size.batch * (WARMUP + COUNTED)
-    steps, _ = prompts_of_steps(rows, config, SEED, tokenizer)
+    steps, *_ = prompts_of_steps(rows, config, SEED, tokenizer)
     return rows, [[tokenizer.prompt(row["messages"]) for row in step] for step in steps]
 
 

@@ -39,7 +39,7 @@ KEYS = ("accuracy", "calibration_error", "accuracy_response_only", "length_bias"
 def pairs() -> list[Row]:
     """HH's pairs with their split."""
     folder = Path(os.environ.get("CAI_RAY_TEST_DATA") or DEFAULT_DATA)
-    rows, _ = read_comparisons(Source(path=str(folder / "hh-rlhf" / "harmless-base_test.jsonl.gz")))
+    rows, *_ = read_comparisons(Source(path=str(folder / "hh-rlhf" / "harmless-base_test.jsonl.gz")))
     first = {row["id"]: row_id([SPLIT, row["messages"][0]["content"]]) for row in rows}
     rows.sort(key=lambda row: (first[row["id"]], row["id"]))
     bound = first[rows[TRAIN_PAIRS]["id"]]  # a conversation that lies on both sides is held out

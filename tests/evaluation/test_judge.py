@@ -27,6 +27,7 @@ def test_statistics_by_hand():
     assert stats["near_ties"] == 0.5  # 0.5 and 0.54
     assert stats["prefers_first"] == pytest.approx((0.5 + 1 + 0 + 1) / 4)  # a tie is half
     assert stats["prefers_longer"] == stats["prefers_first"]  # here A is the longer throughout
+    assert stats["prefers_letter_a"] == 0.5
     assert "position_bias" not in stats
     assert "principle_agreement" not in stats
     assert judge_statistics([]) == {}
@@ -38,6 +39,12 @@ def test_hard_and_clamped_labels_do_not_hide_the_judge():
     assert stats["near_ties"] == 0.5
     assert stats["mean_entropy"] == pytest.approx((0.692347 + 0.098039) / 2, abs=1e-6)
     assert judge_statistics([row(vote(1.0))])["mean_entropy"] == pytest.approx(0.0)  # 0 log 0 is 0
+
+
+def test_a_letter_is_preferred_also_where_principles_ask_for_the_worse_answer():
+    letters = (-0.1, -2.0)
+    stats = judge_statistics([row(vote(0.9, letters=letters)), row(vote(0.1, "inverted", letters=letters))])
+    assert (stats["prefers_first"], stats["prefers_letter_a"]) == (0.5, 1.0)
 
 
 def test_the_longer_is_asked_only_where_lengths_differ():

@@ -82,7 +82,7 @@ def full_run(half_run: RunDir) -> RunDir:
     commit(
         label,
         {"sample_pairs": pairs},
-        {"rows_out": 30, "mean_entropy": 0.69, "prefers_first": 0.9},
+        {"rows_out": 30, "mean_entropy": 0.69, "prefers_first": 0.9, "prefers_letter_a": 0.9},
         principles="cd" * 32,
     )
     for step in range(4):

@@ -165,7 +165,7 @@ def test_warnings_of_stages_are_cautions_and_escaped(full_run: RunDir):
 def test_no_caution_without_cause(tmp_path: Path, full_run: RunDir):
     label = full_run.stage("label").manifest_path
     manifest = json.loads(label.read_text())
-    manifest["metrics"] |= {"mean_entropy": 0.3, "prefers_first": 0.5}
+    manifest["metrics"] |= {"mean_entropy": 0.3, "prefers_letter_a": 0.5}
     label.write_text(json.dumps(manifest))
     assert not [c for c in cautions(collect(full_run)) if "judge" in c]
 

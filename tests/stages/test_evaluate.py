@@ -2,6 +2,7 @@
 
 import json
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 
 from cai_ray.artifacts import StageDir, StageKey
 from cai_ray.config import EvaluateConfig
+from cai_ray.errors import StageFailed
 from cai_ray.evaluation.answers import ANSWER
 from cai_ray.generation.data_plane import MapSettings, RowCounts
 from cai_ray.records import PROMPT, to_table
@@ -28,9 +30,13 @@ def all_but_one(inputs: Path, program: Any, engines: Any, out: StageDir, *, sett
     return RowCounts(len(rows) + 1, len(rows), 1)
 
 
+UNREAD = {"score": None, "reason": "no system turn"}
+
+
 def score(inputs: stage.EvaluateInputs, folders: list[Path], *_: Any) -> list[dict[str, Any]]:
     """Stands in for the preference model."""
-    return [{**row, "score": 0.0} for folder in folders for row in pq.read_table(folder).to_pylist()]
+    rows = [row for folder in folders for row in pq.read_table(folder).to_pylist()]
+    return [{**row, **({"score": 0.0, "reason": None} if row["id"] != "helpful1" else UNREAD)} for row in rows]
 
 
 def test_a_model_s_folder_stays_as_it_is_and_bad_rows_are_told_with_their_model(
@@ -56,5 +62,13 @@ def test_a_model_s_folder_stays_as_it_is_and_bad_rows_are_told_with_their_model(
     assert list(mine.iterdir()) == []
     assert {r["model"] for r in pq.read_table(out.data).to_pylist()} == set(models)
     bad = [json.loads(line) for line in out.quarantine_path.read_text("utf-8").splitlines()]
-    assert bad == [{"model": m, "id": "harmful0", "reason": "too long"} for m in models]
-    assert (manifest.metrics["rows_in"], manifest.metrics["quarantined"]) == (8, 2)
+    assert bad == [
+        *({"model": m, "id": "harmful0", "reason": "too long"} for m in models),
+        *({"id": "helpful1", "model": m, "reason": "no system turn"} for m in models),
+    ]
+    counted = [manifest.metrics[name] for name in ("rows_in", "rows_out", "quarantined")]
+    assert counted == [8, 4, 4]
+    assert len(pq.read_table(out.data)) == 4
+    strict = replace(inputs, settings=replace(show, max_bad_fraction=0.3))
+    with pytest.raises(StageFailed, match="no system turn"):  # more than may be bad
+        stage.evaluate(EvaluateConfig(), strict, StageDir(tmp_path / "strict"))

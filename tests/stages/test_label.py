@@ -367,7 +367,7 @@ def knows(share: float) -> Any:
 
 
 def test_half_of_the_gold_stands_the_other_way_round() -> None:
-    comparisons, _ = read_comparisons(Source(path="starter:judge_gold"))
+    comparisons, *_ = read_comparisons(Source(path="starter:judge_gold"))
     rows, gold = alternate(comparisons, seed=5)
     assert sorted(gold.values()) == [0.0] * 34 + [1.0] * 34
     by_id = {r["id"]: r for r in comparisons}

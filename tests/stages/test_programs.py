@@ -31,7 +31,7 @@ def engine() -> LocalEngine:
 
 @pytest.fixture(scope="module")
 def pairs() -> list[Row]:
-    rows, _ = read_comparisons(Source(path="starter:helpful_comparisons", limit=PAIRS))
+    rows, *_ = read_comparisons(Source(path="starter:helpful_comparisons", limit=PAIRS))
     return rows
 
 

@@ -46,6 +46,18 @@ def test_a_helpful_row_teaches_its_sample(tokenizer: Any) -> None:
     assert sft.examples({**row, "initial_response": "  "}, tokenizer, SftConfig()) == []
 
 
+def test_a_text_that_was_cut_teaches_no_end(tokenizer: Any) -> None:
+    turns = [{"principle_id": "p", "critique": "c", "revision": r} for r in ("first", "second")]
+    cut = sft.examples(revision(1, rounds=turns, flags=["truncated:revision/1"]), tokenizer, SftConfig())
+    whole = sft.examples(revision(1, rounds=turns, flags=["truncated:critique/1"]), tokenizer, SftConfig())
+    assert [e.ids_T.tolist() for e in cut] == [whole[0].ids_T.tolist()[:-1], whole[1].ids_T.tolist()]
+    assert cut[0].loss_mask_T.tolist() == whole[0].loss_mask_T.tolist()[:-1]
+    assert not cut[0].truncated
+    helpful = revision(1, kind="helpful", initial_response="one", rounds=[], flags=["truncated:response"])
+    (example,) = sft.examples(helpful, tokenizer, SftConfig())
+    assert tokenizer.decode(example.ids_T[example.loss_mask_T].tolist()) == "one"
+
+
 def test_each_kind_has_its_source_and_weight(tokenizer: Any) -> None:
     turns = [{"principle_id": "p", "critique": "c", "revision": r} for r in ("first", "second", "third")]
     rows = [revision(1, rounds=turns), revision(2, kind="helpful", initial_response="a helpful sample", rounds=[])]

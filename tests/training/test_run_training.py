@@ -450,7 +450,7 @@ def test_a_rank_that_runs_out_of_memory_says_so(
     model = type(model)(model.config)
     save_pretrained(model.state_dict(), model.config, Tokenizer.load(tiny), tmp_path / "wide")
     rows = [{**revision(i), "split": "train"} for i in range(400)]
-    of = {name: row for row in rows for name, _ in answers(row, "last")}
+    of = {name: row for row in rows for name, *_ in answers(row, "last")}
     ids, out, limited = sorted(of), stage_dir(tmp_path / "sft"), []
     of[ids[epoch_order(ids, 7, 0)[-1]]]["rounds"][-1]["revision"] = "Yes. " * 2000
 
