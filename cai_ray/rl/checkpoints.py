@@ -13,13 +13,13 @@ from cai_ray.artifacts import write_atomic
 def commit_checkpoint(folder: Path, state: Mapping[str, Any], keep: int = 1) -> None:
     """Makes a filled folder a checkpoint: its manifest (`state`, and the sizes of all files) is written last.
 
-    Then all but the newest `keep` checkpoints go, and the rollouts of steps that the oldest of these covers.
+    Then all but the newest `keep` checkpoints go, and rollouts and adapters of steps that the oldest of these covers.
     """
     files = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
     write_atomic(folder / "manifest.json", json.dumps({**state, "files": files}))
     whole = sorted(_step_of(path.parent) for path in folder.parent.glob("step-*/manifest.json"))
     oldest = [step for step in whole if step <= state["step"]][-keep:][0]
-    _remove(path for path in list(folder.parent.glob("*-*")) if _step_of(path) < oldest)
+    _remove(path for path in list(folder.parent.iterdir()) if _step_of(path) < oldest)
 
 
 def last_checkpoint(checkpoints: Path, before: float = math.inf) -> tuple[Path, dict[str, Any]] | None:
@@ -55,6 +55,6 @@ def _remove(paths: Iterable[Path]) -> None:
 
 
 def _step_of(path: Path) -> int:
-    """The number in `step-12` or `rollouts-12.parquet`: the first step that a checkpoint or rollouts are for."""
+    """The number in `step-12` or `rollouts-12.parquet`: the first step that it is for."""
     number = path.stem.rpartition("-")[2]
     return int(number) if number.isdigit() else 0

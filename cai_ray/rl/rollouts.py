@@ -23,13 +23,8 @@ from cai_ray.templates import STOP_PLAIN
 
 PROBES = 2  # responses that are compared after a weight sync
 
-_HEAD = [  # row: 0 ... B - 1
-    ("row", pa.int32()),
-    ("id", pa.string()),
-    ("prompt_id", pa.string()),
-    ("step", pa.int32()),
-    ("kind", pa.string()),
-]
+_INT, _TEXT = pa.int32(), pa.string()
+_HEAD = [("row", _INT), ("id", _TEXT), ("prompt_id", _TEXT), ("step", _INT), ("kind", _TEXT)]  # row: 0 ... B - 1
 REQUESTS = pa.schema([*_HEAD, PROMPT.field("messages"), ("seed", pa.int64())])
 ROLLOUTS = pa.schema(
     [

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
+from uuid import uuid4
 
 import ray
 
@@ -61,6 +62,8 @@ class Sampler:
         self._ready: dict[int, tuple[Any, dict[str, Any]]] = {}  # by step: what is on disk and not yet taken
         self._program: Any = ray.put(RollOut(setup.config))
         self._keep: Any = ray.remote(num_cpus=0, num_returns=2)(keep_rollouts)
+        # Each folder's name is new: a network file system may go on showing a node what lay under a known one.
+        self._name = f"adapter-{uuid4().hex[:8]}"
         self.timeline, self.version = Timeline(out.path / "timeline.json"), 0
 
     def calls(self, method: str, *args: Any) -> list[Call]:
@@ -79,7 +82,7 @@ class Sampler:
         # One rank has all the weights, but under ZeRO-3; engines that share GPUs are served by the rank beside each.
         everyone = self._setup.colocated or self._setup.config.actor.sharding.zero_stage == 3
         senders = self._groups["actor"].workers[: None if everyone else 1]
-        engines, folder = self._engines if self._fresh else None, self._out.checkpoints / "adapter"
+        engines, folder = self._engines if self._fresh else None, self._out.checkpoints / f"{self._name}-{self.version}"
         calls = Group("actor", senders).submit("sync", self.version, engines, folder)
         try:
             answers = wait(calls, self._limit, what)

@@ -40,9 +40,10 @@ def test_a_new_checkpoint_removes_older_ones_and_used_rollouts_only(tmp_path):
     commit_checkpoint(fill(tmp_path / "step-2"), {"step": 2, "kl": {"coef": 0.5}})
     for step in (2, 3, 4):
         (tmp_path / f"rollouts-{step}.parquet").write_text("")
-    (tmp_path / "adapter").mkdir()  # what engines were sent last
+    for step in (3, 4):  # what engines were sent
+        (tmp_path / f"adapter-5ee0a1b2-{step}").mkdir()
     commit_checkpoint(fill(tmp_path / "step-4"), {"step": 4, "kl": {"coef": 0.5}})
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "rollouts-4.parquet", "step-4"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter-5ee0a1b2-4", "rollouts-4.parquet", "step-4"]
     assert last_checkpoint(tmp_path)[1]["kl"] == {"coef": 0.5}
 
 

@@ -97,7 +97,7 @@ def test_side_by_side_responses_are_looked_at_while_others_arrive(train, reward_
     learner = Learner(optim=Optim(lr=1e-3), sharding=sharding)
     for name, sharded in {"in turn": False, "at once": True}.items():
         monkeypatch.setattr(Setup, "side_by_side", sharded)  # as on GPUs
-        sizes = {"rollout_batch_size": 48, "minibatch_size": 48, "samples_per_prompt": 4, "advantage": "rloo"}
+        sizes = {"rollout_batch_size": 96, "minibatch_size": 96, "samples_per_prompt": 4, "advantage": "rloo"}
         settings = config(steps=2, actor=learner, inference_ranks=2, inference_sharded=sharded, **sizes)
         train(tmp_path / name, settings, heldout=reward_model)
     times = {name: spans(tmp_path / name) for name in ("in turn", "at once")}
@@ -105,8 +105,8 @@ def test_side_by_side_responses_are_looked_at_while_others_arrive(train, reward_
         for step in (0, 1):  # the engine takes 16 at a time
             begun = {name: min(seen[role, phase, step])[0] for name, seen in times.items()}
             ended = {name: max(end for _, end in seen["rollout", "rollout", step]) for name, seen in times.items()}
-            assert len(times["at once"]["rollout", "rollout", step]) == 7
-            assert len(times["at once"][role, phase, step]) == 14
+            assert len(times["at once"]["rollout", "rollout", step]) == 14
+            assert len(times["at once"][role, phase, step]) == 28
             assert begun["in turn"] > ended["in turn"]
             assert begun["at once"] < ended["at once"]
     batch = pq.read_table(tmp_path / "at once" / "checkpoints" / "rollouts-0.parquet")
