@@ -17,7 +17,8 @@ class SlowEngine:
     def __init__(self, model_folder, *, format, max_model_len, max_num_seqs, **_):
         self.tokenizer = Tokenizer.load(model_folder, format)
         self.max_model_len, self.max_num_seqs = max_model_len, max_num_seqs
-        self.holds, self.version, self.updating = (model_folder, format), 0, False
+        self.loaded = self.holds = (model_folder, format)
+        self.version, self.updating = 0, False
         self.tokens_in, self.tokens_out, self.busy_s = 0, 0, 0.0
         self._open: dict[str, tuple[Request, int]] = {}  # in the order they came; the first ones have the slots
 
