@@ -86,7 +86,7 @@ class Light(Worker):
         """Stats of an update."""
         return None, {"sums": {"loss": 0.0}, "grad_norm": 1.0, "lr": 0.0, **now()}
 
-    def sync(self, version: int, engines: list[Any] | None) -> tuple[Any, Any]:
+    def sync(self, version: int, engines: list[Any] | None, folder: Path) -> tuple[Any, Any]:
         """Rank 0 tells the engines their version."""
         import ray
 
