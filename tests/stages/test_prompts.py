@@ -43,7 +43,7 @@ def test_examples_are_drawn_by_seed_from_single_training_turns(tmp_path: Path) -
         kept("x" * 41),
     ]
     seen = {r["id"]: r for r in rows}
-    config = GeneratePrompts(kind="harmful", n=40, few_shots=3, max_prompt_tokens=120)  # 40 characters each
+    config = GeneratePrompts(kind="harmful", n=40, few_shots=3, max_prompt_tokens=120)  # 40 bytes each
     asked = _requests(config, seen, StageDir(tmp_path / "0", 5))
     assert len({r["id"] for r in asked}) == 40
     assert {e for r in asked for e in r["examples"]} == good
@@ -52,7 +52,7 @@ def test_examples_are_drawn_by_seed_from_single_training_turns(tmp_path: Path) -
     assert _requests(config, turned, StageDir(tmp_path / "0", 5)) == asked
     again = _requests(config, seen, StageDir(tmp_path / "1", 5))  # a second request for the same kind
     assert {r["id"] for r in again}.isdisjoint(r["id"] for r in asked)
-    with pytest.raises(DataError, match=r"no helpful training prompt.*at most 2 characters"):
+    with pytest.raises(DataError, match=r"no helpful training prompt.*at most 2 bytes"):
         _requests(config.model_copy(update={"kind": "helpful", "few_shots": 60}), seen, StageDir(tmp_path / "0"))
 
 

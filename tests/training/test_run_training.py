@@ -334,6 +334,7 @@ def test_a_preference_model_learns_and_carries_its_reward_scale(
     assert saved.pad_token_id != saved.eos_token_id
 
 
+@pytest.mark.full
 def test_adapters_lie_beside_the_merged_model(run: Any, tiny: Path) -> None:
     from peft import PeftModel
 
