@@ -83,15 +83,7 @@ def _run(directory: Path) -> Any:
 @click.option("--from", "start", metavar="STAGE", help="Begin with this stage.")
 @click.option("--rebuild", is_flag=True, help="Redo what has changed (or --from/--only STAGE) and all that follows.")
 @click.option("--reuse", type=click.Path(path_type=Path), metavar="RUN", help="Take over equal stages of another run.")
-def run(
-    config: str,
-    overrides: tuple[str, ...],
-    name: str | None,
-    only: str | None,
-    start: str | None,
-    rebuild: bool,
-    reuse: Path | None,
-) -> None:
+def run(config: str, overrides: tuple[str, ...], name: str | None, **asked: Any) -> None:
     """Runs CONFIG (a shipped name or a YAML file) from where it stands to the end.
 
     The same command on the same run directory continues; a finished stage is skipped.
@@ -103,7 +95,7 @@ def run(
         from cai_ray.console import run_and_summarize
         from cai_ray.execution import Request
 
-        run_and_summarize(settings, Request(only, start, rebuild, reuse), config)
+        run_and_summarize(settings, Request(**asked), config)
 
 
 @main.command(epilog="cai-ray plan quickstart\ncai-ray plan 70b_multinode cluster.engines=8")

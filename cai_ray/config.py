@@ -196,6 +196,11 @@ class PromptsConfig(Section):
     generate: tuple[GeneratePrompts, ...] = ()
     """Prompts that a model adds to these."""
 
+    @property
+    def max_tokens(self) -> int:
+        """The longest list of prompts and the line that is added to it."""
+        return max((g.max_tokens for g in self.generate), default=0)
+
 
 def _ascending(share: tuple[float, float]) -> tuple[float, float]:
     if share[0] >= share[1]:
@@ -239,6 +244,11 @@ class ReviseConfig(Answering):
     """Examples from the constitution before each critique or direct revision."""
     helpful_samples_per_prompt: NonNegativeInt = 2
     """Answers sampled for each helpful prompt."""
+
+    @property
+    def max_tokens(self) -> int:
+        """The longest prompt and what is sampled after it."""
+        return self.max_prompt_tokens + max(self.max_new_tokens, self.max_critique_tokens)
 
 
 class Training(Section):

@@ -77,10 +77,9 @@ def run_and_summarize(config: Config, request: Request, name: str) -> None:
     """Runs the pipeline and prints each stage's key numbers, where the models are, and what can be done next."""
     from cai_ray.report import summary_lines
 
-    path = run_dir(config).path
-    path.mkdir(parents=True, exist_ok=True)
-    reporter = Reporter(path / "run.log")
-    run = run_pipeline(config, request, reporter)
+    run = run_dir(config)
+    reporter = Reporter(run.path / "run.log")
+    run_pipeline(config, request, reporter)
     table = Table("stage", "key numbers", "what to expect", box=None, pad_edge=False)
     for line in summary_lines(run):
         table.add_row(*line)

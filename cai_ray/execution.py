@@ -41,7 +41,7 @@ def run_dir(config: Config) -> RunDir:
     return RunDir((Path(config.run.dir).expanduser() / config.run.name).absolute())
 
 
-def run_pipeline(config: Config, request: Request, reporter: Reporter) -> RunDir:
+def run_pipeline(config: Config, request: Request, reporter: Reporter) -> None:
     """Runs every stage that is not done.
 
     Raises:
@@ -68,7 +68,6 @@ def run_pipeline(config: Config, request: Request, reporter: Reporter) -> RunDir
         execution = Execution(config, run, reporter, stack, [s.name for s in waiting], request.rebuild)
         for number, stage in enumerate(chosen, 1):
             execution.execute(stage, f"[{number}/{len(chosen)}]")
-    return run
 
 
 def preflight(config: Config, stages: list[pipeline.Stage]) -> None:

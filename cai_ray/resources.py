@@ -141,17 +141,8 @@ def stage_roles(config: Config, stage: Stage, device: str) -> tuple[Role, ...]:
 
 def context_tokens(config: Config, stage: str) -> int:
     """The longest sequence that a stage's models see, tokens."""
-    r, s, f, p, e = config.revise, config.sample_pairs, config.label, config.ppo, config.evaluate
-    return {
-        "prompts": max((g.max_tokens for g in config.prompts.generate), default=0),
-        "revise": r.max_prompt_tokens + max(r.max_new_tokens, r.max_critique_tokens),
-        "sft": config.sft.max_tokens,
-        "sample_pairs": s.max_tokens,
-        "label": f.max_tokens,
-        "preference_model": config.preference_model.max_tokens,
-        "ppo": p.max_tokens + 1,  # a truncated response is scored with EOS appended
-        "evaluate": e.max_tokens + 1,
-    }[stage]
+    eos = 1 if stage in ("ppo", "evaluate") else 0  # a truncated response is scored with EOS appended
+    return getattr(config, stage).max_tokens + eos
 
 
 def source_rows(source: Source) -> float:

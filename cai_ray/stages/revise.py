@@ -62,8 +62,7 @@ def revise(config: ReviseConfig, inputs: GenerateInputs, out: StageDir) -> Manif
     assert inputs.constitution is not None
     program = ReviseRow(config, inputs.constitution, out.seed)
     warn_of_few(out, config.few_shots, len(inputs.constitution.critique_few_shots))
-    longest = max(config.max_new_tokens, config.max_critique_tokens)
-    engines = inputs.setup.engines(config.max_prompt_tokens + longest)
+    engines = inputs.setup.engines(config.max_tokens)
     with out.phase("generate"):
         counts = map_rows(work, program, engines, out, settings=inputs.settings)
 
