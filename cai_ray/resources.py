@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from cai_ray import doctor, pipeline
 from cai_ray.cluster import LOGICAL_CPUS
-from cai_ray.config import Config, Lora, Sharding, Source
+from cai_ray.config import Config, Learner, Sharding, Source, Training
 from cai_ray.errors import DataError, ResourceError
 from cai_ray.models.shapes import LIBRARIES_GIB, WIDTH, Part, Shape, find_shape, memory_sum, training_memory
 from cai_ray.pipeline import GENERATING, Stage, model_spec, needed
@@ -82,12 +82,10 @@ def _engine(config: Config, stage: Stage, device: str) -> Role:
     return Role("engine", count, tp if device == "gpu" else 0, 1, 2 * shape.parameters, tuple(parts))
 
 
-def _trainer(
-    config: Config, role: str, name: str, sharding: Sharding, device: str, passes: float, lora: Lora | None = None
-) -> Role:
+def _trainer(config: Config, role: str, name: str, how: Training | Learner, device: str, passes: float) -> Role:
     """A model under training; `passes` updates see each token."""
-    shape = model_shape(config, name)
-    parts, host = training_memory(shape, sharding, device, lora)
+    shape, sharding = model_shape(config, name), how.sharding
+    parts, host = training_memory(shape, sharding, device, how.lora)
     update = (8 if sharding.gradient_checkpointing is True else 6) * passes
     cpus, flops = (sharding.cpus_per_rank, update) if role == "rank" else (PPO_CPUS[device], update + 2)
     return Role(role, sharding.ranks, int(device == "gpu"), cpus, flops * shape.parameters, parts, host)
@@ -112,8 +110,7 @@ def stage_roles(config: Config, stage: Stage, device: str) -> tuple[Role, ...]:
         section, stages = getattr(config, name), needed(config)
         before = [s for s in stages[: stages.index(stage)] if s.name in GENERATING][-1:] if device == "cpu" else []
         idle = [replace(_engine(config, s, device), name="idle engine", flops=0.0) for s in before]
-        how = (section.sharding, device, section.epochs, section.lora)
-        return (_trainer(config, "rank", stage.models(config)[0], *how), *idle)
+        return (_trainer(config, "rank", stage.models(config)[0], section, device, section.epochs), *idle)
     if not stage.models(config):
         return ()
     engine = _engine(config, stage, device)
@@ -125,11 +122,11 @@ def stage_roles(config: Config, stage: Stage, device: str) -> tuple[Role, ...]:
     critics = []
     if p.has_critic:
         start = p.preference_models[0] if p.critic_init == "reward" else p.init
-        critics = [_trainer(config, "critic", start, p.critic.sharding, device, p.ppo_epochs, p.critic.lora)]
+        critics = [_trainer(config, "critic", start, p.critic, device, p.ppo_epochs)]
     many = (p.inference_ranks, p.inference_ranks if p.inference_sharded else 1)
     return (
         engine,
-        _trainer(config, "actor", p.init, p.actor.sharding, device, p.ppo_epochs, p.actor.lora),
+        _trainer(config, "actor", p.init, p.actor, device, p.ppo_epochs),
         *critics,
         _onlooker(config, "reward", pipeline.rewards(config), p.critic.sharding, device, *many),
         _onlooker(config, "reference", [p.init], p.actor.sharding, device, *many),
