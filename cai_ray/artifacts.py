@@ -96,7 +96,8 @@ class StageDir:
         manifest_path: written last; its presence is what makes the stage finished.
         phases: wall seconds by name.
         devices: that the run holds meanwhile.
-        on_metrics: is told (stage, step, values) of each line of metrics.
+        on_metrics: is told (step, values) of each line of metrics.
+        on_warning: is told what `warn` says.
         card: makes README.md of a published model from metrics.
     """
 
@@ -106,8 +107,8 @@ class StageDir:
         self.phases: dict[str, float] = {}
         self.devices = 1
         self.warnings: list[str] = []
-        self.on_metrics: Callable[[str, int, Mapping[str, float]], None] | None = None
-        self.on_warning: Callable[[str], None] | None = None
+        self.on_metrics: Callable[[int, Mapping[str, float]], object] = lambda step, values: None
+        self.on_warning: Callable[[str], object] = lambda text: None
         self.card: Callable[[Mapping[str, Any]], str] | None = None
         self._started = time.monotonic()
 
@@ -161,14 +162,12 @@ class StageDir:
         """Appends one line to metrics.jsonl and passes it on to the trackers; `step` counts from 0."""
         line = {"step": step, "time": round(time.time(), 3), **values}
         self._append("metrics.jsonl", line)
-        if self.on_metrics:
-            self.on_metrics(self.name, step, values)
+        self.on_metrics(step, values)
 
     def warn(self, text: str) -> None:
         """Tells the person at the terminal at once, and the report through the manifest's metric `warnings`."""
         self.warnings.append(text)
-        if self.on_warning:
-            self.on_warning(text)
+        self.on_warning(text)
 
     def write_card(self, folder: Path, metrics: Mapping[str, Any]) -> None:
         """README.md of a model folder that the stage publishes."""

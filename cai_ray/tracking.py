@@ -9,6 +9,7 @@ from uuid import uuid4
 
 from cai_ray.artifacts import Manifest, StageDir
 from cai_ray.config import Config, Tracking
+from cai_ray.report.collect import json_lines
 
 
 def wandb_wanted(tracking: Tracking) -> bool:
@@ -48,10 +49,10 @@ class StageTracker:
             settings=wandb.Settings(console="off", silent=True),
         )
 
-    def log(self, stage: str, step: int, values: Mapping[str, float]) -> None:
+    def log(self, step: int, values: Mapping[str, float]) -> None:
         """Passes on one line of metrics; `step` becomes the metric `STAGE/step`."""
         if self._run is not None:
-            self._run.log({**values, f"{stage}/step": step})
+            self._run.log({**values, f"{self._out.name}/step": step})
 
     def finish(self, manifest: Manifest | None) -> None:
         """Logs the key numbers and a table of samples, and closes the W&B run; without a manifest, as failed."""
@@ -65,11 +66,7 @@ class StageTracker:
     def _log_samples(self) -> None:
         import wandb
 
-        path = self._out.path / "samples.jsonl"
-        rows: list[Mapping[str, Any]] = []
-        if path.is_file():
-            with path.open(encoding="utf-8") as lines:  # splitlines() would also cut at the breaks inside a text
-                rows = [json.loads(line) for line in lines]
+        rows = [row for row in json_lines(self._out.path / "samples.jsonl") if row]
         if rows:
             columns: list[Any] = sorted({k for r in rows for k in r})
             cells: list[Any] = [[_cell(r.get(c)) for c in columns] for r in rows]

@@ -15,7 +15,7 @@ def test_a_resumed_stage_keeps_its_wandb_run(tmp_path: Path, monkeypatch: pytest
     ids = []
     for stage in ("sft", "sft", "preference_model"):
         tracker = StageTracker(config, StageDir(tmp_path / stage), tmp_path)
-        tracker.log(stage, 0, {"train/loss": 1.0})
+        tracker.log(0, {"train/loss": 1.0})
         ids.append(tracker._run.id)
         tracker.finish(None)
     assert ids[0] == ids[1] != ids[2]

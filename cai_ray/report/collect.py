@@ -159,7 +159,7 @@ def _stage(run: RunDir, name: str, complete: bool) -> StageRecord:
     manifest, at = out.manifest(), out.path
     finished = time.strftime("%Y-%m-%d %H:%M", time.localtime(out.manifest_path.stat().st_mtime)) if manifest else ""
     begun = "left out" if complete else "unfinished" if (at / "key.json").is_file() else "not begun"
-    metrics, samples, bad = (list(_lines(at / f"{f}.jsonl")) for f in ("metrics", "samples", "quarantine"))
+    metrics, samples, bad = (list(json_lines(at / f"{f}.jsonl")) for f in ("metrics", "samples", "quarantine"))
     unique = {json.dumps(row, sort_keys=True): row for row in samples if row is not None}  # a resumed stage repeats
     reasons = Counter(re.sub(r"\d+", "N", str(row.get("reason", "no reason given"))) for row in bad if row)
     torn = sum(row is None for row in [*metrics, *samples, *bad])
@@ -168,12 +168,12 @@ def _stage(run: RunDir, name: str, complete: bool) -> StageRecord:
     )
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any] | None]:
-    """Objects of a JSON-lines file; None for a line that is none."""
+def json_lines(path: Path) -> Iterator[dict[str, Any] | None]:
+    """Objects of a JSON-lines file, which need not exist; None for a line that is none."""
     if not path.is_file():
         return
     with path.open("rb") as f:
-        for line in f:
+        for line in f:  # splitlines() would also cut at the breaks inside a text
             try:
                 row = json.loads(line)
             except ValueError:

@@ -187,8 +187,7 @@ class _Follow:
         for line in lines[self._passed :]:
             row = json.loads(line)
             step, _ = row.pop("step"), row.pop("time")
-            if self._out.on_metrics:
-                self._out.on_metrics(self._out.name, step, row)
+            self._out.on_metrics(step, row)
             if self._on_progress and "train/loss" in row:
                 words = f"loss {row['train/loss']:.4f}, {row['perf/tokens_per_s']:.0f} tokens/s"
                 self._on_progress(row["train/epoch"], self._epochs, words)

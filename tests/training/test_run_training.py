@@ -490,7 +490,7 @@ def test_ranks_that_never_start_or_fall_silent_are_named(tmp_path: Path) -> None
 def test_following_passes_on_every_step_once(tmp_path: Path) -> None:
     seen: list[int] = []
     out = StageDir(tmp_path)
-    out.on_metrics = lambda name, step, values: seen.append(step)
+    out.on_metrics = lambda step, values: seen.append(step)
 
     def write(steps: list[int], end: str = "\n", mode: str = "a") -> None:
         with (tmp_path / "metrics.jsonl").open(mode) as file:
