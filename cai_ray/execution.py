@@ -253,93 +253,40 @@ class Execution:
         self.reporter.say(f"    {stage.name} took {time.monotonic() - start:.0f} s: {', '.join(shown[:8])}")
         return manifest
 
-    def _map_settings(self, what: str) -> Any:
-        from cai_ray.generation.data_plane import MapSettings
-
-        cluster = self.config.cluster
-        return MapSettings(
-            joining=self.pool.joining,
-            rows_per_block=cluster.rows_per_block,
-            max_bad_fraction=self.config.run.max_bad_fraction,
-            timeout_s=cluster.step_timeout_s,
-            progress=lambda: self.reporter.bar(what, "rows"),
-        )
-
-    def _model(self, name: str) -> Path:
-        """The folder of a model: a stage's output, or what a key of `models` names."""
-        if name in pipeline.STAGE_MODELS:
-            return self.run.stage(name).model
-        return pipeline.model_folder(pipeline.model_spec(self.config, name))
-
-    def _reward(self, name: str) -> Any:
-        """What PPO scores by: a model's folder, a judge, or the name of a function."""
-        from cai_ray.rl.setup import Judge
-
-        if name == FEEDBACK:
-            spec = pipeline.model_spec(self.config, judge := pipeline.feedback_model(self.config))
-            principles = pipeline.constitution_of(self.config.constitution.feedback)
-            return Judge(self._model(judge), spec.format, principles)
-        return self._model(name) if name in self.config.ppo.preference_models else name
-
-    def _setup(self, name: str, format: str | None = None) -> Any:
-        from cai_ray.stages.shared import EngineSetup
-
-        spec = pipeline.model_spec(self.config, name)
-        longest = max(context_tokens(self.config, stage) for stage in ("prompts", *pipeline.GENERATING))
-        return EngineSetup(self.pool, self._model(name), format or spec.format, spec.dtype, run_tokens=longest)
-
     def _inputs(self, stage: pipeline.Stage, key: StageKey) -> Any:
-        """What a stage's function is given besides its section of the configuration."""
+        """What a stage's function is given besides its section: what its line of the table names."""
         config, name = self.config, stage.name
-        module, models = import_module(f"cai_ray.stages.{name}"), stage.models(config)
         if name == "report":
-            return module.ReportInputs(key, self.run)
-        from cai_ray.stages import shared
+            from cai_ray.stages.report import ReportInputs
 
+            return ReportInputs(key, self.run)
         device = self.device  # Ray must run
-        rows = tuple(self.run.stage(n).data for n in stage.data(config))
-        match name:
-            case "prompts":
-                writers = {model: self._setup(model) for model in models}
-                return module.PromptsInputs(key, self._map_settings(name), writers)
-            case "revise" | "sample_pairs" | "label":
-                setup = self._setup(models[0], "chat" if name == "label" and config.label.format == "chat" else None)
-                chosen = stage.principles(config)
-                constitution = pipeline.constitution_of(getattr(config.constitution, chosen)) if chosen else None
-                return shared.GenerateInputs(key, rows[0], setup, self._map_settings(name), constitution)
-            case "sft" | "preference_model":
-                if device == "gpu":  # engines leave the GPUs that training is about to take
-                    self.pool.release()
-                return shared.TrainInputs(
-                    key=key,
-                    rows=rows,
-                    model=self._model(models[0]),
-                    format=pipeline.model_spec(config, models[0]).format,
-                    max_bad_fraction=config.run.max_bad_fraction,
-                    cluster=config.cluster,
-                    device=device,
-                    progress=lambda: self.reporter.bar(name, "epochs"),
-                )
-            case "ppo":
-                return module.PPOInputs(
-                    key=key,
-                    prompts=rows[0],
-                    setup=self._setup(config.ppo.init),
-                    rewards=tuple(map(self._reward, config.ppo.reward)),
-                    heldout_reward=self._model(config.ppo.heldout_reward) if config.ppo.heldout_reward else None,
-                    cluster=config.cluster,
-                    device=device,
-                    progress=lambda: self.reporter.bar(name, "steps"),
-                    max_bad_fraction=config.run.max_bad_fraction,
-                    revisions=rows[1] if config.ppo.ptx_coef else None,
-                )
-            case "evaluate":
-                return module.EvaluateInputs(
-                    key=key,
-                    prompts=rows[0],
-                    models={model: self._setup(model) for model in pipeline.evaluated(config)},
-                    reward=self._model(pipeline.scorer(config)),
-                    settings=self._map_settings(name),
-                    threads=config.preference_model.sharding.cpus_per_rank,
-                    gpu=device == "gpu",
-                )
+        from cai_ray.generation.data_plane import MapSettings
+        from cai_ray.stages.shared import EngineSetup, StageInputs
+
+        longest = max(context_tokens(config, sampling) for sampling in ("prompts", *pipeline.GENERATING))
+        models = {}
+        for model in stage.models(config):
+            spec = pipeline.model_spec(config, model)
+            folder = self.run.stage(model).model if model in pipeline.STAGE_MODELS else pipeline.model_folder(spec)
+            models[model] = EngineSetup(self.pool, folder, spec.format, spec.dtype, run_tokens=longest)
+        if name == "ppo" and FEEDBACK in config.ppo.reward:  # as `ppo.reward` calls it
+            models[FEEDBACK] = models[pipeline.feedback_model(config)]
+        chosen = stage.principles(config)
+        unit = {"sft": "epochs", "preference_model": "epochs", "ppo": "steps"}.get(name, "rows")
+        return StageInputs(
+            key=key,
+            rows=tuple(self.run.stage(read).data for read in stage.data(config)),
+            models=models,
+            settings=MapSettings(
+                joining=self.pool.joining,
+                rows_per_block=config.cluster.rows_per_block,
+                max_bad_fraction=config.run.max_bad_fraction,
+                timeout_s=config.cluster.step_timeout_s,
+                progress=lambda: self.reporter.bar(name, unit),
+            ),
+            cluster=config.cluster,
+            device=device,
+            threads=config.preference_model.sharding.cpus_per_rank,
+            constitution=pipeline.constitution_of(getattr(config.constitution, chosen)) if chosen else None,
+        )

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 
-from cai_ray.artifacts import RunDir, StageDir, write_atomic
+from cai_ray.artifacts import RunDir, StageDir, StageKey, write_atomic
 from cai_ray.config import Config
 from cai_ray.config_files import load_config
 from cai_ray.errors import CaiError, ConfigError, DataError, ResourceError
 from cai_ray.execution import Execution, Request, _doomed, _take_over, run_pipeline
 from cai_ray.pipeline import (
+    GENERATING,
     STAGES,
     downstream,
     model_identity,
@@ -25,6 +26,7 @@ from cai_ray.pipeline import (
     stage_of_path,
 )
 from cai_ray.progress import Reporter
+from cai_ray.resources import context_tokens
 
 
 def finish(config: Config, run: RunDir, *names: str) -> None:
@@ -250,6 +252,40 @@ def test_ppo_reads_its_rewards_and_what_it_mixes_in() -> None:
     assert stage("ppo", *judged)[1] == ("sft", "pretrained")
     (ppo,) = (s for s in STAGES if s.name == "ppo")
     assert (ppo.principles(load_config("tiny", judged)), ppo.principles(load_config("tiny"))) == ("feedback", None)
+
+
+def test_a_stage_is_given_what_its_line_of_the_table_names(tmp_path: Path) -> None:
+    config = load_config(
+        "tiny",
+        ("ppo={reward: [preference_model, feedback_model], heldout_reward: tiny, ptx_coef: 0.1}", "label.format=chat"),
+    )
+    run = RunDir(tmp_path)
+    with ExitStack() as stack:
+        execution = Execution(config, run, Reporter(), stack, (), False)
+        execution.__dict__ |= {"device": "cpu", "pool": SimpleNamespace(joining=tuple)}  # else they start Ray
+        given = {s.name: execution._inputs(s, StageKey({}, {}, {})) for s in STAGES}
+    assert given.pop("report").run is run
+    assert {name: [folder.parent.name for folder in inputs.rows] for name, inputs in given.items()} == {
+        **{"prompts": [], "revise": ["prompts"], "sft": ["revise"], "sample_pairs": ["prompts"]},
+        **{"label": ["sample_pairs"], "preference_model": ["label"], "ppo": ["prompts", "revise"]},
+        "evaluate": ["prompts"],
+    }
+    assert {name: [*inputs.models] for name, inputs in given.items()} == {
+        **{"prompts": [], "revise": ["helpful"], "sft": ["pretrained"], "sample_pairs": ["sft"]},
+        **{"label": ["pretrained"], "preference_model": ["sft"]},
+        "ppo": ["sft", "preference_model", "pretrained", "tiny", "feedback_model"],
+        "evaluate": ["helpful", "sft", "ppo", "preference_model"],
+    }
+    assert given["ppo"].models["feedback_model"] is given["ppo"].models["pretrained"]
+    assert given["evaluate"].setup is given["evaluate"].models["helpful"]
+    assert given["sample_pairs"].setup.model == run.path / "sft" / "model"
+    assert {n for n, inputs in given.items() if inputs.constitution} == {"revise", "label", "ppo"}
+    # The run's longest sequence: an engine that holds it serves every stage.
+    assert {m.run_tokens for inputs in given.values() for m in inputs.models.values()} == {longest(config)}
+
+
+def longest(config: Config) -> int:
+    return max(context_tokens(config, stage) for stage in ("prompts", *GENERATING))
 
 
 def test_models_by_key_run_and_path(tmp_path: Path) -> None:

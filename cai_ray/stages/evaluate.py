@@ -7,29 +7,16 @@ from typing import Any
 
 import ray.data
 
-from cai_ray.artifacts import Manifest, StageDir, StageKey
+from cai_ray.artifacts import Manifest, StageDir
 from cai_ray.config import EvaluateConfig
 from cai_ray.errors import DataError
 from cai_ray.evaluation.answers import ANSWER, SCORED, Scorer, summary, wins
-from cai_ray.generation.data_plane import MapSettings, RowCounts, map_rows, quiet
+from cai_ray.generation.data_plane import RowCounts, map_rows, quiet
 from cai_ray.records import PROMPT, Row
-from cai_ray.stages.shared import EngineSetup, ask, read_rows, write_rows
+from cai_ray.stages.shared import StageInputs, ask, read_rows, write_rows
 
 
-@dataclass(frozen=True)
-class EvaluateInputs:
-    """What the stage reads besides its configuration."""
-
-    key: StageKey
-    prompts: Path
-    models: dict[str, EngineSetup]  # in the order in which they were made; the last one is the policy
-    reward: Path
-    settings: MapSettings
-    threads: int
-    gpu: bool
-
-
-def evaluate(config: EvaluateConfig, inputs: EvaluateInputs, out: StageDir) -> Manifest:
+def evaluate(config: EvaluateConfig, inputs: StageInputs, out: StageDir) -> Manifest:
     """Writes one scored answer per model and held-out prompt, and each model's mean score, refusals and length.
 
     Raises:
@@ -38,20 +25,21 @@ def evaluate(config: EvaluateConfig, inputs: EvaluateInputs, out: StageDir) -> M
     """
     rows: list[Row] = []
     for kind in ("harmful", "helpful"):
-        rows += read_rows(inputs.prompts, kind=kind, split="test")[: config.prompts]
+        rows += read_rows(inputs.rows[0], kind=kind, split="test")[: config.prompts]
     if not rows:
         raise DataError("evaluate: no prompt is in the held-out tenth", "give `prompts` more rows")
+    *asked, _ = inputs.models.items()  # the last one scores; the one before it is the policy
     counts: list[RowCounts] = []
     # Numbered, because a model may be named by its folder.
-    parts, bad = [StageDir(out.path / "answers" / str(n), out.seed) for n in range(len(inputs.models))], []
-    for part, (name, setup) in zip(parts, inputs.models.items(), strict=True):
+    parts, bad = [StageDir(out.path / "answers" / str(n), out.seed) for n in range(len(asked))], []
+    for part, (name, setup) in zip(parts, asked, strict=True):
         work = write_rows(rows, PROMPT, part.path / "inputs")
         engines = setup.engines(config.max_tokens)
         with out.phase("generate"):
             counts.append(map_rows(work, Answer(config, out.seed, name), engines, part, settings=inputs.settings))
         bad += [{"model": name, **json.loads(line)} for line in part.quarantine_path.read_text("utf-8").splitlines()]
-    if inputs.gpu:  # the scorer takes a GPU that an engine may hold
-        next(iter(inputs.models.values())).pool.release()
+    if inputs.device == "gpu":  # the scorer takes a GPU that an engine may hold
+        inputs.setup.pool.release()
     with out.phase("score"):
         scored = _score(inputs, [part.data for part in parts], out)
     answers = [row for row in scored if row["score"] is not None]
@@ -64,8 +52,8 @@ def evaluate(config: EvaluateConfig, inputs: EvaluateInputs, out: StageDir) -> M
         "rows_out": len(answers),
         "quarantined": sum(c.quarantined for c in counts) + len(unread),
     }
-    policy = list(inputs.models)[-1]
-    for name in inputs.models:
+    policy = asked[-1][0]
+    for name, _ in asked:
         for kind in ("harmful", "helpful"):
             metrics |= summary([r for r in answers if r["model"] == name and r["kind"] == kind], f"{name}/{kind}")
         if name != policy:
@@ -98,17 +86,18 @@ class Answer:
         return {**row, "model": self.model, "response": done.text, "seed": self.seed, "flags": flags}
 
 
-def _score(inputs: EvaluateInputs, folders: list[Path], out: StageDir) -> list[Row]:
+def _score(inputs: StageInputs, folders: list[Path], out: StageDir) -> list[Row]:
+    *order, scorer = inputs.models
+    gpu = inputs.device == "gpu"
     with quiet():
         scored = ray.data.read_parquet([str(f) for f in folders]).map_batches(
             Scorer,
-            fn_constructor_args=(str(inputs.reward), inputs.gpu),
+            fn_constructor_args=(str(inputs.models[scorer].model), gpu),
             batch_format="pyarrow",
             batch_size=64,
             concurrency=1,
             max_restarts=0,  # Ray warns of a restart that may fail; this way the same command is the restart
-            num_gpus=1 if inputs.gpu else 0,
+            num_gpus=1 if gpu else 0,
             runtime_env={"env_vars": {"OMP_NUM_THREADS": str(inputs.threads)}},
         )
-    order = list(inputs.models)
     return sorted(scored.take_all(), key=lambda r: (r["id"], order.index(r["model"])))

@@ -26,9 +26,9 @@ from cai_ray.models.tokenization import encode_choices
 from cai_ray.records import LABELED_PAIR, RESPONSE_PAIR, Message, Row, derive_seed, row_id
 from cai_ray.sources import read_comparisons
 from cai_ray.stages.shared import (
-    GenerateInputs,
     PromptOf,
     PromptText,
+    StageInputs,
     ask,
     check_length,
     encode,
@@ -41,7 +41,7 @@ from cai_ray.stages.shared import (
 _BETTER = "name a larger or better models.feedback, or ask otherwise (label.format, few_shots, swap), with --rebuild"
 
 
-def label(config: LabelConfig, inputs: GenerateInputs, out: StageDir) -> Manifest:
+def label(config: LabelConfig, inputs: StageInputs, out: StageDir) -> Manifest:
     """Writes one `LabeledPair` row per response pair.
 
     Raises:
@@ -52,12 +52,13 @@ def label(config: LabelConfig, inputs: GenerateInputs, out: StageDir) -> Manifes
     program = LabelPair(config, inputs.constitution, out.seed)
     metrics: dict[str, float] = {"few_shots": len(program.shots)}
     warn_of_few(out, config.few_shots, len(program.shots))
-    engines = inputs.setup.engines(config.max_tokens)
+    setup = replace(inputs.setup, format="chat") if config.format == "chat" else inputs.setup
+    engines = setup.engines(config.max_tokens)
     if config.judge_gate != "off":
         with out.phase("gate"):
             metrics |= pass_gate(program, inputs, engines, out)
     with out.phase("generate"):
-        counts = map_rows(inputs.rows, program, engines, out, settings=inputs.settings)
+        counts = map_rows(inputs.rows[0], program, engines, out, settings=inputs.settings)
     done = read_rows(out.data)
     if config.ranking:  # until the manifest is written, the same command gathers the votes again
         done = ranked(config, done)
@@ -68,7 +69,7 @@ def label(config: LabelConfig, inputs: GenerateInputs, out: StageDir) -> Manifes
 
 
 def pass_gate(
-    program: "LabelPair", inputs: GenerateInputs, engines: Callable[[], list[Any]], out: StageDir
+    program: "LabelPair", inputs: StageInputs, engines: Callable[[], list[Any]], out: StageDir
 ) -> dict[str, float]:
     """The judge answers the gold comparisons as it will label; not being above chance is a warning, or the end.
 

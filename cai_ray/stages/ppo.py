@@ -1,53 +1,40 @@
 """Stage 7: PPO against its rewards, with a KL penalty to the SL model (Bai et al. 2022, section 4.1)."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
 
-from cai_ray.artifacts import Manifest, Show, StageDir, StageKey
-from cai_ray.config import Cluster, PPOConfig, SftConfig
+from cai_ray.artifacts import Manifest, StageDir
+from cai_ray.config import FEEDBACK, PPOConfig, SftConfig
 from cai_ray.errors import DataError
 from cai_ray.models.tokenization import Tokenizer
 from cai_ray.rl.loop import run_ppo
 from cai_ray.rl.setup import Judge, Setup
-from cai_ray.stages.shared import EngineSetup, iter_rows, read_rows
+from cai_ray.stages.shared import StageInputs, iter_rows, read_rows
 from cai_ray.training.sft import examples
 
 
-@dataclass(frozen=True)
-class PPOInputs:
-    """What the stage reads besides its configuration."""
-
-    key: StageKey
-    prompts: Path
-    setup: EngineSetup  # the policy's start, on the rollout engines
-    rewards: tuple[Path | Judge | str, ...]  # folders of preference models, feedback models, names of functions
-    heldout_reward: Path | None
-    cluster: Cluster
-    device: str
-    progress: Show
-    max_bad_fraction: float
-    revisions: Path | None = None  # rows of `revise`, where ptx_coef mixes them in
-
-
-def ppo(config: PPOConfig, inputs: PPOInputs, out: StageDir) -> Manifest:
+def ppo(config: PPOConfig, inputs: StageInputs, out: StageDir) -> Manifest:
     """Trains the policy on the training prompts of both kinds and publishes it.
 
     Raises:
         DataError: there is no training prompt.
         StageFailed: a worker did not answer in time, or weights did not arrive; the last checkpoint is kept.
     """
-    prompts = read_rows(inputs.prompts, config.share, split="train")
+    prompts = read_rows(inputs.rows[0], config.share, split="train")
     if not prompts:
         raise DataError("ppo: no training prompt", "give `prompts` a source with rows, or widen ppo.share")
     options = {"lora_rank": config.adapter_rank, "updated": True}
     engines = inputs.setup.engines(config.max_tokens, config.engines, **options)
+    scoring: dict[str, Path | Judge] = {name: setup.model for name, setup in inputs.models.items()}
+    if judge := inputs.models.get(FEEDBACK):
+        assert inputs.constitution is not None
+        scoring[FEEDBACK] = Judge(judge.model, judge.format, inputs.constitution)
     setup = Setup(
         config=config,
         policy=inputs.setup.model,
-        rewards=inputs.rewards,
-        heldout_reward=inputs.heldout_reward,
+        rewards=tuple(scoring.get(name, name) for name in config.reward),  # else a function
+        heldout_reward=inputs.models[config.heldout_reward].model if config.heldout_reward else None,
         format=inputs.setup.format,
         device=inputs.device,
         seed=out.seed,
@@ -55,11 +42,12 @@ def ppo(config: PPOConfig, inputs: PPOInputs, out: StageDir) -> Manifest:
         engine_dtype=inputs.setup.dtype,
     )
     sl_rows = None
-    if inputs.revisions is not None:
-        sl_rows = to_learn(inputs.revisions, config, Tokenizer.load(setup.policy, setup.format))
+    if config.ptx_coef:
+        sl_rows = to_learn(inputs.rows[1], config, Tokenizer.load(setup.policy, setup.format))
     if setup.colocated:
         inputs.setup.pool.release()  # its engines have GPUs of their own, which are about to be shared
-    metrics, workers = run_ppo(setup, prompts, engines, out, inputs.progress, sl_rows, inputs.max_bad_fraction)
+    settings = inputs.settings
+    metrics, workers = run_ppo(setup, prompts, engines, out, settings.progress, sl_rows, settings.max_bad_fraction)
     return out.commit(inputs.key, {"prompts": len(prompts), **metrics}, workers=workers)
 
 

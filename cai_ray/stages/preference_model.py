@@ -7,10 +7,10 @@ from cai_ray.config import PreferenceModelConfig
 from cai_ray.errors import DataError
 from cai_ray.records import LABELED_PAIR, Row
 from cai_ray.sources import read_comparisons
-from cai_ray.stages.shared import TrainInputs, fit, write_rows
+from cai_ray.stages.shared import StageInputs, fit, write_rows
 
 
-def preference_model(config: PreferenceModelConfig, inputs: TrainInputs, out: StageDir) -> Manifest:
+def preference_model(config: PreferenceModelConfig, inputs: StageInputs, out: StageDir) -> Manifest:
     """Trains the preference model on every source of comparisons and publishes it with its reward mean and std.
 
     Raises:
@@ -33,7 +33,7 @@ def preference_model(config: PreferenceModelConfig, inputs: TrainInputs, out: St
         bad, raw_rows = bad + unusable, raw_rows + read
         counts[f"rows/{source.path}"] += len(new)  # a path may stand there twice, with other columns
         counts["duplicates"] += len(rows) - len(new)
-    out.quarantine(bad, raw_rows, inputs.max_bad_fraction)
+    out.quarantine(bad, raw_rows, inputs.settings.max_bad_fraction)
     metrics = fit("preference_model", config, folders, inputs, out)
     metrics["quarantined"] += len(bad)
     return out.commit(inputs.key, {**counts, **metrics})

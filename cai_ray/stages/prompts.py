@@ -16,13 +16,13 @@ from typing import Any
 import pyarrow as pa
 import ray.data
 
-from cai_ray.artifacts import Manifest, StageDir, StageKey
+from cai_ray.artifacts import Manifest, StageDir
 from cai_ray.config import GeneratePrompts, PromptsConfig, Source
 from cai_ray.errors import DataError
-from cai_ray.generation.data_plane import MapSettings, map_rows
+from cai_ray.generation.data_plane import map_rows
 from cai_ray.records import PROMPT, Row, derive_seed, row_id
 from cai_ray.sources import as_json, read_rows, to_prompts
-from cai_ray.stages.shared import EngineSetup, ask, write_rows
+from cai_ray.stages.shared import StageInputs, ask, write_rows
 from cai_ray.stages.shared import read_rows as read_stage
 from cai_ray.templates import LIST_STOP, list_prompt
 
@@ -33,16 +33,7 @@ _RAW = pa.schema([*_PLACE, ("raw", pa.string())])
 _PARSED = pa.schema([*_PLACE, ("prompt", pa.struct(list(PROMPT))), ("reason", pa.string())])
 
 
-@dataclass(frozen=True)
-class PromptsInputs:
-    """What the stage reads besides its configuration."""
-
-    key: StageKey
-    settings: MapSettings
-    writers: Mapping[str, EngineSetup]  # the models that `prompts.generate` names
-
-
-def prompts(config: PromptsConfig, inputs: PromptsInputs, out: StageDir) -> Manifest:
+def prompts(config: PromptsConfig, inputs: StageInputs, out: StageDir) -> Manifest:
     """Reads every source, makes `Prompt` rows in Ray tasks, keeps each conversation once.
 
     Raises:
@@ -184,12 +175,11 @@ def _grams(text: str) -> set[tuple[str, ...]]:
 
 
 def _generate(
-    config: GeneratePrompts, seen: dict[str, Row], bad: list[Row], inputs: PromptsInputs, out: StageDir
+    config: GeneratePrompts, seen: dict[str, Row], bad: list[Row], inputs: StageInputs, out: StageDir
 ) -> Counter[str]:
     """Has new prompts written; adds the good ones to `seen`, those that could not be asked for to `bad`, and counts."""
     work = write_rows(_requests(config, seen, out), _REQUEST, out.path / "inputs")
-    setup, limit = inputs.writers[config.model], config.max_tokens
-    engines = setup.engines(limit)
+    engines = inputs.models[config.model].engines(config.max_tokens)
     map_rows(work, WritePrompt(config, out.seed), engines, out, settings=inputs.settings)
     bad += [json.loads(line) for line in out.quarantine_path.read_text("utf-8").splitlines()]
     near = NearDuplicates(r["messages"][-1]["content"] for r in seen.values() if r["kind"] == config.kind)

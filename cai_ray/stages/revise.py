@@ -20,9 +20,9 @@ from cai_ray.generation.engine import Completion
 from cai_ray.models.tokenization import Tokenizer
 from cai_ray.records import PROMPT, REVISION, Message, Row, derive_seed, row_id
 from cai_ray.stages.shared import (
-    GenerateInputs,
     PromptOf,
     PromptText,
+    StageInputs,
     ask,
     fit_turns,
     iter_rows,
@@ -51,13 +51,13 @@ _CHAT: tuple[Callable[..., PromptText], ...] = (
 )
 
 
-def revise(config: ReviseConfig, inputs: GenerateInputs, out: StageDir) -> Manifest:
+def revise(config: ReviseConfig, inputs: StageInputs, out: StageDir) -> Manifest:
     """Writes one `Revision` row per harmful prompt and per helpful sample; the latter have no rounds.
 
     Raises:
         StageFailed: an engine died repeatedly, or more than the permitted share of rows is bad.
     """
-    prompts = iter_rows(inputs.rows, config.share)
+    prompts = iter_rows(inputs.rows[0], config.share)
     work = write_rows((row for prompt in prompts for row in asked(prompt, config)), PROMPT, out.path / "inputs")
     assert inputs.constitution is not None
     program = ReviseRow(config, inputs.constitution, out.seed)

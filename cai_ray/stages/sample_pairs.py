@@ -15,19 +15,19 @@ from cai_ray.config import SamplePairsConfig
 from cai_ray.errors import DataError
 from cai_ray.generation.data_plane import map_rows
 from cai_ray.records import PROMPT, RESPONSE_PAIR, Row, row_id
-from cai_ray.stages.shared import GenerateInputs, ask, fit_turns, read_rows, write_rows
+from cai_ray.stages.shared import StageInputs, ask, fit_turns, read_rows, write_rows
 
 _ANSWERS = pa.list_(pa.struct([("text", pa.string()), ("ended", pa.bool_())]))
 RESPONSES = pa.schema([*PROMPT, ("responses", _ANSWERS), *(RESPONSE_PAIR.field(n) for n in ("seed", "flags"))])
 
 
-def sample_pairs(config: SamplePairsConfig, inputs: GenerateInputs, out: StageDir) -> Manifest:
+def sample_pairs(config: SamplePairsConfig, inputs: StageInputs, out: StageDir) -> Manifest:
     """Writes the `ResponsePair` rows of every harmful prompt.
 
     Raises:
         StageFailed: an engine died repeatedly, or more than the permitted share of rows is bad.
     """
-    rows = read_rows(inputs.rows, config.share, kind="harmful")
+    rows = read_rows(inputs.rows[0], config.share, kind="harmful")
     work = write_rows(rows, PROMPT, out.path / "inputs")
     program = SampleResponses(config, out.seed)
     engines = inputs.setup.engines(config.max_tokens)

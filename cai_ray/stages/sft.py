@@ -2,10 +2,10 @@
 
 from cai_ray.artifacts import Manifest, StageDir
 from cai_ray.config import SftConfig
-from cai_ray.stages.shared import TrainInputs, fit
+from cai_ray.stages.shared import StageInputs, fit
 
 
-def sft(config: SftConfig, inputs: TrainInputs, out: StageDir) -> Manifest:
+def sft(config: SftConfig, inputs: StageInputs, out: StageDir) -> Manifest:
     """Trains on the chosen revisions of harmful prompts and the samples of helpful ones; publishes the SL model.
 
     Raises:

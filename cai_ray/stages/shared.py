@@ -2,7 +2,7 @@
 
 import json
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cai_ray.artifacts import Show, StageDir, StageKey
+from cai_ray.artifacts import StageDir, StageKey
 from cai_ray.config import Answering, Cluster, LabelConfig, PreferenceModelConfig, Sampling, SftConfig
 from cai_ray.constitution import Constitution
 from cai_ray.errors import DataError
@@ -29,7 +29,7 @@ IN_MEMORY = 1000  # rows
 
 @dataclass(frozen=True)
 class EngineSetup:
-    """Which model an engine holds for a stage, and where it may run."""
+    """A model that a stage reads, and how engines come to hold it."""
 
     pool: Any  # generation.pool.EnginePool
     model: Path
@@ -54,28 +54,33 @@ class EngineSetup:
 
 
 @dataclass(frozen=True)
-class GenerateInputs:
-    """What `revise`, `sample_pairs` and `label` read besides their configuration."""
+class StageInputs:
+    """What a stage reads besides its section of the configuration: what its line in `pipeline.STAGES` names.
+
+    Attributes:
+        key: what its manifest says of all this.
+        rows: a folder of parquet for each stage whose rows it reads.
+        models: by name, in the table's order; for PPO `feedback_model`, too, where that is a reward.
+        settings: how rows go to engines; the share of bad rows and the progress display of every stage.
+        cluster: time limits, and how large engines are.
+        device: cpu or gpu.
+        threads: of the process that scores answers on a CPU.
+        constitution: the principles that it draws from.
+    """
 
     key: StageKey
-    rows: Path
-    setup: EngineSetup
+    rows: tuple[Path, ...]
+    models: Mapping[str, EngineSetup]
     settings: MapSettings
-    constitution: Constitution | None = None
-
-
-@dataclass(frozen=True)
-class TrainInputs:
-    """What `sft` and `preference_model` read besides their configuration."""
-
-    key: StageKey
-    rows: tuple[Path, ...]  # folders of parquet
-    model: Path
-    format: str
-    max_bad_fraction: float
     cluster: Cluster
     device: str
-    progress: Show
+    threads: int
+    constitution: Constitution | None = None
+
+    @property
+    def setup(self) -> EngineSetup:
+        """The first model: the one that answers or learns."""
+        return next(iter(self.models.values()))
 
 
 def warn_of_few(out: StageDir, wanted: int, found: int) -> None:
@@ -188,22 +193,24 @@ def fit(
     kind: Kind,
     config: SftConfig | PreferenceModelConfig,
     rows: Sequence[Path],
-    inputs: TrainInputs,
+    inputs: StageInputs,
     out: StageDir,
 ) -> dict[str, float]:
     """Trains on folders of rows and leaves the model in `out`; returns counts and the last metrics."""
+    if inputs.device == "gpu":  # engines leave the GPUs that training is about to take
+        inputs.setup.pool.release()
     job = Job(
         kind=kind,
         config=config,
-        model=inputs.model.resolve(),
-        format=inputs.format,
+        model=inputs.setup.model.resolve(),
+        format=inputs.setup.format,
         inputs=tuple(folder.resolve() for folder in rows),
         out=out.path.resolve(),
         seed=out.seed,
         device=inputs.device,
-        max_bad_fraction=inputs.max_bad_fraction,
+        max_bad_fraction=inputs.settings.max_bad_fraction,
         start_timeout_s=inputs.cluster.start_timeout_s,
         step_timeout_s=inputs.cluster.step_timeout_s,
     )
-    with inputs.progress() as show, out.phase("train"):
+    with inputs.settings.progress() as show, out.phase("train"):
         return run_training(job, out, show)

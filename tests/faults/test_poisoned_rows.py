@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from cai_ray.artifacts import StageDir, StageKey
-from cai_ray.config import PromptsConfig, ReviseConfig, Source
+from cai_ray.config import Cluster, PromptsConfig, ReviseConfig, Source
 from cai_ray.constitution import load_constitution
 from cai_ray.records import PROMPT, row_id
 from tests.faults.chain import MAX_LEN, PER_BLOCK, Chain, settings, write_rows
@@ -35,7 +35,8 @@ def revise_rows(inputs, out, engines):
 
 
 def test_bad_text_in_a_file_and_an_absurd_length_are_found_on_the_way(standins, tmp_path):
-    from cai_ray.stages.prompts import PromptsInputs, prompts
+    from cai_ray.stages.prompts import prompts
+    from cai_ray.stages.shared import StageInputs
 
     good = [json.dumps({"prompt": f"Why is {n} odd?"}).encode() for n in range(1, 60, 2)]
     bad = [b'{"prompt": "a\\u0000b"}', b'{"prompt": "a\xff\xfeb"}', b'{"prompt": "a\\ud800b"}', b'{"prompt": "a']
@@ -44,7 +45,8 @@ def test_bad_text_in_a_file_and_an_absurd_length_are_found_on_the_way(standins, 
     source = Source(path=str(tmp_path / "p.jsonl"))
     first, second = StageDir(tmp_path / "prompts"), StageDir(tmp_path / "revise")
     first.path.mkdir()
-    prompts(PromptsConfig(harmful=(source,), helpful=()), PromptsInputs(StageKey({}, {}, {}), settings(1.0), {}), first)
+    inputs = StageInputs(StageKey({}, {}, {}), (), {}, settings(1.0), Cluster(), "cpu", 1)
+    prompts(PromptsConfig(harmful=(source,), helpful=()), inputs, first)
     assert sorted(int(q["id"].split(":")[1]) for q in quarantine(first)) == [11, 12, 13, 14]
 
     counts = revise_rows(first.data, second, standins)

@@ -12,13 +12,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from cai_ray.artifacts import StageDir, StageKey
-from cai_ray.config import EvaluateConfig
+from cai_ray.config import Cluster, EvaluateConfig
 from cai_ray.errors import StageFailed
 from cai_ray.evaluation.answers import ANSWER
 from cai_ray.generation.data_plane import MapSettings, RowCounts
 from cai_ray.records import PROMPT, to_table
 from cai_ray.stages import evaluate as stage
-from cai_ray.stages.shared import write_rows
+from cai_ray.stages.shared import StageInputs, write_rows
 
 
 def all_but_one(inputs: Path, program: Any, engines: Any, out: StageDir, *, settings: MapSettings) -> RowCounts:
@@ -33,7 +33,7 @@ def all_but_one(inputs: Path, program: Any, engines: Any, out: StageDir, *, sett
 UNREAD = {"score": None, "reason": "no system turn"}
 
 
-def score(inputs: stage.EvaluateInputs, folders: list[Path], *_: Any) -> list[dict[str, Any]]:
+def score(inputs: StageInputs, folders: list[Path], *_: Any) -> list[dict[str, Any]]:
     """Stands in for the preference model."""
     rows = [row for folder in folders for row in pq.read_table(folder).to_pylist()]
     return [{**row, **({"score": 0.0, "reason": None} if row["id"] != "helpful1" else UNREAD)} for row in rows]
@@ -56,7 +56,8 @@ def test_a_model_s_folder_stays_as_it_is_and_bad_rows_are_told_with_their_model(
     show = MapSettings(8, 0.5, 60, nullcontext)  # type: ignore[arg-type]
     rows = write_rows(prompts, pa.schema(PROMPT), tmp_path / "prompts")
     models = {"sft": setup, str(mine): setup}
-    inputs = stage.EvaluateInputs(StageKey({}, {}, {}), rows, models, tmp_path, show, threads=1, gpu=False)
+    named = {**models, "preference_model": setup}
+    inputs = StageInputs(StageKey({}, {}, {}), (rows,), named, show, Cluster(), "cpu", 1)
     out = StageDir(tmp_path / "evaluate")
     manifest = stage.evaluate(EvaluateConfig(), inputs, out)
     assert list(mine.iterdir()) == []

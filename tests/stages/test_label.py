@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from cai_ray.artifacts import StageDir, StageKey
-from cai_ray.config import LabelConfig, Source
+from cai_ray.config import Cluster, LabelConfig, Source
 from cai_ray.constitution import Constitution, FeedbackFewShot, Principle, load_constitution
 from cai_ray.errors import DataError, StageFailed
 from cai_ray.generation.data_plane import MapSettings, RowCounts
@@ -22,6 +22,7 @@ from cai_ray.records import LABELED_PAIR, RESPONSE_PAIR, Row, to_table
 from cai_ray.sources import read_comparisons
 from cai_ray.stages import label as stage
 from cai_ray.stages.label import LabelPair, alternate, final_label, ranked
+from cai_ray.stages.shared import EngineSetup, StageInputs
 from cai_ray.templates import CHOICES, NUMBERS, SCORES, feedback_prompt, rationale_prompt, rlaif_prompt, score_prompt
 
 ROW: Row = {
@@ -343,9 +344,13 @@ def run_label(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         out = StageDir(tmp_path / "label", 3)
         out.on_warning = warned.append
         key = StageKey({}, {}, {})
-        setup = SimpleNamespace(engines=lambda length: lambda: [engine])
+        pool = SimpleNamespace(
+            engines=lambda model, **how: [engine] if how["format"] == engine.tokenizer.format else []
+        )
+        (tmp_path / "config.json").write_text("{}")
         show = MapSettings(8, 0.01, 60, nullcontext)  # type: ignore[arg-type]
-        inputs: Any = SimpleNamespace(key=key, rows=pairs, setup=setup, settings=show, constitution=constitution())
+        setup = EngineSetup(pool, tmp_path, "plain", "float32", 512)
+        inputs = StageInputs(key, (pairs,), {"feedback": setup}, show, Cluster(), "cpu", 1, constitution())
         return out, stage.label(LabelConfig(**settings), inputs, out), warned
 
     return run
@@ -403,6 +408,12 @@ def test_a_judge_that_likes_a_letter_is_at_chance_and_the_run_says_so(run_label:
     assert "THE JUDGE IS NOT ABOVE CHANCE: ON 68 GOLD COMPARISONS ITS ACCURACY IS 0.50" in text
     assert "(95% INTERVAL 0.38 TO 0.62)" in text
     assert manifest.metrics["rows_out"] == 3
+
+
+def test_a_judge_in_the_chat_format_is_given_its_own_template(run_label: Any) -> None:
+    chat = Engine(lambda p, c: [0.5, 0.5], format="chat")
+    assert run_label(chat, format="chat")[1].metrics["rows_out"] == 3
+    assert len(chat.prompts) == 68 + 3
 
 
 def test_stop_stops_before_any_label_and_warn_goes_on_without_asking_again(run_label: Any, tmp_path: Path) -> None:

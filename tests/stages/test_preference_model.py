@@ -1,13 +1,15 @@
 """The comparisons that the preference model is given."""
 
 import json
+from contextlib import nullcontext
 
 import pyarrow.parquet as pq
 
 from cai_ray.artifacts import StageDir, StageKey
 from cai_ray.config import Cluster, Comparisons, PreferenceModelConfig
+from cai_ray.generation.data_plane import MapSettings
 from cai_ray.stages import preference_model as stage
-from cai_ray.stages.shared import TrainInputs
+from cai_ray.stages.shared import StageInputs
 
 
 def test_a_comparison_that_two_sources_share_counts_once(tmp_path, monkeypatch):
@@ -26,7 +28,8 @@ def test_a_comparison_that_two_sources_share_counts_once(tmp_path, monkeypatch):
     rows = write("b.jsonl", "rain", "sun")
     config = PreferenceModelConfig(data=(write("a.jsonl", "bread", "rain"), rows, rows.model_copy(update={"limit": 1})))
     key = StageKey({}, {"seed": 7}, {})
-    inputs = TrainInputs(key, (), tmp_path, "auto", 0.01, Cluster(), "cpu", lambda *_: None)
+    settings = MapSettings(8, 0.01, 60, nullcontext)
+    inputs = StageInputs(key, (), {}, settings, Cluster(), "cpu", 1)
     manifest = stage.preference_model(config, inputs, StageDir(tmp_path / "preference_model", 7))
     assert sorted(given) == ["bread", "rain", "sun"]
     assert manifest.metrics["duplicates"] == 2

@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,9 @@ from cai_ray.artifacts import StageDir, StageKey
 from cai_ray.config import Cluster, GeneratePrompts, PromptsConfig, SamplePairsConfig
 from cai_ray.errors import DataError
 from cai_ray.records import Row, derive_seed, row_id, split_of
-from cai_ray.stages.prompts import NearDuplicates, PromptsInputs, WritePrompt, _grams, _requests, prompts
+from cai_ray.stages.prompts import NearDuplicates, WritePrompt, _grams, _requests, prompts
 from cai_ray.stages.sample_pairs import sample_pairs
-from cai_ray.stages.shared import EngineSetup, GenerateInputs
+from cai_ray.stages.shared import EngineSetup, StageInputs
 from tests.stages.fake_engine import ScriptedEngine, WordTokenizer
 
 # ---- examples and near-duplicates ---------------------------------------------------------------------------------
@@ -139,7 +140,7 @@ def test_prompts_are_written_once_and_answered_several_times(setup: EngineSetup,
     out, alone, pairs = (StageDir(tmp_path / name, 3) for name in ("prompts", "alone", "pairs"))
     for stage in (out, alone, pairs):
         stage.path.mkdir()
-    inputs = PromptsInputs(key, settings, {"pretrained": setup})
+    inputs = StageInputs(key, (), {"pretrained": setup}, settings, Cluster(), "cpu", 1)
     found = prompts(config, inputs, out).metrics
     rows = rows_of(out)
     new = [r for r in rows if r["source"] == "generated"]
@@ -161,15 +162,15 @@ def test_prompts_are_written_once_and_answered_several_times(setup: EngineSetup,
     out.manifest_path.unlink()
     shutil.rmtree(out.data)
     idle = EngineSetup(None, setup.model, setup.format, setup.dtype, setup.run_tokens)
-    assert prompts(config, PromptsInputs(key, settings, {"pretrained": idle}), out).metrics == found
+    assert prompts(config, replace(inputs, models={"pretrained": idle}), out).metrics == found
     assert rows_of(out) == rows
     plain = PromptsConfig(harmful=config.harmful, helpful=())
-    counted = prompts(plain, PromptsInputs(key, settings, {}), alone).metrics
+    counted = prompts(plain, replace(inputs, models={}), alone).metrics
     assert counted["rows"] == len(HARMFUL)
     assert not any("generated" in k for k in counted)
 
     three = SamplePairsConfig(responses_per_prompt=3, max_prompt_tokens=64, max_new_tokens=12, share=(0.0, 0.5))
-    counted = sample_pairs(three, GenerateInputs(key, out.data, setup, settings), pairs).metrics
+    counted = sample_pairs(three, replace(inputs, rows=(out.data,)), pairs).metrics
     taken = {r["id"] for r in rows if derive_seed(0, r["id"], "share") < 2**30}
     assert 0 < len(taken) < len(rows)
     assert counted["rows_in"] == len(taken) == counted["rows_out"] + counted["quarantined"]
