@@ -130,7 +130,7 @@ def _doomed(config: Config, request: Request, run: RunDir) -> list[str]:
     doomed = set(pipeline.downstream(config, first)) if request.rebuild and first else set()
     changed = [s for s in pipeline.plan(config, run, doomed) if s.action == "changed"]
     if changed and not request.rebuild:
-        raise pipeline.refuse_change(changed[0].stage.name, changed[0].differs, run)
+        raise pipeline.refuse_change(changed[0], run)
     doomed.update(*(pipeline.downstream(config, step.stage.name) for step in changed))
     return [name for name in reversed(pipeline.NAMES) if name in doomed]
 
@@ -198,9 +198,7 @@ class Execution:
         """The engines, which outlive stages."""
         from cai_ray.generation.pool import EnginePool
 
-        logs = self.run.path / "logs"
-        logs.mkdir(exist_ok=True)
-        pool = EnginePool(self.config.cluster, self.device, logs)
+        pool = EnginePool(self.config.cluster, self.device, self.run.path / "logs")
         self._stack.callback(pool.release)
         return pool
 
@@ -211,23 +209,23 @@ class Execution:
             ConfigError: a stage that it reads is unfinished, or it was begun with other inputs.
             StageFailed: it stopped.
         """
-        config, out = self.config, self.run.stage(stage.name, self.config.run.seed)
-        key = pipeline.stage_key(config, stage, self.run)
+        config, step = self.config, pipeline.next_step(self.config, stage, self.run)
+        key = step.key
         if key is None:
             missing = [n for n in stage.reads(config) if self.run.stage(n).manifest() is None]
             raise ConfigError(
                 f"{stage.name} reads {', '.join(missing)}, which is unfinished", "run without --only or --from"
             )
-        if differs := pipeline.changes(out, key):  # an earlier stage came out anew since this one was begun
+        if step.differs:  # an earlier stage came out anew since this one was begun
             if not self._rebuild:
-                raise pipeline.refuse_change(stage.name, differs, self.run)
+                raise pipeline.refuse_change(step, self.run)
             for name in reversed(pipeline.downstream(config, stage.name)):
                 self.run.discard(name)
-            out = self.run.stage(stage.name, config.run.seed)
+        out = self.run.stage(stage.name, config.run.seed)
         if done := out.manifest():
             self.reporter.say(f"{number} {stage.name}: done before, skipped")
             return done
-        again = " (continues)" if pipeline.started_key(out) else ""
+        again = " (continues)" if step.action == "continue" else ""
         self.reporter.say(f"{number} {stage.name}{again}", style="bold")
         out.path.mkdir(parents=True, exist_ok=True)
         write_atomic(out.path / "key.json", json.dumps(key.begun, indent=1, default=str))

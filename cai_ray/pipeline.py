@@ -205,7 +205,22 @@ class Step:
 
     stage: Stage
     action: Literal["done", "run", "continue", "changed", "wait"]  # wait: an earlier stage comes first
-    differs: tuple[str, ...] = ()
+    differs: tuple[str, ...] = ()  # where the key is another than that with which the stage was begun
+    key: StageKey | None = None  # None while it waits
+
+
+def next_step(config: Config, stage: Stage, run: RunDir) -> Step:
+    """What is to be done about a stage as its inputs are now."""
+    key = stage_key(config, stage, run)
+    if key is None:
+        return Step(stage, "wait")
+    out = run.stage(stage.name)
+    begun = out.path / "key.json"
+    if not begun.is_file():
+        return Step(stage, "run", key=key)
+    if differs := differences(json.loads(begun.read_text("utf-8")), key.begun):
+        return Step(stage, "changed", tuple(differs), key)
+    return Step(stage, "done" if out.manifest() else "continue", key=key)
 
 
 def plan(config: Config, run: RunDir, doomed: Collection[str] = ()) -> list[Step]:
@@ -213,32 +228,11 @@ def plan(config: Config, run: RunDir, doomed: Collection[str] = ()) -> list[Step
     steps: list[Step] = []
     stale: set[str] = set()
     for stage in needed(config):
-        waits, differs = stage.name in doomed or stale & set(stage.reads(config)), ()
-        key = None if waits else stage_key(config, stage, run)  # what is doomed may be too damaged to be read
-        if key is None:
-            action = "wait"
-        elif started_key(out := run.stage(stage.name)) is None:
-            action = "run"
-        elif differs := changes(out, key):
-            action = "changed"
-        else:
-            action = "done" if out.manifest() else "continue"
-        steps.append(Step(stage, action, differs))
-        if action != "done":
+        waits = stage.name in doomed or stale & set(stage.reads(config))  # what is doomed may be too damaged to be read
+        steps.append(Step(stage, "wait") if waits else next_step(config, stage, run))
+        if steps[-1].action != "done":
             stale.add(stage.name)
     return steps
-
-
-def started_key(out: StageDir) -> dict[str, Any] | None:
-    """Parts and inputs of the key with which a stage was begun; None when it never was."""
-    path = out.path / "key.json"
-    return json.loads(path.read_text("utf-8")) if path.is_file() else None
-
-
-def changes(out: StageDir, key: StageKey) -> tuple[str, ...]:
-    """Where a stage's key differs from that with which it was begun; empty when it is the same or it never was."""
-    before = started_key(out)
-    return tuple(differences(before, key.begun)) if before is not None else ()
 
 
 def downstream(config: Config, first: str) -> list[str]:
@@ -250,11 +244,11 @@ def downstream(config: Config, first: str) -> list[str]:
     return hit
 
 
-def refuse_change(stage: str, differs: tuple[str, ...], run: RunDir) -> ConfigError:
+def refuse_change(step: Step, run: RunDir) -> ConfigError:
     """The error for a change that would discard work, with the keys that differ and three ways on."""
     return ConfigError(
-        f"{stage} in {run.path} was begun with another configuration or other inputs:\n"
-        + "\n".join(f"    {d}" for d in differs[:12]),
+        f"{step.stage.name} in {run.path} was begun with another configuration or other inputs:\n"
+        + "\n".join(f"    {d}" for d in step.differs[:12]),
         "choose one: --rebuild (redo it here and all that follows), --name NEW (a new run directory), "
         f"or --name NEW --reuse {run.path} (a new run that takes over every stage that is equal)",
     )
