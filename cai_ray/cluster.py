@@ -48,8 +48,9 @@ def start_ray(config: Config) -> None:
     try:
         ray.init(address=address or "local", **how, **({} if address else own))
     except mendable as e:
+        reason, *_ = str(e).splitlines() or [type(e).__name__]
         raise ResourceError(
-            f"no Ray cluster answers at {address}: {str(e).splitlines()[0]}",
+            f"no Ray cluster answers at {address}: {reason}",
             "check cluster.address or RAY_ADDRESS; without either a cluster is started on this machine",
         ) from e
     finally:

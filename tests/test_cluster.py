@@ -11,10 +11,11 @@ from cai_ray.config_files import load_config
 from cai_ray.errors import ResourceError
 
 
-def test_ray_s_start_leaves_our_handler_of_sigterm(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("words", ["nobody answers", ""])
+def test_ray_s_start_leaves_our_handler_of_sigterm(monkeypatch: pytest.MonkeyPatch, words: str) -> None:
     def init(**_: object) -> None:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(15))
-        raise ConnectionError("nobody answers")
+        raise ConnectionError(words)
 
     def ours(*_: object) -> None: ...
 
