@@ -87,10 +87,6 @@ class EngineActor:
         """Samples one continuation; raises DataError when it does not fit the engine."""
         return await self._submit(request)
 
-    async def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        """Samples many continuations, returned in order."""
-        return await asyncio.gather(*map(self._submit, requests))
-
     async def choose(self, prompt_ids: Sequence[int], choices: Sequence[Sequence[int]]) -> list[float]:
         """Log-probability of each choice after a prompt, up to its first distinguishing token, nats."""
         plan = plan_choices(prompt_ids, choices)
@@ -212,58 +208,21 @@ class EngineActor:
 
     # ---- weights and bookkeeping ----------------------------------------------------------------------------------
 
-    async def load_checkpoint(self, folder: Path, format: str = "auto") -> None:
-        """`Engine.load_checkpoint`."""
-        await self._call(self._engine.load_checkpoint, folder, format)
-
-    async def init_weight_transfer(self, info: dict[str, Any]) -> None:
-        """`Engine.init_weight_transfer`."""
-        await self._call(self._engine.init_weight_transfer, info)
-
-    async def start_weight_update(self) -> None:
-        """`Engine.start_weight_update`."""
-        await self._call(self._engine.start_weight_update)
-
-    async def update_weights(self, info: dict[str, Any]) -> None:
-        """`Engine.update_weights`."""
-        await self._call(self._engine.update_weights, info)
-
-    async def finish_weight_update(self, version: int) -> None:
-        """`Engine.finish_weight_update`."""
-        await self._call(self._engine.finish_weight_update, version)
-
-    async def load_adapter(self, folder: Path, version: int) -> None:
-        """`Engine.load_adapter`."""
-        await self._call(self._engine.load_adapter, folder, version)
-
-    async def sleep(self) -> None:
-        """`Engine.sleep`."""
-        await self._call(self._engine.sleep)
-
-    async def wake(self, *parts: str) -> None:
-        """`Engine.wake`."""
-        await self._call(self._engine.wake, *parts)
-
-    async def stats(self) -> dict[str, float]:
-        """Since the start: tokens of finished requests, seconds of stepping, finished rows; and unfinished requests."""
-        e = self._engine
-        return {
-            "tokens_in": e.tokens_in,
-            "tokens_out": e.tokens_out,
-            "busy_s": e.busy_s,
-            "rows": self._rows,
-            "unfinished": len(self._futures),
-        }
+    async def call(self, method: str, *args: Any) -> Any:
+        """A method of the `Engine`, such as `load_checkpoint`, `sleep` or `shutdown`, between two of its steps."""
+        return await self._call(getattr(self._engine, method), *args)
 
     async def info(self) -> dict[str, Any]:
-        """Who this is, how many sequences it takes at once, and what weights it holds."""
+        """Who this is, what weights it holds, and what it has done since the start.
+
+        `slots` are the sequences that it takes at once, `steps` the engine's, `rows` and `tokens` those that are
+        finished, `unfinished` the requests that are not.
+        """
         e = self._engine
         who = {"name": self.name, "pid": os.getpid(), "node": os.uname().nodename, "slots": e.max_num_seqs}
-        return {**who, "version": e.version, "holds": e.holds, "loaded": e.loaded, "updating": e.updating}
-
-    async def shutdown(self) -> None:
-        """Ends vLLM's own processes; the actor is of no use afterwards."""
-        await self._call(self._engine.shutdown)
+        weights = {"version": e.version, "holds": e.holds, "loaded": e.loaded, "updating": e.updating}
+        done = {"steps": e.steps, "tokens": e.tokens_out, "rows": self._rows, "unfinished": len(self._futures)}
+        return {**who, **weights, **done}
 
 
 def _with_reason(program: Program) -> pa.Schema:

@@ -127,7 +127,7 @@ def _generate(
             _run(job, crew, len(expected) - len(missing), len(expected), settings)
             return
         except RayError as error:
-            dead = [name for name, stats in _stats(crew).items() if not stats]
+            dead = [name for name, info in crew.infos().items() if not info]
             if not dead and not isinstance(error, RayActorError):
                 raise  # a bug in the program, or in Ray Data
             held = frozenset[str]().union(*map(ledger.held_by, dead))
@@ -143,19 +143,34 @@ def _generate(
 
 
 class _Crew:
-    """The engines of one attempt: those that are ready, and those that join while it runs."""
+    """The engines of one attempt: those that are ready, and those that join while it runs.
+
+    Attributes:
+        ready: what each said of itself when it came.
+        joining: the others, by what will be ready once they are.
+    """
 
     def __init__(self, ready: Sequence[EngineHandle], joining: Sequence[EngineHandle]):
         asked = ray.get([e.info.remote() for e in ready], timeout=ANSWER_S)
-        self.infos: dict[EngineHandle, dict[str, Any]] = dict(zip(ready, asked, strict=True))
+        self.ready: dict[EngineHandle, dict[str, Any]] = dict(zip(ready, asked, strict=True))
         self.joining = {e.info.remote(): e for e in joining}
+
+    def infos(self) -> dict[str, dict[str, Any]]:
+        """What each ready engine says of itself now, by its name; nothing where it does not answer."""
+        out: dict[str, dict[str, Any]] = {}
+        for name, ref in [(info["name"], e.info.remote()) for e, info in self.ready.items()]:
+            try:
+                out[name] = ray.get(ref, timeout=ANSWER_S)
+            except (GetTimeoutError, RayActorError):
+                out[name] = {}
+        return out
 
     def admit(self) -> None:
         """Adds the engines that have become ready; one that failed to start is left out, and the rest goes on."""
         while ready := ray.wait(list(self.joining), timeout=0)[0] if self.joining else []:
             engine = self.joining.pop(ready[0])
             try:
-                self.infos[engine] = ray.get(ready[0])
+                self.ready[engine] = ray.get(ready[0])
             except RayActorError as e:
                 log.warning("an engine did not start: %s", e)
 
@@ -189,9 +204,9 @@ def _feed(
 ) -> Callable[[], None]:
     """The Ray Data job that generates what is missing, ready to be started."""
     # Enough blocks in flight to fill every engine while the slowest rows of some blocks are awaited.
-    slots = max(info["slots"] for info in crew.infos.values())
-    in_flight = (-(-slots // settings.rows_per_block) + 1) * (len(crew.infos) + len(crew.joining))
-    arguments = (list(crew.infos), list(crew.joining.values()), ray.put(program), ledger)
+    slots = max(info["slots"] for info in crew.ready.values())
+    in_flight = (-(-slots // settings.rows_per_block) + 1) * (len(crew.ready) + len(crew.joining))
+    arguments = (list(crew.ready), list(crew.joining.values()), ray.put(program), ledger)
     wanted = ray.put(missing)
 
     def job() -> None:
@@ -227,46 +242,30 @@ def _among(wanted: Any, block: pa.Table) -> pa.Table:
 
 def _run(job: Callable[[], None], crew: _Crew, before: int, total: int, settings: MapSettings) -> None:
     """Runs a job to its end; shows its progress, and stops it when the engines stand still."""
-    first = _stats(crew)
     start = moved = time.monotonic()
-    last = first
+    last: dict[str, dict[str, Any]] = {}
     with ThreadPoolExecutor(1, "ray-data") as thread, settings.progress() as show:
         future: Future[None] = thread.submit(job)
         try:
             while not wait([future], POLL_S).done:
                 crew.admit()
-                now, stats = time.monotonic(), _stats(crew)
-                moved = now if stats != last else moved
-                last = stats
-                rows, tokens = (
-                    sum(s.get(k, 0) for s in stats.values()) - sum(s.get(k, 0) for s in first.values()) for k in _SHOWN
-                )
+                now, infos = time.monotonic(), crew.infos()
+                moved = now if infos != last else moved
+                last = infos
+                pairs = [(i, first) for i, first in zip(infos.values(), crew.ready.values(), strict=True) if i]
+                rows, tokens = (sum(info[k] - first[k] for info, first in pairs) for k in ("rows", "tokens"))
                 show(min(total, before + rows), total, f"{tokens / (now - start):.0f} tokens/s")
                 if now - moved > settings.timeout_s:
-                    names = ", ".join(name for name, s in stats.items() if s.get("unfinished", 1))
+                    names = ", ".join(name for name, info in infos.items() if info.get("unfinished", 1))
                     raise StageFailed(
                         f"no progress for {settings.timeout_s:.0f} s; waiting for {names or 'Ray Data'}",
                         "read the engines' logs; where steps are that slow, raise cluster.step_timeout_s",
                     )
         finally:
             if not future.done():  # stuck, or interrupted: without engines the job ends at once
-                for engine in [*crew.infos, *crew.joining.values()]:
+                for engine in [*crew.ready, *crew.joining.values()]:
                     ray.kill(engine)
         future.result()
-
-
-_SHOWN = ("rows", "tokens_out")
-
-
-def _stats(crew: _Crew) -> dict[str, dict[str, float]]:
-    """Each ready engine's stats by its name; empty for one that does not answer."""
-    out: dict[str, dict[str, float]] = {}
-    for name, ref in [(info["name"], e.stats.remote()) for e, info in crew.infos.items()]:
-        try:
-            out[name] = ray.get(ref, timeout=ANSWER_S)
-        except (GetTimeoutError, RayActorError):
-            out[name] = {}
-    return out
 
 
 @contextmanager

@@ -9,7 +9,6 @@ import json
 import math
 import os
 import re
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -237,7 +236,7 @@ class Engine:
         self.loaded = (model_folder, format)  # the checkpoint that the tokenizer is of, and once the weights
         self.holds: tuple[Path, str] | None = self.loaded  # None after a weight update
         self.version = 0
-        self.tokens_in, self.tokens_out, self.busy_s = 0, 0, 0.0
+        self.steps, self.tokens_out = 0, 0  # since the start; tokens of finished requests
         self.updating = False  # between the start and the end of a change of weights
         self._adapter: Any = None  # vLLM's name of it, for each request
         self._takes_adapters = bool(lora_rank)
@@ -275,7 +274,6 @@ class Engine:
         except VLLMClientError as e:
             raise DataError(f"vLLM refuses the request: {e}") from None
         self._open[request_id] = request
-        self.tokens_in += len(ids)
 
     def abort(self, request_id: str) -> None:
         """Drops a request; it gives no result."""
@@ -284,8 +282,8 @@ class Engine:
 
     def step(self) -> list[tuple[str, Result]]:
         """Advances every request by a token; returns (id, result) of those that finished."""
-        start = time.perf_counter()
         done = []
+        self.steps += 1
         for output in self._llm.step():
             request = self._open.get(output.request_id)
             result = None if request is None else self._result(request, output)
@@ -294,7 +292,6 @@ class Engine:
                     self._llm.abort_request([output.request_id])
                 del self._open[output.request_id]
                 done.append((output.request_id, result))
-        self.busy_s += time.perf_counter() - start
         return done
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:

@@ -96,7 +96,7 @@ class EnginePool:
         # The engine itself knows what it holds: PPO may have given it other weights since.
         holds = {e: fit[e]["holds"] or (fit[e]["loaded"] if updated else None) for e in self._live}
         stale = [e for e in self._live if holds[e] != model]
-        swaps = [(e, e.handle.load_checkpoint.remote(*model)) for e in stale]
+        swaps = [(e, e.handle.call.remote("load_checkpoint", *model)) for e in stale]
         missing = max(0, fewest - len(self._live))
         if group is None:  # else their room is reserved
             self._check_room(missing)
@@ -194,7 +194,7 @@ class EnginePool:
                 ) from None
 
     def _stop(self, engines: list[_Live]) -> None:
-        goodbyes: list[Any] = [e.handle.shutdown.remote() for e in engines if e.ready]
+        goodbyes: list[Any] = [e.handle.call.remote("shutdown") for e in engines if e.ready]
         if goodbyes:
             ray.wait(goodbyes, num_returns=len(goodbyes), timeout=GOODBYE_S)
         for e in engines:

@@ -85,7 +85,8 @@ def run_ppo(
             try:
                 engines = get_engines()
                 if setup.colocated:  # until the workers have loaded what they need
-                    wait(engine_calls(engines, "sleep"), setup.cluster.step_timeout_s, "the rollout engines' rest")
+                    rest = engine_calls(engines, "call", "sleep")
+                    wait(rest, setup.cluster.step_timeout_s, "the rollout engines' rest")
                 with started(setup, placement) as groups, progress() as bar:
                     sampler = Sampler(setup, steps, out, groups, engines, get_engines)
                     metrics, workers = _Controller(setup, groups, sampler, out, bar, sl_rows).run()

@@ -98,7 +98,7 @@ class Sampler:
     def _rest(self, method: str, what: str, *args: Any) -> None:
         """Engines that share the workers' GPUs `sleep` or `wake`."""
         if self._setup.colocated:
-            wait(self.calls(method, *args), self._limit, what)
+            wait(self.calls("call", method, *args), self._limit, what)
 
     def replace(self, error: EngineDied) -> None:
         """Starts engines for those that are gone; the pool ends what the others still do for nobody."""

@@ -42,7 +42,7 @@ class Engines:
         self.give_up: Callable[[], None] = lambda: None  # ends the sender's side of a transfer
 
     def _all(self, method: str, *args: Any, each: list[tuple] | None = None) -> None:
-        calls = engine_calls(self.handles, method, *args, each=each)
+        calls = engine_calls(self.handles, "call", method, *args, each=each)
         wait(calls, self._timeout_s, f"weight sync ({method})")
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:

@@ -92,7 +92,7 @@ class Light(Worker):
 
         self._engines = engines or self._engines
         if self._rank == 0:
-            ray.get([engine.finish_weight_update.remote(version) for engine in self._engines])
+            ray.get([engine.call.remote("finish_weight_update", version) for engine in self._engines])
         return None, now()
 
     def probe(self, batch: pa.Table, rows: list[int]) -> tuple[Any, Any]:
@@ -114,8 +114,8 @@ class LightEngine:
         """Who this is."""
         return {"pid": os.getpid(), "node": os.uname().nodename, "version": self._version}
 
-    def finish_weight_update(self, version: int) -> None:
-        """Takes the version."""
+    def call(self, method: str, version: int) -> None:
+        """`finish_weight_update`: takes the version."""
         self._version = version
 
     def prompt_logprobs(self, ids: list[list[int]], starts: list[int]) -> list[list[float]]:

@@ -93,14 +93,10 @@ class StandIn:
         self.reset()
 
     async def info(self) -> dict[str, Any]:
-        """What the feeder asks."""
-        return {"name": self.name, "slots": self.slots}
-
-    async def stats(self) -> dict[str, float]:
-        """What the driver's progress asks; and, for this benchmark, how long slots held rows."""
+        """What feeder and driver ask; and, for this benchmark, how long slots held rows."""
         self._hold(0)
-        counts = {"rows": self.rows, "tokens_out": self.rows * 1000, "unfinished": self.held}
-        return {**counts, "slot_s": self.slot_s, "first": self.first, "now": self.changed}
+        who = {"name": self.name, "slots": self.slots, "slot_s": self.slot_s, "first": self.first, "now": self.changed}
+        return {**who, "rows": self.rows, "tokens": self.rows * 1000, "unfinished": self.held}
 
 
 @dataclass(frozen=True)
@@ -202,7 +198,7 @@ def pool_stats(engines: list[Any]) -> dict[str, float]:
     """Of all stand-ins: when the first block began, now, and how long slots held rows."""
     import ray
 
-    each = ray.get([e.stats.remote() for e in engines])
+    each = ray.get([e.info.remote() for e in engines])
     begun = [s["first"] for s in each if s["first"]]
     total = {k: sum(s[k] for s in each) for k in ("rows", "slot_s")}
     return {"first": min(begun, default=0.0), "now": time.time(), **total}

@@ -19,7 +19,7 @@ class SlowEngine:
         self.max_model_len, self.max_num_seqs = max_model_len, max_num_seqs
         self.loaded = self.holds = (model_folder, format)
         self.version, self.updating = 0, False
-        self.tokens_in, self.tokens_out, self.busy_s = 0, 0, 0.0
+        self.steps, self.tokens_out = 0, 0
         self._open: dict[str, tuple[Request, int]] = {}  # in the order they came; the first ones have the slots
 
     @property
@@ -30,13 +30,13 @@ class SlowEngine:
         if len(request.prompt_ids) + request.max_new_tokens > self.max_model_len:
             raise DataError(f"a prompt of {len(request.prompt_ids)} tokens does not fit {self.max_model_len}")
         self._open[request_id] = (request, 0)
-        self.tokens_in += len(request.prompt_ids)
 
     def abort(self, request_id):
         self._open.pop(request_id, None)
 
     def step(self):
         time.sleep(STEP_S)
+        self.steps += 1
         done = []
         for key, (request, steps) in list(self._open.items())[: self.max_num_seqs]:
             self._open[key] = (request, steps + 1)

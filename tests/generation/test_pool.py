@@ -22,7 +22,7 @@ def test_a_dead_engine_is_replaced(pool, engine, model):
 
     os.kill(engine("info")["pid"], signal.SIGKILL)
     with pytest.raises(ray.exceptions.RayActorError):
-        engine("stats")
+        engine("info")
     (fresh,) = pool.engines(model, dtype="float32", max_model_len=MAX_LEN)
     assert fresh != engine.handle
     assert ray.get(fresh.info.remote(), timeout=60)["version"] == 0

@@ -23,20 +23,20 @@ def gap(engine, folder, reference, prompt=PROMPT):
 def send(engine, folder, version=5, skip=()):
     from safetensors.torch import load_file
 
-    engine("init_weight_transfer", {})
-    engine("start_weight_update")
+    engine("call", "init_weight_transfer", {})
+    engine("call", "start_weight_update")
     state = {k: t for k, t in load_file(folder / "model.safetensors").items() if k not in skip}
     names = list(state)
     for part in (names[:9], names[9:]):
-        engine("update_weights", write_bucket({k: state[k] for k in part}, "test"))
+        engine("call", "update_weights", write_bucket({k: state[k] for k in part}, "test"))
     cleanup("test")
-    engine("finish_weight_update", version)
+    engine("call", "finish_weight_update", version)
 
 
 def test_a_checkpoint_replaces_weights_and_prefix_cache(engine, model, relative, reference):
     other = relative(1)
     assert gap(engine, model, reference) < 1e-4  # fills the prefix cache with the old weights' states
-    engine("load_checkpoint", other)
+    engine("call", "load_checkpoint", other)
     assert gap(engine, other, reference) < 1e-4
     assert gap(engine, model, reference) > 0.1  # the test would see weights that stayed
     info = engine("info")
@@ -59,11 +59,11 @@ def test_a_tied_head_that_keeps_the_old_weights_would_be_seen(engine, relative, 
     other = relative(4)
     engine("run", Patch("repack_tied_head", "skip"), pa.table({"id": ["a"]}))
     try:
-        engine("load_checkpoint", other) if how == "checkpoint" else send(engine, other)
+        engine("call", "load_checkpoint", other) if how == "checkpoint" else send(engine, other)
         assert gap(engine, other, reference) > 1e-2
     finally:
         engine("run", Patch("repack_tied_head", "restore"), pa.table({"id": ["a"]}))
-    engine("load_checkpoint", other)
+    engine("call", "load_checkpoint", other)
     assert gap(engine, other, reference) < 1e-4
 
 
@@ -98,20 +98,20 @@ def test_another_architecture_and_missing_weights_are_refused_unchanged(engine, 
     del state["model.norm.weight"]
     save_file(state, thin / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(DataError, match="another architecture"):
-        engine("load_checkpoint", wide)
+        engine("call", "load_checkpoint", wide)
     with pytest.raises(DataError, match=r"lacks 1 weights, such as model\.norm\.weight"):
-        engine("load_checkpoint", thin)
+        engine("call", "load_checkpoint", thin)
     assert gap(engine, model, reference) < 1e-4
 
 
 def test_no_new_weights_while_requests_run(engine, model):
     running = engine.handle.ask.remote(Request([5, 6], 200, 1.0, 0))
-    while not engine("stats")["unfinished"]:
+    while not engine("info")["unfinished"]:
         pass
     with pytest.raises(StageFailed, match="1 unfinished requests"):
-        engine("start_weight_update")
+        engine("call", "start_weight_update")
     with pytest.raises(StageFailed, match="1 unfinished requests"):
-        engine("load_checkpoint", model)
+        engine("call", "load_checkpoint", model)
     import ray
 
     ray.get(running)
@@ -119,13 +119,13 @@ def test_no_new_weights_while_requests_run(engine, model):
 
 def test_an_unfinished_update_closes_the_engine(engine, model, pool):
     """The pool replaces such an engine; so this test is the last of its file."""
-    engine("init_weight_transfer", {})
-    engine("start_weight_update")
+    engine("call", "init_weight_transfer", {})
+    engine("call", "start_weight_update")
     with pytest.raises(StageFailed, match="middle of a weight update"):
         engine("ask", Request([5], 1, 1.0, 0))
     # vLLM fuses q, k, v and gate, up
     with pytest.raises(ValueError, match="14 parameters were not sent"):
-        engine("finish_weight_update", 6)
+        engine("call", "finish_weight_update", 6)
     with pytest.raises(StageFailed, match="middle of a weight update"):
         engine("ask", Request([5], 1, 1.0, 0))
     (fresh,) = pool.engines(model, dtype="float32", max_model_len=256)
