@@ -13,8 +13,9 @@ import sys
 import time
 import traceback
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any, Protocol
@@ -154,7 +155,8 @@ class EngineActor:
             Exception: what a program raised that is no CaiError: a bug, not a bad row.
         """
         begun = time.time()
-        done = to_table(await self._rows_of(program, table.slice(*piece), None, None), _with_reason(program))
+        rows = await self._rows_of(table.slice(*piece), partial(self._row, program))
+        done = to_table(rows, _with_reason(program))
         return done.replace_schema_metadata({SPAN: json.dumps([begun, time.time()])})
 
     async def record(self, program: Program, table: pa.Table, ledger: Ledger) -> int:
@@ -162,16 +164,15 @@ class EngineActor:
         if self._log is None or self._log.ledger.folder != ledger.folder:
             self._log = RowLog(ledger, self.name, _with_reason(program))
         try:
-            return len(await self._rows_of(program, table, ledger, self._log))
+            return len(await self._rows_of(table, partial(self._recorded, program, ledger, self._log)))
         finally:
             self._log.flush()
 
-    async def _rows_of(self, program: Program, table: pa.Table, ledger: Ledger | None, log: RowLog | None) -> list[Row]:
+    async def _rows_of(self, table: pa.Table, work: Callable[[pa.Table], Coroutine[Any, Any, Row]]) -> list[Row]:
         tasks: list[asyncio.Task[Row]] = []
         try:
             async with asyncio.TaskGroup() as group:
-                rows = [table.slice(i, 1) for i in range(table.num_rows)]
-                tasks = [group.create_task(self._row(program, row, ledger, log)) for row in rows]
+                tasks = [group.create_task(work(table.slice(i, 1))) for i in range(table.num_rows)]
                 self._running.update(tasks)
         except BaseExceptionGroup as e:
             raise e.exceptions[0] from None
@@ -179,22 +180,21 @@ class EngineActor:
             self._running.difference_update(tasks)
         return [task.result() for task in tasks]  # a row that was cancelled is not done: it raises
 
-    async def _row(self, program: Program, table: pa.Table, ledger: Ledger | None, log: RowLog | None) -> Row:
-        row_id: str = table["id"][0].as_py()
+    async def _row(self, program: Program, table: pa.Table) -> Row:
         try:
-            row = _readable(table)
-            if ledger is None:
-                out = await program(row, self)
-            elif row_id in ledger.culprits:
-                out = {"id": row_id, BAD: "its engine died on it twice"}
-            else:
-                async with self._alone if row_id in ledger.suspects else contextlib.nullcontext():
-                    with ledger.hold(self.name, row_id):
-                        out = await program(row, self)
+            return await program(_readable(table), self)
         except CaiError as e:
-            out = {"id": row_id, BAD: e.message}
-        if log is not None:
-            log.append(out)
+            return {"id": table["id"][0].as_py(), BAD: e.message}
+
+    async def _recorded(self, program: Program, ledger: Ledger, log: RowLog, table: pa.Table) -> Row:
+        row_id: str = table["id"][0].as_py()
+        if row_id in ledger.culprits:
+            out: Row = {"id": row_id, BAD: "its engine died on it twice"}
+        else:
+            async with self._alone if row_id in ledger.suspects else contextlib.nullcontext():
+                with ledger.hold(self.name, row_id):
+                    out = await self._row(program, table)
+        log.append(out)
         self._rows += 1
         return out
 
