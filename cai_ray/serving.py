@@ -8,7 +8,7 @@ from typing import Any
 
 from cai_ray import pipeline
 from cai_ray.artifacts import RunDir
-from cai_ray.config import ModelSpec, ReviseConfig, Sampling
+from cai_ray.config import Cluster, ModelSpec, ReviseConfig, Sampling
 from cai_ray.constitution import draw, load_constitution
 from cai_ray.errors import ConfigError
 from cai_ray.models.tokenization import Tokenizer
@@ -30,10 +30,9 @@ class LocalEngine:
         self.tokenizer = Tokenizer.load(folder)
         self._engine = Engine(
             folder,
+            Cluster(max_num_seqs=4),
             dtype="bfloat16" if gpu else "float32",
             max_model_len=CONTEXT_TOKENS,
-            max_num_seqs=4,
-            kv_cache_gib=1.0,
             device="gpu" if gpu else "cpu",
         )
 

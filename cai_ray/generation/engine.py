@@ -15,6 +15,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any, get_args
 
+from cai_ray.config import Cluster
 from cai_ray.errors import DataError, StageFailed
 from cai_ray.generation.shared_memory import BACKEND
 from cai_ray.models.tokenization import Tokenizer
@@ -168,13 +169,10 @@ class Engine:
 
     Args:
         model_folder: Hugging Face folder with safetensors.
+        cluster: how many sequences it takes at once, and on what memory; on a GPU, how many share the model.
         format: prompt format of its tokenizer: auto, plain or chat.
         dtype: float32 or bfloat16.
         max_model_len: prompt and continuation together, tokens.
-        max_num_seqs: sequences in the continuous batch.
-        kv_cache_gib: KV cache on CPU, GiB.
-        tensor_parallel_size: GPUs that share the model.
-        gpu_memory_utilization: share of each GPU's memory that vLLM may take.
         device: cpu or gpu.
         threads: CPU threads of the arithmetic; PyTorch's default when None.
         sleeps: others use its GPU in turn (`sleep`), the trainer among them, whose weights it reads in place.
@@ -184,14 +182,11 @@ class Engine:
     def __init__(
         self,
         model_folder: Path,
+        cluster: Cluster,
         *,
         format: str = "auto",
         dtype: str = "bfloat16",
         max_model_len: int = 2048,
-        max_num_seqs: int = 128,
-        kv_cache_gib: float = 1.0,
-        tensor_parallel_size: int = 1,
-        gpu_memory_utilization: float = 0.85,
         device: str = "cpu",
         threads: int | None = None,
         sleeps: bool = False,
@@ -206,12 +201,12 @@ class Engine:
 
         if threads:
             torch.set_num_threads(threads)
-        options = _cpu_options(kv_cache_gib, max_model_len)
+        options = _cpu_options(cluster.kv_cache_gib, max_model_len)
         if device == "gpu":
             options = {
-                "gpu_memory_utilization": gpu_memory_utilization,
-                "tensor_parallel_size": tensor_parallel_size,
-                "distributed_executor_backend": "mp" if tensor_parallel_size > 1 else "uni",
+                "gpu_memory_utilization": cluster.gpu_memory_utilization,
+                "tensor_parallel_size": cluster.tensor_parallel_size,
+                "distributed_executor_backend": "mp" if cluster.tensor_parallel_size > 1 else "uni",
                 "enable_sleep_mode": sleeps,
             }
         options |= {"dtype": dtype, **_adapter_options(lora_rank, model_folder)}
@@ -221,7 +216,7 @@ class Engine:
                 model=str(model_folder),
                 skip_tokenizer_init=True,
                 max_model_len=max_model_len,
-                max_num_seqs=max_num_seqs,
+                max_num_seqs=cluster.max_num_seqs,
                 generation_config="vllm",
                 logprobs_mode="processed_logprobs",
                 enable_prefix_caching=True,
@@ -231,7 +226,7 @@ class Engine:
             )
         )
         self.device = device
-        self.max_model_len, self.max_num_seqs = max_model_len, max_num_seqs
+        self.max_model_len, self.max_num_seqs = max_model_len, cluster.max_num_seqs
         self.tokenizer = Tokenizer.load(model_folder, format)
         self.loaded = (model_folder, format)  # the checkpoint that the tokenizer is of, and once the weights
         self.holds: tuple[Path, str] | None = self.loaded  # None after a weight update

@@ -125,24 +125,18 @@ class EnginePool:
         cluster, gpus, group = self.cluster, self.device == "gpu", kind[2]
         name = f"engine-{uuid4().hex[:8]}"
         log_file = self.log_dir / f"{name}.log"
-        options: dict[str, Any] = {
+        # Ray gives a worker one thread. On CPU the phases of a run take turns, so the engines share all cores.
+        threads = None if gpus else max(1, (os.cpu_count() or 1) // count)
+        options = {
+            "cluster": cluster,
             "format": model[1],
             "dtype": kind[1],
             "max_model_len": max_model_len,
-            "max_num_seqs": cluster.max_num_seqs,
             "device": self.device,
+            "threads": threads,
             "sleeps": group is not None,
             "lora_rank": kind[3][1] if kind[3] else 0,
         }
-        environment = {"VLLM_NO_USAGE_STATS": "1"}
-        if gpus:
-            options["tensor_parallel_size"] = cluster.tensor_parallel_size
-            options["gpu_memory_utilization"] = cluster.gpu_memory_utilization
-        else:
-            # Ray gives a worker one thread. On CPU the phases of a run take turns, so the engines share all cores.
-            options["threads"] = max(1, (os.cpu_count() or 1) // count)
-            options["kv_cache_gib"] = cluster.kv_cache_gib
-            environment |= {"OMP_NUM_THREADS": str(options["threads"]), "TORCH_COMPILE_DISABLE": "1"}
         handle = (
             ray.remote(EngineActor)
             .options(
@@ -152,7 +146,7 @@ class EnginePool:
                 scheduling_strategy=PlacementGroupSchedulingStrategy(group, place) if group else "DEFAULT",
                 max_restarts=0,
                 max_task_retries=0,
-                runtime_env={"env_vars": environment},
+                runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads)} if threads else {}},
             )
             .remote(name, log_file, model[0], options)
         )

@@ -14,9 +14,9 @@ STEP_S = 0.01
 class SlowEngine:
     """What `generation.engine.Engine` shows to its actor; every request runs for its `max_new_tokens` steps."""
 
-    def __init__(self, model_folder, *, format, max_model_len, max_num_seqs, **_):
+    def __init__(self, model_folder, cluster, *, format, max_model_len, **_):
         self.tokenizer = Tokenizer.load(model_folder, format)
-        self.max_model_len, self.max_num_seqs = max_model_len, max_num_seqs
+        self.max_model_len, self.max_num_seqs = max_model_len, cluster.max_num_seqs
         self.loaded = self.holds = (model_folder, format)
         self.version, self.updating = 0, False
         self.steps, self.tokens_out = 0, 0

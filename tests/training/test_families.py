@@ -157,8 +157,10 @@ def test_soft_capped_logits_are_a_clear_error(tiny: Path, tmp_path: Path) -> Non
 GENERATE = """
 import json, sys
 from pathlib import Path
+from cai_ray.config import Cluster
 from cai_ray.generation.engine import Engine, Request
-engine = Engine(Path(sys.argv[1]), dtype="float32", max_model_len=64, max_num_seqs=2, kv_cache_gib=0.1, threads=1)
+cluster = Cluster(max_num_seqs=2, kv_cache_gib=0.1)
+engine = Engine(Path(sys.argv[1]), cluster, dtype="float32", max_model_len=64, threads=1)
 done = engine.generate([Request([1, 17, 905, 33], max_new_tokens=8, temperature=1.0, seed=i) for i in range(2)])
 print(json.dumps([[list(d.ids), list(d.logprobs)] for d in done]), flush=True)
 import os
