@@ -14,7 +14,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -60,19 +60,6 @@ class MapSettings:
     joining: Callable[[], Sequence[EngineHandle]] = tuple
 
 
-@dataclass(frozen=True)
-class RowCounts:
-    """What became of the rows: rows_in == rows_out + quarantined."""
-
-    rows_in: int
-    rows_out: int
-    quarantined: int
-
-    def as_metrics(self) -> dict[str, float]:
-        """The counts by name."""
-        return asdict(self)
-
-
 def map_rows(
     inputs: Path,
     program: Program,
@@ -80,7 +67,7 @@ def map_rows(
     out: StageDir,
     *,
     settings: MapSettings,
-) -> RowCounts:
+) -> dict[str, int]:
     """Runs a program on every row of a folder of parquet files; the ids of rows must be unique.
 
     Writes data/part-*.parquet, sorted by id, of `program.schema`, and quarantine.jsonl with {id, reason} of each bad
@@ -92,6 +79,9 @@ def map_rows(
         get_engines: gives idle engines with the model; it is asked again after an engine died.
         out: the stage's directory; the ledger lives under checkpoints/.
         settings: sizes and limits.
+
+    Returns:
+        Metrics: rows_in, which is rows_out + quarantined.
 
     Raises:
         DataError: two input rows have one id.
@@ -289,7 +279,7 @@ def quiet() -> Iterator[None]:
 
 def _publish(
     ledger: Ledger, schema: pa.Schema, expected: pa.Array, out: StageDir, max_bad_fraction: float
-) -> RowCounts:
+) -> dict[str, int]:
     """Sorts the durable rows into the stage's data and its quarantine; one part of them is in memory at a time.
 
     Args:
@@ -316,7 +306,7 @@ def _publish(
             pq.write_table(good, out.data / f"part-{number:05d}.parquet")
             bad += table.filter(table[BAD].is_valid()).select(["id", BAD]).rename_columns(["id", "reason"]).to_pylist()
     out.quarantine(bad, len(expected), max_bad_fraction)
-    return RowCounts(len(expected), len(expected) - len(bad), len(bad))
+    return {"rows_in": len(expected), "rows_out": len(expected) - len(bad), "quarantined": len(bad)}
 
 
 def _first_of_each(table: pa.Table) -> pa.Table:

@@ -11,7 +11,7 @@ from cai_ray.artifacts import Manifest, StageDir
 from cai_ray.config import EvaluateConfig
 from cai_ray.errors import DataError
 from cai_ray.evaluation.answers import ANSWER, SCORED, Scorer, summary, wins
-from cai_ray.generation.data_plane import RowCounts, map_rows, quiet
+from cai_ray.generation.data_plane import map_rows, quiet
 from cai_ray.records import PROMPT, Row
 from cai_ray.stages.shared import StageInputs, ask, read_rows, write_rows
 
@@ -29,14 +29,13 @@ def evaluate(config: EvaluateConfig, inputs: StageInputs, out: StageDir) -> Mani
     if not rows:
         raise DataError("evaluate: no prompt is in the held-out tenth", "give `prompts` more rows")
     *asked, _ = inputs.models.items()  # the last one scores; the one before it is the policy
-    counts: list[RowCounts] = []
     # Numbered, because a model may be named by its folder.
     parts, bad = [StageDir(out.path / "answers" / str(n), out.seed) for n in range(len(asked))], []
     for part, (name, setup) in zip(parts, asked, strict=True):
         work = write_rows(rows, PROMPT, part.path / "inputs")
         engines = setup.engines(config.max_tokens)
         with out.phase("generate"):
-            counts.append(map_rows(work, Answer(config, out.seed, name), engines, part, settings=inputs.settings))
+            map_rows(work, Answer(config, out.seed, name), engines, part, settings=inputs.settings)
         bad += [{"model": name, **json.loads(line)} for line in part.quarantine_path.read_text("utf-8").splitlines()]
     if inputs.device == "gpu":  # the scorer takes a GPU that an engine may hold
         inputs.setup.pool.release()
@@ -47,11 +46,8 @@ def evaluate(config: EvaluateConfig, inputs: StageInputs, out: StageDir) -> Mani
     out.quarantine(unread, len(scored), inputs.settings.max_bad_fraction)
     out.quarantine(bad + unread, len(scored), 1.0)  # with those that had no answer, which have kept to the limit
     write_rows(answers, SCORED, out.data)
-    metrics: dict[str, Any] = {
-        "rows_in": sum(c.rows_in for c in counts),
-        "rows_out": len(answers),
-        "quarantined": sum(c.quarantined for c in counts) + len(unread),
-    }
+    metrics: dict[str, Any] = {"rows_in": len(rows) * len(parts), "rows_out": len(answers)}
+    metrics["quarantined"] = len(bad) + len(unread)
     policy = asked[-1][0]
     for name, _ in asked:
         for kind in ("harmful", "helpful"):

@@ -65,7 +65,7 @@ def label(config: LabelConfig, inputs: StageInputs, out: StageDir) -> Manifest:
         write_rows(done, LABELED_PAIR, out.data)
     for row in done[:8]:
         out.sample(row)
-    return out.commit(inputs.key, {**counts.as_metrics(), **judge_statistics(done), **metrics})
+    return out.commit(inputs.key, {**counts, **judge_statistics(done), **metrics})
 
 
 def pass_gate(
@@ -95,7 +95,7 @@ def pass_gate(
         if config.judge_gate == "stop":
             raise StageFailed(text, f"{_BETTER}; label.judge_gate=warn goes on with this judge")
         out.warn(f"{text}. ITS LABELS TEACH LITTLE OR NOTHING: {_BETTER}.")
-    return {f"gate/{k}": v for k, v in {**found, "quarantined": counts.quarantined + len(unread)}.items()}
+    return {f"gate/{k}": v for k, v in {**found, "quarantined": counts["quarantined"] + len(unread)}.items()}
 
 
 def alternate(comparisons: Sequence[Row], seed: int) -> tuple[list[Row], dict[str, float]]:

@@ -71,7 +71,7 @@ def revise(config: ReviseConfig, inputs: StageInputs, out: StageDir) -> Manifest
     found = revise_statistics(iter_rows(out.data), config.rounds)
     for text in found.pop("warnings"):
         out.warn(text)
-    return out.commit(inputs.key, {**counts.as_metrics(), **found})
+    return out.commit(inputs.key, {**counts, **found})
 
 
 def asked(prompt: Row, config: ReviseConfig) -> list[Row]:

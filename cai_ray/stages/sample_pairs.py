@@ -41,7 +41,7 @@ def sample_pairs(config: SamplePairsConfig, inputs: StageInputs, out: StageDir) 
         out.sample(row)
     sampled = [r for row in answered for r in row["responses"]]
     metrics = {
-        **counts.as_metrics(),  # of prompts
+        **counts,  # of prompts
         "pairs": len(done),
         "equal_responses": sum(r["response_a"] == r["response_b"] for r in done),
         "truncated": sum(not r["ended"] for r in sampled) / max(1, len(sampled)),

@@ -150,8 +150,8 @@ def stage(task: str, rows: int, folder: Path) -> dict[str, float]:
     span = max(last for _, _, last in noted) - min(first for _, first, _ in noted)
     return rates([r for requests, _, _ in noted for r in requests], span) | {
         "wall_s": wall,
-        "rows": counts.rows_out,
-        "quarantined": counts.quarantined,
+        "rows": counts["rows_out"],
+        "quarantined": counts["quarantined"],
     }
 
 

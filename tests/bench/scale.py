@@ -141,7 +141,7 @@ def drive(root: Path, address: str, names: list[str], block_rows: int) -> None:
     print(json.dumps({"call": time.time()}), flush=True)
     settings = MapSettings(block_rows, 0.0, 600, silent)
     counts = map_rows(root / "in", Answer(), engines, StageDir(root / "revise"), settings=settings)
-    print(json.dumps({"end": time.time(), **counts.as_metrics()}), flush=True)
+    print(json.dumps({"end": time.time(), **counts}), flush=True)
 
 
 class Driver:

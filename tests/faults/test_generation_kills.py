@@ -130,7 +130,7 @@ def check_kills(victim, seed, engines, root, times=1):
         kills[-1].join(10)
         assert kills[-1].at, f"seed {seed}: the job was over before its {victim} died: {kills[-1].story}"
     counts = job.map(engines)
-    assert (counts.rows_out, counts.quarantined) == (ROWS, 0)
+    assert (counts["rows_out"], counts["quarantined"]) == (ROWS, 0)
 
     table = pq.read_table(job.out.data)
     assert table["id"].to_pylist() == sorted(job.ids)

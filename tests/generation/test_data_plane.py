@@ -50,12 +50,12 @@ def quarantine(out):
 
 
 def test_rows_come_out_once_sorted_and_bad_ones_apart(engines, tmp_path):
-    from cai_ray.generation.data_plane import RowCounts, map_rows
+    from cai_ray.generation.data_plane import map_rows
 
     ids, out, seen = write_rows(tmp_path / "in", 30), StageDir(tmp_path / "stage"), []
     program = TwoSteps(bad=(3, 17))
     counts = map_rows(tmp_path / "in", program, engines, out, settings=settings(seen))
-    assert counts == RowCounts(rows_in=30, rows_out=28, quarantined=2)
+    assert counts == {"rows_in": 30, "rows_out": 28, "quarantined": 2}
     (part,) = out.data.glob("*")
     table = pq.read_table(part)
     good = sorted(set(ids) - {ids[3], ids[17]})
@@ -102,7 +102,7 @@ def test_a_row_that_kills_its_engine_is_found(engines, tmp_path):
         return handles
 
     counts = map_rows(tmp_path / "in", TwoSteps(deadly=(9,)), fresh, out, settings=settings())
-    assert (counts.rows_out, counts.quarantined) == (23, 1)
+    assert (counts["rows_out"], counts["quarantined"]) == (23, 1)
     assert quarantine(out) == [{"id": ids[9], "reason": "its engine died on it twice"}]
     assert len(set(started)) == 3  # two died of it
     assert set(read(out.data)) == set(ids) - {ids[9]}
@@ -150,7 +150,7 @@ def test_an_engine_that_starts_later_joins(pool, engines, tmp_path, monkeypatch)
     monkeypatch.setattr(pool, "cluster", pool.cluster.model_copy(update={"max_engines": 2}))
     elastic = replace(settings(rows_per_block=50), joining=pool.joining)
     counts = map_rows(tmp_path / "in", TwoSteps(new=30), engines, out, settings=elastic)
-    assert counts.rows_out == len(ids)
+    assert counts["rows_out"] == len(ids)
     held = [path.read_text().split() for path in Ledger(out.checkpoints).held.iterdir()]
     assert len(held) == 2
     assert min(len(set(rows)) for rows in held) > 50  # both had work

@@ -15,19 +15,19 @@ from cai_ray.artifacts import StageDir, StageKey
 from cai_ray.config import Cluster, EvaluateConfig
 from cai_ray.errors import StageFailed
 from cai_ray.evaluation.answers import ANSWER
-from cai_ray.generation.data_plane import MapSettings, RowCounts
+from cai_ray.generation.data_plane import MapSettings
 from cai_ray.records import PROMPT, to_table
 from cai_ray.stages import evaluate as stage
 from cai_ray.stages.shared import StageInputs, write_rows
 
 
-def all_but_one(inputs: Path, program: Any, engines: Any, out: StageDir, *, settings: MapSettings) -> RowCounts:
+def all_but_one(inputs: Path, program: Any, engines: Any, out: StageDir, *, settings: MapSettings) -> dict[str, int]:
     """Stands in for the data plane: the first row is bad, the others are answered."""
     first, *rows = pq.read_table(inputs).to_pylist()
     done = [{**row, "model": program.model, "response": "Yes.", "seed": 0, "flags": []} for row in rows]
     pq.write_table(to_table(done, ANSWER), out.data / "part-00000.parquet")
     out.quarantine([{"id": first["id"], "reason": "too long"}], 1, 1.0)
-    return RowCounts(len(rows) + 1, len(rows), 1)
+    return {"rows_in": len(rows) + 1, "rows_out": len(rows), "quarantined": 1}
 
 
 UNREAD = {"score": None, "reason": "no system turn"}

@@ -16,7 +16,7 @@ from cai_ray.artifacts import StageDir, StageKey
 from cai_ray.config import Cluster, LabelConfig, Source
 from cai_ray.constitution import Constitution, FeedbackFewShot, Principle, load_constitution
 from cai_ray.errors import DataError, StageFailed
-from cai_ray.generation.data_plane import MapSettings, RowCounts
+from cai_ray.generation.data_plane import MapSettings
 from cai_ray.generation.engine import Completion
 from cai_ray.records import LABELED_PAIR, RESPONSE_PAIR, Row, to_table
 from cai_ray.sources import read_comparisons
@@ -322,14 +322,14 @@ def test_rationales_keep_the_order_of_their_letters() -> None:
 # ---- the gate -----------------------------------------------------------------------------------------------------
 
 
-def run_here(inputs: Path, program: Any, engines: Any, out: StageDir, *, settings: MapSettings) -> RowCounts:
+def run_here(inputs: Path, program: Any, engines: Any, out: StageDir, *, settings: MapSettings) -> dict[str, int]:
     """Stands in for the data plane: the program on every row, in this process; finished rows are kept."""
     rows = pq.read_table(inputs).to_pylist()
     if not list(out.data.glob("*.parquet")):
         engine = engines()[0]
         done = [asyncio.run(program(row, engine)) for row in rows]
         pq.write_table(to_table(done, LABELED_PAIR), out.data / "part-00000.parquet")
-    return RowCounts(len(rows), len(rows), 0)
+    return {"rows_in": len(rows), "rows_out": len(rows), "quarantined": 0}
 
 
 @pytest.fixture
