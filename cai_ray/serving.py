@@ -100,7 +100,7 @@ def critique_once(prompt: str, response: str | None, constitution: str, model: s
     folder = model_folder(model)
     print(f"loading {folder} …", file=sys.stderr)
     program = ReviseRow(ReviseConfig(rounds=1), chosen, seed)
-    done = asyncio.run(program.once(row, LocalEngine(folder), response))
+    done = asyncio.run(program(row, LocalEngine(folder), response))
     step = done["rounds"][0]
     principle = draw(chosen.for_critique(), derive_seed(seed, row["id"], "principle/1"))
     for title, text in (

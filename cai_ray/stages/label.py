@@ -23,12 +23,12 @@ from cai_ray.errors import CaiError, StageFailed
 from cai_ray.evaluation.judge import gold_statistics, judge_statistics, opinion
 from cai_ray.generation.data_plane import map_rows
 from cai_ray.models.tokenization import encode_choices
-from cai_ray.records import LABELED_PAIR, RESPONSE_PAIR, Message, Row, derive_seed, row_id
+from cai_ray.records import LABELED_PAIR, RESPONSE_PAIR, Row, derive_seed, row_id
 from cai_ray.sources import read_comparisons
 from cai_ray.stages.shared import (
-    PromptOf,
     PromptText,
     StageInputs,
+    around,
     ask,
     check_length,
     encode,
@@ -38,6 +38,19 @@ from cai_ray.stages.shared import (
     write_rows,
 )
 
+# What builds a question, and what puts a rationale behind it and asks for the choice: in plain, in chat.
+_ANSWER = ((templates.feedback_prompt, None), (templates.feedback_prompt_messages, None))
+_OTHERS: dict[str, tuple[tuple[Any, Any], tuple[Any, Any]]] = {
+    "cot": (
+        (templates.rationale_prompt, templates.verdict_prompt),
+        (templates.rationale_prompt_messages, templates.verdict_prompt_messages),
+    ),
+    "rlaif": (
+        (templates.rlaif_prompt, templates.rlaif_verdict_prompt),
+        (templates.rlaif_prompt_messages, templates.rlaif_verdict_prompt_messages),
+    ),
+    "score": ((templates.score_prompt, None), (templates.score_prompt_messages, None)),
+}
 _BETTER = "name a larger or better models.feedback, or ask otherwise (label.format, few_shots, swap), with --rebuild"
 
 
@@ -186,12 +199,7 @@ class LabelPair:
         """A vote by one of two choices."""
         config, language, rlaif = self.config, self.constitution.language, self.config.format == "rlaif"
         first, second = (row["response_a"], row["response_b"])[:: -1 if swapped else 1]
-        build, conclude = _builders(config, self._plain(engine))
-
-        def ask_about(messages: Sequence[Message]) -> PromptText:
-            return build(messages, principle.preference_question, first, second, self.shots, language)
-
-        prompt = self._fitted(engine, ask_about, row)
+        prompt, conclude = self._question(engine, row, principle, first, second)
         rationale, limit = "", config.max_prompt_tokens
         if config.reasons:
             limits = Sampling(max_prompt_tokens=limit, max_new_tokens=config.max_rationale_tokens, temperature=1.0)
@@ -207,48 +215,29 @@ class LabelPair:
 
     async def _scores(self, engine: Any, row: Row, principle: Principle) -> Row:
         """A vote by the scores of each response on its own, taken as independent."""
-        build: Any = templates.score_prompt if self._plain(engine) else templates.score_prompt_messages
-        language, limit, distributions = self.constitution.language, self.config.max_prompt_tokens, []
+        limit, distributions = self.config.max_prompt_tokens, []
         for response in (row["response_a"], row["response_b"]):
-
-            def ask_about(messages: Sequence[Message], response: str = response) -> PromptText:
-                return build(messages, principle.preference_question, response, self.shots, language)
-
-            prompt = self._fitted(engine, ask_about, row)
+            prompt, _ = self._question(engine, row, principle, response)
             distributions.append(choice_distribution(await self._logprobs(engine, prompt, templates.SCORES, limit)))
         a, b = distributions
         shown = {"swapped": False, "score_a": expected_score(a), "score_b": expected_score(b), "rationale": ""}
         return {**_vote(principle, probability_higher(a, b)), **shown}
 
-    def _fitted(self, engine: Any, prompt: PromptOf, row: Row) -> PromptText:
-        """The question around as much of the conversation as fits; a shorter one flags the row."""
-        asked, shortened = fit_turns(engine.tokenizer, prompt, row["messages"], self.config)
+    def _question(self, engine: Any, row: Row, principle: Principle, *responses: str) -> tuple[PromptText, Any]:
+        """The question around as much of the conversation as fits, and what concludes it; a shorter one is flagged."""
+        config, plain = self.config, "plain" in (engine.tokenizer.format, self.config.format)
+        build, conclude = _OTHERS.get(config.format, _ANSWER)[0 if plain else 1]
+        if config.chain_of_thought:
+            build = partial(build, think=True)
+        prompt = around(build, principle.preference_question, *responses, self.shots, self.constitution.language)
+        asked, shortened = fit_turns(engine.tokenizer, prompt, row["messages"], config)
         if shortened and "shortened:question" not in row["flags"]:
             row["flags"].append("shortened:question")
-        return asked
-
-    def _plain(self, engine: Any) -> bool:
-        return engine.tokenizer.format == "plain" or self.config.format == "plain"
+        return asked, conclude
 
     async def _logprobs(self, engine: Any, prompt: Any, choices: Sequence[str], limit: int) -> list[float]:
         ids = check_length(encode(engine.tokenizer, prompt), limit)
         return await engine.choose(ids, encode_choices(engine.tokenizer, prompt, choices))
-
-
-def _builders(config: LabelConfig, plain: bool) -> tuple[Any, Any]:
-    """What builds a question, and what puts the rationale behind it and asks for the choice (None without one)."""
-    if config.format == "cot":
-        return (
-            (templates.rationale_prompt, templates.verdict_prompt)
-            if plain
-            else (templates.rationale_prompt_messages, templates.verdict_prompt_messages)
-        )
-    if config.format == "rlaif":
-        build = partial(
-            templates.rlaif_prompt if plain else templates.rlaif_prompt_messages, think=config.chain_of_thought
-        )
-        return build, templates.rlaif_verdict_prompt if plain else templates.rlaif_verdict_prompt_messages
-    return (templates.feedback_prompt if plain else templates.feedback_prompt_messages), None
 
 
 def _vote(principle: Principle, prob: float) -> Row:

@@ -5,7 +5,7 @@ supervised model helpful.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -18,11 +18,12 @@ from cai_ray.evaluation.statistics import looks_like_refusal
 from cai_ray.generation.data_plane import map_rows
 from cai_ray.generation.engine import Completion
 from cai_ray.models.tokenization import Tokenizer
-from cai_ray.records import PROMPT, REVISION, Message, Row, derive_seed, row_id
+from cai_ray.records import PROMPT, REVISION, Row, derive_seed, row_id
 from cai_ray.stages.shared import (
     PromptOf,
     PromptText,
     StageInputs,
+    around,
     ask,
     fit_turns,
     iter_rows,
@@ -68,9 +69,7 @@ def revise(config: ReviseConfig, inputs: StageInputs, out: StageDir) -> Manifest
 
     for row in islice((r for r in iter_rows(out.data) if r["rounds"]), 8):
         out.sample(row)
-    found = revise_statistics(iter_rows(out.data), config.rounds)
-    for text in found.pop("warnings"):
-        out.warn(text)
+    found = revise_statistics(iter_rows(out.data), config.rounds, out.warn)
     return out.commit(inputs.key, {**counts, **found})
 
 
@@ -81,16 +80,19 @@ def asked(prompt: Row, config: ReviseConfig) -> list[Row]:
     return [{**prompt, "id": row_id(prompt["id"], sample)} for sample in range(config.helpful_samples_per_prompt)]
 
 
-def revise_statistics(rows: Iterable[Row], rounds: int) -> dict[str, Any]:
-    """Rows by kind, flags by name and step, the share of harmful prompts whose first answer already refuses."""
+def revise_statistics(rows: Iterable[Row], rounds: int, warn: Callable[[str], None]) -> dict[str, float]:
+    """Rows by kind, flags by name and step, the share of harmful prompts whose first answer already refuses.
+
+    Where most of them refuse, `warn` is told.
+    """
     kinds, flags, refused = Counter[str](), Counter[str](), 0
     for row in rows:
         kinds[row["kind"]] += 1
         flags.update(flag.split("/")[0] for flag in row["flags"])
         refused += row["kind"] == "harmful" and looks_like_refusal(row["initial_response"])
-    share, warnings = refused / max(1, kinds["harmful"]), []
+    share = refused / max(1, kinds["harmful"])
     if share > MANY_REFUSALS:
-        warnings.append(
+        warn(
             f"The model that is to be revised refuses {share:.0%} of the harmful prompts in its first answer, which "
             "leaves the constitution nothing to do; take a helpful-only model, or prompts that it does answer."
         )
@@ -100,7 +102,6 @@ def revise_statistics(rows: Iterable[Row], rounds: int) -> dict[str, Any]:
         "rounds": rounds,
         "refused_at_first": share,
         **{f"flag/{name}": count for name, count in sorted(flags.items())},
-        "warnings": warnings,
     }
 
 
@@ -143,17 +144,13 @@ class ReviseRow:
 
     schema = REVISION
 
-    async def __call__(self, row: Row, engine: Any) -> Row:
-        """The row's `Revision`.
+    async def __call__(self, row: Row, engine: Any, response: str | None = None) -> Row:
+        """The row's `Revision`, from a first response that is given, or else the model's own.
 
         Raises:
             DataError: a prompt is too long, a response or revision came out empty, or a text that is unusable came
                 where such rows are to be quarantined.
         """
-        return await self.once(row, engine, None)
-
-    async def once(self, row: Row, engine: Any, response: str | None) -> Row:
-        """The same from a given first response; None lets the model answer."""
         flags: list[str] = []
         if response is None:
             response = await self._write(engine, list, row, "response", flags)
@@ -181,18 +178,14 @@ class ReviseRow:
         examples = (shots, self.constitution.language) if plain else (shots,)
         request, mend, critique = principle.critique_request, principle.revision_request, ""
 
-        def critique_of(messages: Sequence[Message]) -> PromptText:
-            return critic(messages, response, request, *examples)
-
-        def revision_of(messages: Sequence[Message]) -> PromptText:
-            if not self.config.critique:
-                return direct(messages, response, mend, *examples)
-            return reviser(messages, response, request, critique, mend, *examples)
-
         if self.config.critique:
-            critique = await self._write(engine, critique_of, row, f"critique/{number}", flags)
+            prompt = around(critic, response, request, *examples)
+            critique = await self._write(engine, prompt, row, f"critique/{number}", flags)
+            prompt = around(reviser, response, request, critique, mend, *examples)
+        else:
+            prompt = around(direct, response, mend, *examples)
         known = {"before": response, "critique": critique}
-        revision = await self._write(engine, revision_of, row, f"revision/{number}", flags, **known)
+        revision = await self._write(engine, prompt, row, f"revision/{number}", flags, **known)
         return {"principle_id": principle.id, "critique": critique, "revision": revision}
 
     async def _write(self, engine: Any, prompt: PromptOf, row: Row, step: str, flags: list[str], **known: str) -> str:

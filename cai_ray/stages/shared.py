@@ -100,6 +100,11 @@ def check_length(ids: list[int], limit: int) -> list[int]:
     return ids
 
 
+def around(build: Callable[..., PromptText], *rest: Any) -> PromptOf:
+    """A step's prompt: what a function of `templates` makes of a conversation and the rest of its arguments."""
+    return lambda messages: build(messages, *rest)
+
+
 def fit_turns(
     tokenizer: Tokenizer, prompt: PromptOf, messages: Sequence[Message], limits: Answering | LabelConfig
 ) -> tuple[PromptText, bool]:

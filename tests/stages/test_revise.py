@@ -195,8 +195,9 @@ def test_statistics_by_hand() -> None:
         row("harmful", "Sure."),
         row("helpful", "I cannot say.", "truncated:response"),
     ]
-    found = revise_statistics(rows, 2)
-    (warning,) = found.pop("warnings")
+    warned: list[str] = []
+    found = revise_statistics(rows, 2, warned.append)
+    (warning,) = warned
     assert "refuses 67% of the harmful prompts in its first answer" in warning
     assert found.pop("refused_at_first") == pytest.approx(2 / 3)
     assert found == {
@@ -207,9 +208,9 @@ def test_statistics_by_hand() -> None:
         "flag/truncated:critique": 1,
         "flag/truncated:response": 2,
     }
-    half = revise_statistics(rows[1:3], 2)
-    assert (half["refused_at_first"], half["warnings"]) == (0.5, [])  # half of them is not more than half
-    assert revise_statistics([], 2)["refused_at_first"] == 0
+    half = revise_statistics(rows[1:3], 2, warned.append)
+    assert (half["refused_at_first"], warned) == (0.5, [warning])  # half of them is not more than half
+    assert revise_statistics([], 2, warned.append)["refused_at_first"] == 0
 
 
 # ---- long conversations -------------------------------------------------------------------------------------------
