@@ -36,7 +36,7 @@ _NAMES = (  # keys of config.json that change no computation
 
 @dataclass(frozen=True)
 class Request:
-    """A continuation to sample.
+    """A continuation to sample; it ends at any of the tokenizer's `eos_ids`, which stays.
 
     Attributes:
         prompt_ids: the prompt's tokens.
@@ -44,7 +44,6 @@ class Request:
         temperature: divides the logits; 0 is greedy.
         seed: decides the sample, whatever else is in the batch.
         stop: strings at which the text ends; they are cut off.
-        eos_ids: tokens at which the text ends; they stay. Empty means the model's own.
     """
 
     prompt_ids: Sequence[int]
@@ -52,7 +51,6 @@ class Request:
     temperature: float
     seed: int
     stop: tuple[str, ...] = ()
-    eos_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -318,7 +316,7 @@ class Engine:
                 temperature=request.temperature,
                 seed=request.seed,
                 max_tokens=request.max_new_tokens,
-                stop_token_ids=list(request.eos_ids or self.tokenizer.eos_ids),
+                stop_token_ids=list(self.tokenizer.eos_ids),
                 logprobs=0,
                 output_kind=RequestOutputKind.CUMULATIVE if request.stop else RequestOutputKind.FINAL_ONLY,
                 **common,

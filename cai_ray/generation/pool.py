@@ -90,9 +90,9 @@ class EnginePool:
         kind, model = (architecture(folder), dtype, group, (folder, lora_rank) if lora_rank else None), (folder, format)
         infos = [(e, _settled(e)) for e in self._live if e.kind == kind and e.max_model_len >= max_model_len]
         fit = {e: info for e, info in infos if info and not info["updating"]}
-        self._stop([e for e in self._live if e not in fit])
-        self._live, surplus = list(fit)[:most], list(fit)[most:]
-        self._stop(surplus)
+        kept = list(fit)[:most]
+        self._stop([e for e in self._live if e not in kept])
+        self._live = kept
         # The engine itself knows what it holds: PPO may have given it other weights since.
         holds = {e: fit[e]["holds"] or (fit[e]["loaded"] if updated else None) for e in self._live}
         stale = [e for e in self._live if holds[e] != model]

@@ -135,7 +135,6 @@ class RollOut:
             temperature=self.config.temperature,
             seed=row["seed"],
             stop=tuple(STOP_PLAIN) if tokenizer.format == "plain" else (),
-            eos_ids=tuple(tokenizer.eos_ids),
         )
         done = await engine.ask(request)
         if not done.ids:  # a turn marker at once: a reward needs a token to stand on, so the marker stays this time

@@ -154,7 +154,6 @@ async def ask(
         temperature=limits.temperature,
         seed=derive_seed(seed, row["id"], step),
         stop=tuple(stop) or (tuple(STOP_PLAIN) if plain else ()),
-        eos_ids=tuple(tokenizer.eos_ids),
     )
     return await engine.ask(request)
 

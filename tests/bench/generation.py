@@ -26,6 +26,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 NEW_TOKENS, ROUNDS, FEW_SHOTS, UNCACHED_ROWS, WARM_UP = 32, 2, 5, 48, 48
@@ -210,6 +211,7 @@ def alone(task: str, how: str, folder: Path) -> dict[str, float]:
     from cai_ray.config_files import load_config
     from cai_ray.generation.engine import Engine, _set_environment
     from cai_ray.models import embedded_model
+    from cai_ray.models.tokenization import Tokenizer
 
     _set_environment("cpu", THREADS)
     import torch
@@ -232,18 +234,19 @@ def alone(task: str, how: str, folder: Path) -> dict[str, float]:
         enable_chunked_prefill=False,
         max_num_batched_tokens=max(2048, MAX_LEN[task]),
     )
+    asker: Any = SimpleNamespace(tokenizer=Tokenizer.load(embedded_model()))  # whose EOS end a text
     rows = [[r for r, _ in requests] for requests, _, _ in requests_of(folder)]
     if how == "uncached":
         rows = rows[:UNCACHED_ROWS]
     warm_up = [TokensPrompt(prompt_token_ids=list(row[0].prompt_ids)[::-1]) for row in rows[:WARM_UP]]
-    llm.generate(warm_up, [Engine._params(None, row[0]) for row in rows[:WARM_UP]], use_tqdm=False)  # type: ignore[arg-type]
+    llm.generate(warm_up, [Engine._params(asker, row[0]) for row in rows[:WARM_UP]], use_tqdm=False)
     steps = zip(*rows, strict=True) if how == "barrier" else [[r for row in rows for r in row]]
     done: list[tuple[Any, int]] = []
     began = time.monotonic()
     for step in steps:
         outputs = llm.generate(
             [TokensPrompt(prompt_token_ids=list(r.prompt_ids)) for r in step],
-            [Engine._params(None, r) for r in step],  # type: ignore[arg-type]  the requests name their own EOS
+            [Engine._params(asker, r) for r in step],
             use_tqdm=False,
         )
         done += [(r, len(o.outputs[0].token_ids)) for r, o in zip(step, outputs, strict=True)]

@@ -49,35 +49,30 @@ def test_a_seed_gives_the_same_sample_in_any_company(engine, tokenizer):
     assert engine("ask", Request(crowd[5].prompt_ids, 12, 1.0, seed=999)).ids != crowded[5]
 
 
-def test_any_eos_ends_the_text_and_stays(engine, tokenizer):
+def test_any_eos_of_the_tokenizer_ends_the_text_and_stays(engine, tokenizer):
     (request,) = requests(tokenizer, 1)
     free = engine("ask", request)
     k = next(k for k in range(3, 12) if free.ids[k] not in free.ids[:k])
-    done = engine("ask", Request(request.prompt_ids, 12, 1.0, request.seed, eos_ids=(49151, free.ids[k])))
-    assert (done.ids, done.ended) == (free.ids[: k + 1], True)
-    assert done.logprobs == pytest.approx(free.logprobs[: k + 1], **CLOSE)
-
-
-def test_the_models_own_eos_is_the_default(engine, tokenizer):
-    # a prompt is found whose greedy continuation runs on, then the tokenizer's EOS is swapped for what comes
-    (request,) = requests(tokenizer, 1)
-    free = engine("ask", request)
-    seen = engine("run", OwnEos(request, free.ids[4]), pa.table({"id": ["a"]})).to_pylist()[0]["n"]
-    assert seen == free.ids.index(free.ids[4]) + 1
+    program = OwnEos(request, {49151, free.ids[k]})
+    (done,) = engine("run", program, pa.table({"id": ["a"]})).to_pylist()
+    assert (done["ids"], done["ended"]) == (free.ids[: k + 1], True)
+    assert done["logprobs"] == pytest.approx(free.logprobs[: k + 1], **CLOSE)
 
 
 class OwnEos:
-    schema = pa.schema([("id", pa.string()), ("n", pa.int64())])
+    ids, logprobs = pa.list_(pa.int64()), pa.list_(pa.float64())
+    schema = pa.schema([("id", pa.string()), ("ids", ids), ("logprobs", logprobs), ("ended", pa.bool_())])
 
     def __init__(self, request, eos):
-        self.request, self.eos = request, eos
+        self.request, self.eos = request, frozenset(eos)
 
     async def __call__(self, row, engine):
-        kept, engine.tokenizer.eos_ids = engine.tokenizer.eos_ids, frozenset({self.eos})
+        kept, engine.tokenizer.eos_ids = engine.tokenizer.eos_ids, self.eos
         try:
-            return {"id": row["id"], "n": len((await engine.ask(self.request)).ids)}
+            done = await engine.ask(self.request)
         finally:
             engine.tokenizer.eos_ids = kept
+        return {"id": row["id"], "ids": done.ids, "logprobs": done.logprobs, "ended": done.ended}
 
 
 def test_stop_strings_are_cut_from_tokens_logprobs_and_text(engine, tokenizer):

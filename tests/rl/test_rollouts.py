@@ -69,7 +69,6 @@ def test_a_kind_without_prompts_is_an_error_not_an_endless_search():
 
 class Words:
     format = "plain"
-    eos_ids = frozenset({0})
 
     def prompt(self, messages):
         if messages[-1]["content"] == "refused":

@@ -18,7 +18,6 @@ class WordTokenizer:
     """Tokens are words with the white space before them, so that the tokens of a prompt join to its text."""
 
     format: str = "plain"
-    eos_ids: tuple[int, ...] = (0,)
 
     def plain(self, text: str) -> list[Any]:
         return re.findall(r"\s*\S+", text)

@@ -45,7 +45,7 @@ class Engine:
         self.prompts: list[str] = []
         self.asked: list[Any] = []
         self.tokenizer = SimpleNamespace(
-            format=format, eos_ids=[0], plain=self._ids, text=self._ids, open=lambda m: self._ids(json.dumps(m))
+            format=format, plain=self._ids, text=self._ids, open=lambda m: self._ids(json.dumps(m))
         )
 
     @staticmethod
