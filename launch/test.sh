@@ -22,4 +22,5 @@ fi
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/pyright
-.venv/bin/python -m pytest "${selection[@]}" "$@"
+# Two at a time: while Ray and vLLM start, which most of the time goes to, a second core has nothing to do.
+.venv/bin/python -m pytest "${selection[@]}" -n 2 --dist loadgroup --no-loadscope-reorder "$@"
