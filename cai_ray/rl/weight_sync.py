@@ -78,10 +78,10 @@ class Sender:
     Args:
         model: source of the weights.
         engines: the receiving side.
-        adapter: where only adapters are sent: their configuration, and a folder that sender and engines share.
+        adapter: where only adapters are sent: a folder that sender and engines share.
     """
 
-    def __init__(self, model: ShardedModel, engines: Engines, adapter: tuple[Any, Path] | None = None):
+    def __init__(self, model: ShardedModel, engines: Engines, adapter: Path | None = None):
         self._model, self._engines, self._adapter = model, engines, adapter
         self._link: Any = None  # from the first transfer on: on GPUs vLLM's sending side, on CPU True
 
@@ -93,9 +93,9 @@ class Sender:
         """
         self._engines.version = version
         if self._adapter:
-            self._model.export_adapter(*self._adapter)
+            self._model.export_adapter(self._adapter)
             if self._model.rank == 0:
-                self._engines.load_adapter(self._adapter[1])
+                self._engines.load_adapter(self._adapter)
             return
         parameters = self._model.merged_parameters()
         try:

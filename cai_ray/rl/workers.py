@@ -30,8 +30,7 @@ from cai_ray.rl.losses import actor_columns, actor_loss
 from cai_ray.rl.setup import Answer, Setup, table, timed
 from cai_ray.rl.weight_sync import Engines, Sender
 from cai_ray.rl.worker import Onlooker, Worker, load_to_look
-from cai_ray.training.deepspeed import ShardedModel, loading
-from cai_ray.training.lora import add_adapters
+from cai_ray.training.deepspeed import ShardedModel, sharded_to_train
 from cai_ray.training.sft import TokenLogprobs
 
 
@@ -97,20 +96,14 @@ class _Trained(Worker):
         super().__init__(role, rank, ranks, setup)
         self._learner: Learner = getattr(setup.config, role)
         self._start = setup.critic_start if role == "critic" else setup.policy
-        self._adapters: Any = None  # their configuration, where only adapters are trained
         self._kept: Any = None  # the last forward pass with its graph, for the update to go on from
         self._model: ShardedModel
 
     def join(self, address: str, port: int, total_steps: int) -> Answer:
         """Joins the group's process group and loads the model; `total_steps` optimizer steps are the whole run."""
         self._meet(address, port)
-        learner = self._learner
-        with loading(learner.sharding, learner.optim, self._device):
-            module = self._build()
-            if learner.lora:
-                seed = derive_seed(self._setup.seed, "lora", self._role)
-                self._adapters = add_adapters(module.hf, learner.lora, self._start, seed)
-        self._model = ShardedModel(module, learner.optim, learner.sharding, total_steps, self._device)
+        seed = derive_seed(self._setup.seed, "lora", self._role)
+        self._model = sharded_to_train(self._build, self._learner, self._start, seed, total_steps, self._device)
         if self._setup.colocated:
             self._model.offload()
         return None, {}
@@ -223,7 +216,7 @@ class Actor(_Trained):
             gpus = cluster.tensor_parallel_size if self._setup.device == "gpu" else 0
             # Half of what the controller waits for this: an engine that hangs is named before the actor is.
             receivers = Engines(engines, gpus, cluster.step_timeout_s / 2, self._setup.colocated)
-            adapter = (self._adapters, folder) if self._setup.config.adapter_rank else None
+            adapter = folder if self._setup.config.adapter_rank else None
             if self._sender:
                 self._sender.close()
             self._sender = Sender(self._model, receivers, adapter)
@@ -246,8 +239,8 @@ class Actor(_Trained):
 
     def export(self, out: Path, adapter: Path | None = None) -> Answer:
         """Writes the policy in Hugging Face format, with its tokenizer; to `adapter` also the adapters, if any."""
-        if adapter and self._adapters:
-            self._model.export_adapter(self._adapters, adapter)
+        if adapter and self._learner.lora:
+            self._model.export_adapter(adapter)
         tokenizer = Tokenizer.load(self._setup.policy, self._setup.format)
         self._model.export(tokenizer, out)
         return None, {}

@@ -12,7 +12,7 @@ import os
 import re
 from argparse import Namespace
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -23,10 +23,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from cai_ray.artifacts import write_atomic
-from cai_ray.config import Optim, Sharding
+from cai_ray.config import Learner, Optim, Sharding, Training
 from cai_ray.errors import CaiError, ConfigError, StageFailed
 from cai_ray.models.activations import keep_activations
-from cai_ray.training.lora import merged, merged_name, save_adapter
+from cai_ray.training.lora import add_adapters, merged, merged_name, save_adapter
 
 if TYPE_CHECKING:
     from cai_ray.models.tokenization import Tokenizer
@@ -379,14 +379,37 @@ class ShardedModel:
         deque(tensors, maxlen=0)  # on the other ranks; on rank 0 nothing is left
         dist.barrier()
 
-    def export_adapter(self, config: Any, out: Path) -> None:
-        """Writes the adapters that `add_adapters` put in, with peft's `config`; rank 0 returns when they are there.
+    def export_adapter(self, out: Path) -> None:
+        """Writes the adapters of a model that has some; rank 0 returns when they are there.
 
         Below ZeRO-3 rank 0 may be the only one to call it.
         """
         state = {name: p.to("cpu", copy=True) for name, p in self.full_parameters(trained=True)}
         if self.rank == 0:
-            save_adapter(config, state, out)
+            save_adapter(self.hf, state, out)
+
+
+def sharded_to_train(
+    load: Callable[[], Any], config: Training | Learner, base: Path, seed: int, total_steps: int, device: torch.device
+) -> ShardedModel:
+    """A model as its training begins, with adapters where `config` asks for them; all ranks call it.
+
+    Args:
+        load: loads what `ShardedModel` takes.
+        config: optimizer, layout and adapters.
+        base: the folder it is loaded from, which a saved adapter names.
+        seed: of the adapters' first weights.
+        total_steps: optimizer steps of the whole run.
+        device: where this rank's tensors live; `init_distributed` has been called for it.
+
+    Raises:
+        CaiError: as `loading`.
+    """
+    with loading(config.sharding, config.optim, device):
+        module = load()
+        if config.lora:
+            add_adapters(module.hf, config.lora, base, seed)
+    return ShardedModel(module, config.optim, config.sharding, total_steps, device)
 
 
 def sharded_to_look(model: nn.Module, optim: Optim, sharding: Sharding, device: torch.device) -> nn.Module:

@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
@@ -85,7 +86,7 @@ def _train(job: Job) -> dict[str, float]:
 
     # 3. The model, and where an earlier attempt left it.
     pulse()
-    model, adapters = _model(job, task, total_steps(len(trained), config.epochs, config.batch_size), device)
+    model = _model(job, task, total_steps(len(trained), config.epochs, config.batch_size), device)
     checkpoints = Checkpoints(job.out, model.rank, config)
     if newest := checkpoints.newest():
         model.load(newest)
@@ -121,8 +122,8 @@ def _train(job: Job) -> dict[str, float]:
 
     # 7. The model's folder.
     pulse()
-    if adapters:
-        model.export_adapter(adapters, out.path / "adapter")
+    if config.lora:
+        model.export_adapter(out.path / "adapter")
     model.export(tokenizer, out.path / "model", updates)
     return {**counts, "steps": model.steps_done, **summary, **updates}
 
@@ -148,17 +149,13 @@ def _join(job: Job, out: StageDir) -> tuple["torch.device", Callable[[], None]]:
     return device, pulse
 
 
-def _model(job: Job, task: ModuleType, steps: int, device: "torch.device") -> tuple["ShardedModel", Any]:
-    """The model of a run of `steps` steps, as it begins, and peft's configuration of its adapters, if it has any."""
-    from cai_ray.training.deepspeed import ShardedModel, loading
-    from cai_ray.training.lora import add_adapters
+def _model(job: Job, task: ModuleType, steps: int, device: "torch.device") -> "ShardedModel":
+    """The model of a run of `steps` steps, as it begins."""
+    from cai_ray.training.deepspeed import sharded_to_train
 
-    config, adapters = job.config, None
-    with loading(config.sharding, config.optim, device):
-        module = task.load(job.model, config.sharding.dtype, derive_seed(job.seed, "head", job.kind))
-        if config.lora:
-            adapters = add_adapters(module.hf, config.lora, job.model, derive_seed(job.seed, "lora", job.kind))
-    return ShardedModel(module, config.optim, config.sharding, steps, device), adapters
+    head, lora = (derive_seed(job.seed, name, job.kind) for name in ("head", "lora"))
+    load = partial(task.load, job.model, job.config.sharding.dtype, head)
+    return sharded_to_train(load, job.config, job.model, lora, steps, device)
 
 
 @dataclass

@@ -14,17 +14,16 @@ from cai_ray.models.hub import whole_folder
 _NAME = "default"  # peft's name of the one adapter
 
 
-def add_adapters(hf: Any, lora: Lora, base: Path, seed: int) -> Any:
+def add_adapters(hf: Any, lora: Lora, base: Path, seed: int) -> None:
     """Puts adapters beside linear modules of `hf`, in place; only they and a scalar head are trained from now on.
+
+    peft leaves its configuration there, for `save_adapter`.
 
     Args:
         hf: a causal or a scalar model of transformers.
         lora: rank, scale and places.
         base: the model's folder, which the saved adapter names.
         seed: of the adapters' first weights; at the start they change nothing.
-
-    Returns:
-        peft's configuration, for `save_adapter`.
 
     Raises:
         ConfigError: no module has such a name, or one lies outside the layers.
@@ -50,7 +49,6 @@ def add_adapters(hf: Any, lora: Lora, base: Path, seed: int) -> Any:
     if head is not None:
         config.modules_to_save = ["score"]  # so that peft looks for the whole head in the adapter's file
         head.requires_grad_(True)
-    return config
 
 
 def merged_name(name: str) -> str | None:
@@ -68,16 +66,17 @@ def merged(hf: nn.Module, name: str, parameter: Tensor) -> Tensor:
     return (parameter.float() + delta(_NAME).float()).to(parameter.dtype)
 
 
-def save_adapter(config: Any, trained: dict[str, Tensor], folder: Path) -> None:
+def save_adapter(hf: Any, trained: dict[str, Tensor], folder: Path) -> None:
     """Writes adapters, and a scalar head, as peft's `PeftModel.from_pretrained` reads them.
 
     Args:
-        config: from `add_adapters`.
+        hf: the model that `add_adapters` was given.
         trained: the trained parameters under the model's own names.
         folder: appears whole or not at all.
     """
     from safetensors.torch import save_file
 
+    config = hf.peft_config[_NAME]
     config.inference_mode = True
     names = {name: f"base_model.model.{name.replace(f'.{_NAME}.', '.')}" for name in trained}
     with whole_folder(folder) as new:

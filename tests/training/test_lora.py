@@ -28,13 +28,13 @@ def train(task: Any, stage: int, lora: Lora, base: Path, tokenizer: Any, out: Pa
     batch = [e for i in range(4) for e in task.examples((revision if task is sft else pair)(i), tokenizer, config)]
     with loading(sharding, optim, CPU):
         module = task.load(base, "float32", 5)
-        adapters = add_adapters(module.hf, lora, base, 6)
+        add_adapters(module.hf, lora, base, 6)
     model = ShardedModel(module, optim, sharding, 2, CPU)
     for _ in range(2):
         tensors = task.collate(batch, tokenizer.pad_id, CPU, config)
         model.backward(task.loss(model.module, batch, tensors, config, sum(e.units for e in batch)))
         model.step()
-    model.export_adapter(adapters, out / "adapter")
+    model.export_adapter(out / "adapter")
     model.export(tokenizer, out / "model")
     return model
 
