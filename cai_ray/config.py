@@ -568,7 +568,7 @@ class PPOConfig(Sampling):
         if max(self.inference_ranks, *(role.ranks for role in learners)) > self.engines:
             raise ValueError(f"colocated roles share {self.engines} GPUs: critic or inference_ranks has more ranks")
         for role in learners:
-            if role.zero_stage == 0 and role.dtype == "float32":
+            if role.stage == 0:
                 raise ValueError("at ZeRO-0 in float32 no state can leave the GPU: set zero_stage to 1, 2 or 3")
             if role.offload_parameters:
                 raise ValueError("offload_parameters and placement colocated exclude each other")

@@ -64,6 +64,12 @@ class Sharding(Section):
     deepspeed: Op[Annotated[dict[str, Any] | None, BeforeValidator(read_options)]] = None
     """DeepSpeed options, a mapping or a JSON file's path, which replace ours; none may contradict the rest of this."""
 
+    @property
+    def stage(self) -> int:
+        """The ZeRO stage that runs."""
+        # Below stage 2 DeepSpeed would accumulate bfloat16 gradients in bfloat16 or refuse; 2 gives the same numbers.
+        return max(2, self.zero_stage) if self.dtype == "bfloat16" else self.zero_stage
+
     @model_validator(mode="after")
     def _agree(self) -> "Sharding":
         if self.offload_parameters and self.zero_stage != 3:

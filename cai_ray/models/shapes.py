@@ -68,8 +68,7 @@ def training_memory(
     shape: Shape, sharding: Sharding, device: str, lora: Lora | None = None
 ) -> tuple[tuple[Part, ...], tuple[Part, ...]]:
     """(parts in a rank's CPU or GPU memory, parts in a GPU rank's host memory), as `training.deepspeed` builds it."""
-    n, width = sharding.ranks, WIDTH[sharding.dtype]
-    zero = max(2, sharding.zero_stage) if sharding.dtype == "bfloat16" else sharding.zero_stage
+    n, width, zero = sharding.ranks, WIDTH[sharding.dtype], sharding.stage
     trained = shape.lora_parameters(lora.rank) if lora else shape.parameters
     weights: Part = ("weights", shape.gib(width), n if zero == 3 else 1)
     # AdamW keeps two moments, and from stage 1 on a float32 copy of the weights.
