@@ -1,6 +1,6 @@
 """Scores, values and hidden states of transformers' models, without the logits that nobody reads.
 
-Shapes: B sequences, N pairs, T tokens, H hidden, V vocabulary. Heads run in float32 whatever the model's dtype.
+Shapes: B documents, N pairs, T tokens, H hidden, V vocabulary. Heads run in float32 whatever the model's dtype.
 """
 
 from collections.abc import Sequence
@@ -26,22 +26,6 @@ class ScalarHead(nn.Linear):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Scores [..., 1] of hidden [..., H]."""
         return F.linear(hidden.float(), self.weight.float())
-
-
-def hidden_states(model: PreTrainedModel, ids_BT: torch.Tensor, attention_mask_BT: torch.Tensor) -> torch.Tensor:
-    """The last hidden states, after the final norm, in the model's dtype: the vocabulary projection does not run.
-
-    Args:
-        model: a causal or a scalar model.
-        ids_BT: token ids, padded left or right.
-        attention_mask_BT: True or 1 where a token is real; positions are counted over real tokens.
-
-    Returns:
-        hidden_BTH; undefined at padding.
-    """
-    mask = attention_mask_BT.long()
-    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-    return model.base_model(input_ids=ids_BT, attention_mask=mask, position_ids=positions, use_cache=False)[0]
 
 
 def lm_head(model: PreTrainedModel, hidden_NH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -71,14 +55,16 @@ def document_states(
 ) -> torch.Tensor:
     """The last hidden states hidden_TH of documents that stand one after the other in one row, without padding.
 
-    They are read as they stand there (`packed`) or as padded rows, which is slower; None: packed where the family is
-    known to keep documents apart.
+    They are those after the final norm, in the model's dtype: the vocabulary projection does not run. Documents are
+    read as they stand there (`packed`) or as padded rows, which is slower; None: packed where the family is known to
+    keep documents apart.
     """
     if shares_prompt(model) if packed is None else packed:
         return packed_hidden_states(model, ids_1T, lengths)[0]
     ids_BT = pad_sequence(list(ids_1T[0].split(list(lengths))), batch_first=True)
     real_BT = torch.arange(ids_BT.shape[1]) < torch.tensor(lengths)[:, None]
-    return hidden_states(model, ids_BT, real_BT.to(ids_BT.device))[real_BT]
+    mask_BT = real_BT.long().to(ids_BT.device)
+    return model.base_model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False)[0][real_BT]
 
 
 def document_scores(model: PreTrainedModel, ids_1T: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:

@@ -93,7 +93,7 @@ def _train(job: Job) -> dict[str, float]:
         print(f"continues after step {model.steps_done}", flush=True)
     if main:
         out.forget_from(model.steps_done)
-    passes = _Passes(job, task, tokenizer.pad_id, model, device, pulse)
+    passes = _Passes(job, task, tokenizer.pad_id, model, pulse)
 
     # 4. Held-out rows before the first step, or as the checkpoint saw them: the line of metrics was just dropped.
     if model.steps_done == 0 or config.keep_checkpoints > 1:
@@ -166,18 +166,17 @@ class _Passes:
     task: ModuleType  # training.sft or training.preference
     pad_id: int
     model: "ShardedModel"
-    device: "torch.device"
     pulse: Callable[[], None]
     evaluated: tuple[int, Any] | None = None  # after how many steps, and what came of it
 
     def micro_batches(self, batch: Sequence[Any]) -> Iterator[tuple[list[int], list[Any], Any]]:
         """This rank's: (indices into `batch`, their examples, the tensors)."""
         packed = getattr(self.job.config, "packing", True)  # a preference model always packs
-        lengths, most = [e.length for e in batch], self.job.config.sharding.microbatch_tokens
+        lengths, most = [e.tokens for e in batch], self.job.config.sharding.microbatch_tokens
         for micro in layout(range(len(batch)), lengths, self.model.world_size, most, packed)[self.model.rank]:
             self.pulse()
             chosen = [batch[i] for i in micro]
-            yield micro, chosen, self.task.collate(chosen, self.pad_id, self.device, self.job.config)
+            yield micro, chosen, self.task.collate(chosen, self.pad_id, self.model.device, self.job.config)
 
     def scores(self, batch: Sequence[Any]) -> list[Any]:
         """`task.score` of every example, on every rank."""
@@ -218,7 +217,7 @@ class _Passes:
         model, begun, lr = self.model, time.monotonic(), self.model.lr
         torch.manual_seed(derive_seed(self.job.seed, str(model.steps_done), "step"))
         total = sum(e.units for e in batch)
-        loss = torch.zeros((), device=self.device)
+        loss = torch.zeros((), device=model.device)
         for _, chosen, tensors in self.micro_batches(batch):
             part = self.task.loss(model.module, chosen, tensors, self.job.config, total)
             model.backward(part)

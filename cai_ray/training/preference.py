@@ -44,15 +44,13 @@ class Example:
         """Tokens that are read: the prompt once, and both answers."""
         return len(self.prompt_T) + len(self.a_T) + len(self.b_T)
 
-    length = tokens  # that the pair takes in a micro-batch
     units = 1  # what the loss is averaged over: pairs
 
 
 class PairScores(nn.Module):
     """Both scores of each pair, from one forward pass in which the prompt is computed once and nothing is padding.
 
-    A model that `shares_prompt` refuses makes two passes over whole sequences, the longer half of them and then the
-    shorter, each padded to its longest.
+    A model that `shares_prompt` refuses makes two passes over whole sequences, each padded to its longest.
     """
 
     def __init__(self, hf: Any):
@@ -64,13 +62,11 @@ class PairScores(nn.Module):
         if self.shared:
             return pair_scores(self.hf, ids_1T, parts)
         pieces = ids_1T[0].split([n for pair in parts for n in pair])
-        sequences = [torch.cat(pair) for k in (1, 2) for pair in zip(pieces[::3], pieces[k::3], strict=True)]
-        order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
-        found = []
-        for half in (order[: len(parts)], order[len(parts) :]):
-            chosen = [sequences[i] for i in half]
-            found.append(document_scores(self.hf, torch.cat(chosen)[None], [len(ids) for ids in chosen]))
-        return torch.cat(found)[torch.tensor(order).argsort().to(ids_1T.device)].chunk(2)
+        scores = []
+        for k in (1, 2):
+            sequences = [torch.cat(pair) for pair in zip(pieces[::3], pieces[k::3], strict=True)]
+            scores.append(document_scores(self.hf, torch.cat(sequences)[None], list(map(len, sequences))))
+        return tuple(scores)
 
 
 def load(folder: Path, dtype: str, seed: int) -> PairScores:

@@ -37,10 +37,8 @@ class Example:
 
     @property
     def tokens(self) -> int:
-        """Tokens that are read."""
+        """Tokens that are read; also what it takes in a micro-batch where it is the longest."""
         return len(self.ids_T)
-
-    length = tokens  # that the example takes in a micro-batch where it is the longest
 
     @property
     def units(self) -> int:

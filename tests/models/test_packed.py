@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from cai_ray.errors import DataError
 from cai_ray.models.activations import keep_activations
 from cai_ray.models.packed import packed_hidden_states
-from cai_ray.models.scalar import hidden_states
+from cai_ray.models.scalar import document_states
 
 LENGTHS = [7, 1, 12, 3]
 SMALL = {
@@ -51,7 +51,7 @@ def packed(model: Any, ids: list[Tensor]) -> list[Tensor]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_document_in_a_pack_is_what_it_is_alone(family: str) -> None:
     model, ids = random_model(family), documents(1)
-    alone = [hidden_states(model, x[None], torch.ones(1, len(x)))[0] for x in ids]
+    alone = [document_states(model, x[None], [len(x)], packed=False) for x in ids]
     gradients = torch.autograd.grad(sum(h.square().sum() for h in alone), list(model.base_model.parameters()))
     together = packed(model, ids)
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
@@ -73,11 +73,8 @@ def test_no_document_sees_another(family: str) -> None:
 def test_padded_rows_are_read_as_before_by_a_model_that_reads_packs() -> None:
     plain, model = random_model("mistral"), random_model("mistral")
     packed(model, documents(1))
-    ids_BT = torch.stack(documents(3)[:1] * 2)
-    mask_BT = torch.ones(ids_BT.shape).tril(len(ids_BT[0]) - 2)  # the first row is one token shorter
-    real = mask_BT.bool()
-    assert not real.all()
-    expected, got = (hidden_states(m, ids_BT, mask_BT)[real] for m in (plain, model))
+    ids_1T = torch.cat(documents(3))[None]
+    expected, got = (document_states(m, ids_1T, LENGTHS, packed=False) for m in (plain, model))
     assert torch.equal(got, expected)
 
 

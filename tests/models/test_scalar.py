@@ -5,7 +5,7 @@ from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2LMH
 
 from cai_ray.errors import DataError
 from cai_ray.models.checkpoints import load_causal_lm, load_scalar_model, save_pretrained
-from cai_ray.models.scalar import document_scores, hidden_states, lm_head
+from cai_ray.models.scalar import document_scores, document_states, lm_head
 from cai_ray.models.tokenization import Tokenizer, preference_input
 
 PROMPTS = ["Hello?", "How do plants grow in the dark, and for how long?", "Why"]
@@ -81,23 +81,22 @@ def test_hidden_states_times_the_head_are_the_logits_and_the_head_itself_does_no
     ids, mask = pad(rows, 0)
     logits = model(input_ids=ids, attention_mask=mask).logits
     model.lm_head.register_forward_pre_hook(lambda *_: pytest.fail("the vocabulary projection ran"))
-    hidden = hidden_states(model, ids, mask)
-    assert hidden.shape == (*ids.shape, 64)
     real = mask.bool()
-    factor, weight = lm_head(model, hidden[real])
-    assert factor.shape == (int(real.sum()), 64)
-    assert torch.allclose(factor @ weight.T, logits[real], atol=1e-5, rtol=0)
+    for packed in (True, False):
+        factor, weight = lm_head(model, document_states(model, ids[real][None], list(map(len, rows)), packed))
+        assert factor.shape == (int(real.sum()), 64)
+        assert torch.allclose(factor @ weight.T, logits[real], atol=1e-5, rtol=0)
 
 
 @torch.no_grad()
-def test_positions_count_real_tokens_where_they_are_absolute():
+def test_padding_moves_nothing_where_positions_are_absolute():
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=50, n_positions=32, n_embd=16, n_layer=2, n_head=2)
     model = GPT2LMHeadModel(config).eval()
-    row = [5, 6, 7, 8]
-    right = hidden_states(model, torch.tensor([[*row, 0, 0]]), torch.tensor([[1, 1, 1, 1, 0, 0]]))[0, :4]
-    left = hidden_states(model, torch.tensor([[0, 0, *row]]), torch.tensor([[0, 0, 1, 1, 1, 1]]))[0, 2:]
-    assert torch.allclose(left, right, atol=1e-5, rtol=0)
+    rows = [[5, 6, 7, 8], [9, 10], [11, 12, 13, 14, 15, 16]]
+    together = document_states(model, torch.tensor([[i for row in rows for i in row]]), list(map(len, rows)))
+    alone = [model.transformer(input_ids=torch.tensor([row]))[0][0] for row in rows]
+    assert torch.allclose(together, torch.cat(alone), atol=1e-5, rtol=0)
 
 
 def test_models_whose_logits_are_more_than_a_product_are_refused():

@@ -90,7 +90,7 @@ def test_sft_log_probs_are_those_of_the_answer(tiny: Path, tokenizer: Any, packi
     examples = [e for i in range(3) for e in sft.examples(revision(i), tokenizer, SftConfig())]
     module = sft.load(tiny, "float32", 0)
     tensors = sft.collate(examples, tokenizer.pad_id, CPU, SftConfig(packing=packing))
-    lengths = [e.length for e in examples]
+    lengths = [e.tokens for e in examples]
     read: list[Any] = []
     module.hf.base_model.register_forward_pre_hook(lambda _, args, how: read.append(how["input_ids"]), with_kwargs=True)
     with torch.no_grad():

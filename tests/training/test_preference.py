@@ -35,7 +35,7 @@ def test_a_pair_reads_its_prompt_and_both_answers_with_eos(tokenizer: Any) -> No
     assert example.prompt_T.tolist() == tokenizer.prompt(row["messages"])
     assert example.a_T.tolist() == [*tokenizer.response("yes"), tokenizer.eos_id]
     assert example.b_T.tolist() == [*tokenizer.response("certainly not"), tokenizer.eos_id]
-    assert example.length == example.tokens == len(example.prompt_T) + len(example.a_T) + len(example.b_T)
+    assert example.tokens == len(example.prompt_T) + len(example.a_T) + len(example.b_T)
     assert not example.truncated
 
 
