@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import yaml
 
 from cai_ray.artifacts import RunDir, StageKey, package_versions
@@ -14,6 +13,7 @@ from cai_ray.config import Config
 from cai_ray.export import LIMITS, card, provenance, table
 from cai_ray.models.embedded import HUB_ID
 from cai_ray.pipeline import STAGES, Stage, model_spec
+from cai_ray.records import stored_rows
 from cai_ray.report.collect import cautions, collect
 
 _BY_NAME = {stage.name: stage for stage in STAGES}
@@ -87,8 +87,7 @@ def _hub_id(config: Config, stage: Stage) -> str | None:
 
 def _counts(folders: Iterable[Path]) -> list[list[str]]:
     """Rows by source, kind and split, as lines of a table."""
-    counts: Counter[tuple[str, str, str]] = Counter()
-    for file in (file for folder in folders for file in sorted(folder.rglob("*.parquet"))):
-        for batch in pq.ParquetFile(file).iter_batches(columns=["source", "kind", "split"]):
-            counts.update((row["source"], row["kind"], row["split"]) for row in batch.to_pylist())
+    counts, columns = Counter[tuple[str, ...]](), ("source", "kind", "split")
+    for folder in folders:
+        counts.update(tuple(row[c] for c in columns) for row in stored_rows(folder, columns))
     return [[*key, f"{n:,}"] for key, n in sorted(counts.items())]

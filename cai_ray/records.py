@@ -6,7 +6,8 @@ depend on no batch, worker, order or retry.
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypedDict
 
 import pyarrow as pa
@@ -129,3 +130,19 @@ def answers(row: Mapping[str, Any], rounds: str | tuple[int, ...]) -> list[tuple
 def to_table(rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
     """Rows as an Arrow table of exactly `schema`: what a row lacks is null, what the schema lacks is dropped."""
     return pa.Table.from_pylist(list(rows), schema=schema)
+
+
+def stored_rows(folder: Path, columns: Sequence[str] | None = None) -> Iterator[Row]:
+    """Rows of the parquet files below a folder, few of them in memory at a time; all columns, or those named.
+
+    Raises:
+        DataError: a file cannot be read.
+    """
+    from pyarrow import parquet  # whoever only wants a schema does without
+
+    try:
+        for path in sorted(folder.rglob("*.parquet")):
+            for batch in parquet.ParquetFile(path).iter_batches(1000, columns=columns):
+                yield from batch.to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"the rows in {folder} cannot be read: {error}", "write them again") from None

@@ -139,18 +139,21 @@ def _load(auto: Any, folder: Path, dtype: "str | torch.dtype", **kwargs: Any) ->
     missing = set(info["missing_keys"])
     if lost := sorted(name for name in missing if not name.startswith(("score.", "classifier."))):  # heads are new
         raise DataError(f"{type(model).__name__} in {folder} lacks weights: {lost[:3]}", "download or save it again")
-    layers = re.compile(r".*?\.\d+(?=\.)")
-    there, named = (
-        {found[0] for name in names if (found := layers.match(name))}
-        for names in (info["unexpected_keys"], model.state_dict())
-    )
-    if strange := sorted(there - named):
+    surplus = set(info["unexpected_keys"])
+    # A name outside the layers, such as that of a head which is not wanted here, is its own layer.
+    if strange := sorted({*map(layer_of, surplus)} - {*map(layer_of, model.state_dict())} - surplus):
         raise DataError(
             f"{folder} has weights of layers that its config.json does not name: {strange[:3]}",
             "put configuration and weights of the same model together",
         )
     model.config.architectures = [type(model).__name__]
     return model, bool(missing)
+
+
+def layer_of(name: str) -> str:
+    """`model.layers.3` for all parameters of one layer; the name itself outside the layers."""
+    numbered = re.match(r".*?\.\d+(?=\.)", name)
+    return numbered[0] if numbered else name
 
 
 def save_pretrained(

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from cai_ray.errors import StageFailed
 from cai_ray.generation.shared_memory import cleanup, write_bucket
+from cai_ray.models.checkpoints import layer_of
 from cai_ray.rl.groups import engine_calls, free_address, wait
-from cai_ray.training.deepspeed import ShardedModel, layer_of
+from cai_ray.training.deepspeed import ShardedModel
 
 BUCKET_BYTES = 256 << 20
 # Nats, mean over tokens; two right implementations differ by far less. On GPUs vLLM's attention in float32 is TF32's.

@@ -18,7 +18,7 @@ from cai_ray.errors import DataError
 from cai_ray.generation.data_plane import MapSettings
 from cai_ray.generation.engine import Completion, Request
 from cai_ray.models.tokenization import PromptText, Tokenizer, encode
-from cai_ray.records import Message, Row, derive_seed, to_table
+from cai_ray.records import Message, Row, derive_seed, stored_rows, to_table
 from cai_ray.templates import STOP_PLAIN
 from cai_ray.training.launch import run_training
 from cai_ray.training.loop import Job, Kind
@@ -164,16 +164,14 @@ def read_rows(folder: Path, share: tuple[float, float] = (0.0, 1.0), **equal: st
 
 
 def iter_rows(folder: Path, share: tuple[float, float] = (0.0, 1.0), **equal: str) -> Iterator[Row]:
-    """Rows of a folder of parquet files where each named column equals its value, few of them in memory at a time.
+    """`stored_rows` of which each named column equals its value.
 
     `share` takes only ids whose hash lies in [low, high); it is the same in every run and stage, so that [0, 0.3] and
     [0.3, 1] have no row in common.
     """
-    for path in sorted(folder.glob("*.parquet")):
-        for batch in pq.ParquetFile(path).iter_batches(IN_MEMORY):
-            for row in batch.to_pylist():
-                if all(row[k] == v for k, v in equal.items()) and in_share(row["id"], share):
-                    yield row
+    for row in stored_rows(folder):
+        if all(row[k] == v for k, v in equal.items()) and in_share(row["id"], share):
+            yield row
 
 
 def in_share(row: str, share: tuple[float, float]) -> bool:

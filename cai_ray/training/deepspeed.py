@@ -9,7 +9,6 @@ import itertools
 import json
 import math
 import os
-import re
 from argparse import Namespace
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -26,6 +25,7 @@ from cai_ray.artifacts import write_atomic
 from cai_ray.config import Learner, Optim, Sharding, Training
 from cai_ray.errors import CaiError, StageFailed
 from cai_ray.models.activations import keep_activations
+from cai_ray.models.checkpoints import layer_of, save_pretrained
 from cai_ray.training.lora import add_adapters, merged, merged_name, save_adapter
 
 if TYPE_CHECKING:
@@ -350,8 +350,6 @@ class ShardedModel:
             out: the model's folder; it appears whole or not at all.
             config_updates: fields to set in config.json.
         """
-        from cai_ray.models.checkpoints import save_pretrained
-
         tensors = self.merged_parameters()
         if self.rank == 0:
             persistent = self.hf.state_dict().keys()
@@ -413,9 +411,3 @@ def _adamw(model: nn.Module, optim: Optim) -> torch.optim.AdamW:
         (matrices if len(whole) > 1 else others).append(p)
     groups = [{"params": matrices, "weight_decay": optim.weight_decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, fused=True)
-
-
-def layer_of(name: str) -> str:
-    """`model.layers.3` for all parameters of one layer; the name itself outside the layers."""
-    numbered = re.match(r".*?\.\d+(?=\.)", name)
-    return numbered[0] if numbered else name

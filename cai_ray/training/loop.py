@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from cai_ray.artifacts import StageDir, write_atomic
 from cai_ray.config import PreferenceModelConfig, SftConfig
 from cai_ray.errors import CaiError, DataError, StageFailed
-from cai_ray.records import Row, derive_seed
+from cai_ray.records import derive_seed, stored_rows
 from cai_ray.training.batches import copies, epoch_order, layout, step_rows, total_steps
 from cai_ray.training.checkpoints import Checkpoints
 from cai_ray.training.liveness import own_log, rank_log
@@ -261,7 +261,7 @@ def _examples(
     made: dict[str, list[Any]] = {"train": [], "test": []}
     bad: list[dict[str, str]] = []
     rows = without = 0
-    for row in _rows(job.inputs, task.COLUMNS):
+    for row in (row for folder in job.inputs for row in stored_rows(folder, task.COLUMNS)):
         pulse()
         rows += 1
         try:
@@ -302,16 +302,3 @@ def _examples(
         **{f"train_examples/{name}": n for name, n in sorted(Counter(e.source for e in trained).items())},
     }
     return trained, held_out, counts
-
-
-def _rows(folders: Sequence[Path], columns: Sequence[str]) -> Iterator[Row]:
-    import pyarrow
-    import pyarrow.dataset
-
-    for folder in folders:
-        try:
-            data = pyarrow.dataset.dataset(folder, format="parquet")
-            for batch in data.to_batches(columns=list(columns), batch_size=1024):
-                yield from batch.to_pylist()
-        except (pyarrow.ArrowException, OSError) as error:
-            raise DataError(f"the rows in {folder} cannot be read: {error}", "write them again") from None

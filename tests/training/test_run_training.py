@@ -25,14 +25,14 @@ from cai_ray.config import Lora, Mix, Optim, PreferenceModelConfig, SftConfig, S
 from cai_ray.errors import ConfigError, DataError, ResourceError, StageFailed
 from cai_ray.models.checkpoints import load_causal_lm, save_pretrained
 from cai_ray.models.tokenization import Tokenizer
-from cai_ray.records import Row, answers
+from cai_ray.records import Row, answers, stored_rows
 from cai_ray.training import launch, sft
 from cai_ray.training.batches import epoch_order
 from cai_ray.training.checkpoints import RECORD, Checkpoints
 from cai_ray.training.deepspeed import steps_in
 from cai_ray.training.launch import _failed, _Follow, run_training
 from cai_ray.training.liveness import Watch, rank_log
-from cai_ray.training.loop import Job, _rows
+from cai_ray.training.loop import Job
 from tests.training.rows import pair, revision
 
 OPTIM = Optim(lr=2e-3, schedule="linear", warmup_fraction=0.2)
@@ -150,7 +150,7 @@ def test_a_truncated_file_of_rows_is_an_error(rows: Path) -> None:
     file = rows / "part-1.parquet"
     file.write_bytes(file.read_bytes()[:-20])
     with pytest.raises(DataError, match="cannot be read"):
-        list(_rows([rows], sft.COLUMNS))
+        list(stored_rows(rows, sft.COLUMNS))
 
 
 def test_chat_without_a_template_is_an_error(tiny: Path, tmp_path: Path) -> None:
