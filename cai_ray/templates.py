@@ -10,18 +10,19 @@ nothing else changes, blank lines stay, and escaping twice is escaping once. Gen
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
-from typing import ParamSpec
+from itertools import groupby
+from typing import NamedTuple, ParamSpec
 
-from cai_ray.constitution import OPTIONS, CotFewShot, CritiqueFewShot, FeedbackFewShot
+from cai_ray.constitution import OPTIONS, CotFewShot, CritiqueFewShot, FeedbackFewShot, Shot
 from cai_ray.records import Message
 
 Messages = Sequence[Message | Mapping[str, str]]
 Critiques = Sequence[CritiqueFewShot]
 Feedbacks = Sequence[FeedbackFewShot]
 Cots = Sequence[CotFewShot]
+Asked = tuple[Messages, str, str, str]  # a conversation, a question, two responses
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"  # the turn markers, one plain format for all languages
 STOP_PLAIN = [HUMAN, ASSISTANT]  # where a response ends in the plain format
@@ -38,7 +39,10 @@ _BREAKS = r"\r\v\f\x85\u2028\u2029"  # line breaks that `^` does not know
 
 @dataclass(frozen=True)
 class Frame:
-    """The sentences around principles and answers in one language; `en` is the published text."""
+    """The sentences around principles and answers in one language; `en` is the published text.
+
+    The first four are the labels of a plain critique prompt, where a colon follows them.
+    """
 
     critique_request: str
     critique: str
@@ -61,18 +65,13 @@ class Frame:
 
     @property
     def labels(self) -> tuple[str, str, str, str]:
-        """The four labels of a plain critique prompt; they end with a colon."""
+        """What opens a part of a plain critique prompt, as a turn marker does, when a colon follows."""
         return (self.critique_request, self.critique, self.revision_request, self.revision)
-
-    @property
-    def label_names(self) -> list[str]:
-        """The labels without their colon: with one, they open a part of the prompt as a turn marker does."""
-        return [label.removesuffix(":") for label in self.labels]
 
     @property
     def critique_stops(self) -> list[str]:
         """Where a critique or a revision ends in the plain format: at the next turn or label."""
-        return STOP_PLAIN + [f"\n\n{label}" for label in self.labels]
+        return STOP_PLAIN + [f"\n\n{label}:" for label in self.labels]
 
     @property
     def rationale_stops(self) -> list[str]:
@@ -93,10 +92,10 @@ class Frame:
 
 FRAMES = {
     "en": Frame(
-        critique_request="CritiqueRequest:",
-        critique="Critique:",
-        revision_request="RevisionRequest:",
-        revision="Revision:",
+        critique_request="CritiqueRequest",
+        critique="Critique",
+        revision_request="RevisionRequest",
+        revision="Revision",
         consider="Consider the following conversation between a human and an assistant:",
         answer="The answer is:",
         consider_cot="Consider the following conversation between a human (H) and an assistant (A):",
@@ -116,10 +115,10 @@ FRAMES = {
         score="Score from 1 to 10:",
     ),
     "zh": Frame(
-        critique_request="批评要求:",
-        critique="批评:",
-        revision_request="修改要求:",
-        revision="修改:",
+        critique_request="批评要求",
+        critique="批评",
+        revision_request="修改要求",
+        revision="修改",
         consider="请阅读下面这段人类（Human）与助手（Assistant）的对话：",
         answer="答案是:",
         consider_cot="请阅读下面这段人类（H）与助手（A）的对话：",
@@ -151,14 +150,9 @@ def escape(text: str, markers: Sequence[str] = tuple(_LONG.values()), brackets: 
     Returns:
         Text without any of them; unchanged if it held none. `escape(escape(t)) == escape(t)`.
     """
-    names = "|".join(re.escape(name) for name in markers)
+    names = "|".join(re.escape(name) for name in markers) or "(?!)"
     text = re.sub(rf"(?m)(^|[{_BREAKS}])([^\S\n{_BREAKS}]*)(?=(?:{names})[:：])", r"\1\2\\", text)
     return re.sub(r"\[\[(?=\[)|\]\](?=\])", r"\g<0>\\", text) if brackets else text
-
-
-def _turns(messages: Messages, names: Mapping[str, str], markers: Sequence[str] = (), brackets: bool = False) -> str:
-    markers = (*names.values(), *markers)
-    return "".join(f"\n\n{names[m['role']]}: {escape(m['content'], markers, brackets)}" for m in messages)
 
 
 def render_turns(messages: Messages) -> str:
@@ -166,112 +160,11 @@ def render_turns(messages: Messages) -> str:
 
     A system turn is rendered as `\n\nSystem: …`. Contents are kept as they are but for escaped turn markers.
     """
-    return _turns(messages, _LONG)
+    return _turns(messages, _LONG, tuple(_LONG.values()))
 
 
-# ---- critique and revision ----------------------------------------------------------------------------------------
-
-
-def critique_prompt(
-    messages: Messages, response: str, critique_request: str, few_shots: Critiques = (), language: str = "en"
-) -> str:
-    """The plain prompt whose continuation is a critique of `response`; ends with the label `Critique:`."""
-    frame = FRAMES[language]
-    shots = "".join(
-        _critique_text(frame, s.messages, s.response, s.critique_request)
-        + _revision_text(frame, s.critique, s.revision_request)
-        + f" {s.revision}"
-        for s in few_shots
-    )
-    return shots + _critique_text(frame, messages, response, critique_request)
-
-
-def revision_prompt(
-    messages: Messages,
-    response: str,
-    critique_request: str,
-    critique: str,
-    revision_request: str,
-    few_shots: Critiques = (),
-    language: str = "en",
-) -> str:
-    """The plain prompt whose continuation is a revised response; the critique prompt is its prefix."""
-    prompt = critique_prompt(messages, response, critique_request, few_shots, language)
-    return prompt + _revision_text(FRAMES[language], critique, revision_request)
-
-
-def direct_revision_prompt(
-    messages: Messages, response: str, revision_request: str, few_shots: Critiques = (), language: str = "en"
-) -> str:
-    """The plain prompt for a revision without a critique: its request follows the response (section 3.5)."""
-    frame = FRAMES[language]
-    shots = "".join(
-        _direct_text(frame, s.messages, s.response, s.revision_request) + f" {s.revision}" for s in few_shots
-    )
-    return shots + _direct_text(frame, messages, response, revision_request)
-
-
-def _answered(frame: Frame, messages: Messages, response: str) -> str:
-    return _turns([*messages, {"role": "assistant", "content": response}], _LONG, frame.label_names)
-
-
-def _critique_text(frame: Frame, messages: Messages, response: str, critique_request: str) -> str:
-    said = _answered(frame, messages, response)
-    return f"{said}\n\n{frame.critique_request} {critique_request}\n\n{frame.critique}"
-
-
-def _revision_text(frame: Frame, critique: str, revision_request: str) -> str:
-    said = escape(critique, (*_LONG.values(), *frame.label_names))
-    return f" {said}\n\n{frame.revision_request} {revision_request}\n\n{frame.revision}"
-
-
-def _direct_text(frame: Frame, messages: Messages, response: str, revision_request: str) -> str:
-    said = _answered(frame, messages, response)
-    return f"{said}\n\n{frame.revision_request} {revision_request}\n\n{frame.revision}"
-
-
-def critique_prompt_messages(
-    messages: Messages, response: str, critique_request: str, few_shots: Critiques = ()
-) -> list[Message]:
-    """The chat prompt for a critique: examples, conversation, response, and the request as the user's turn.
-
-    Nothing is quoted here, so nothing is escaped: turns are kept apart by the chat template's special tokens.
-    A system turn moves to the front, the only place where chat templates take one.
-    """
-    shots: list[Message] = []
-    for s in few_shots:
-        shots += [*_copy(s.messages), _assistant(s.response), _user(s.critique_request)]
-        shots += [_assistant(s.critique), _user(s.revision_request), _assistant(s.revision)]
-    return _after_examples(shots, messages, response, critique_request)
-
-
-def revision_prompt_messages(
-    messages: Messages,
-    response: str,
-    critique_request: str,
-    critique: str,
-    revision_request: str,
-    few_shots: Critiques = (),
-) -> list[Message]:
-    """The chat prompt for a revision: the critique prompt, the critique, and the revision request."""
-    prompt = critique_prompt_messages(messages, response, critique_request, few_shots)
-    return [*prompt, _assistant(critique), _user(revision_request)]
-
-
-def direct_revision_prompt_messages(
-    messages: Messages, response: str, revision_request: str, few_shots: Critiques = ()
-) -> list[Message]:
-    """The chat prompt for a revision without a critique."""
-    shots: list[Message] = []
-    for s in few_shots:
-        shots += [*_copy(s.messages), _assistant(s.response), _user(s.revision_request), _assistant(s.revision)]
-    return _after_examples(shots, messages, response, revision_request)
-
-
-def _after_examples(shots: list[Message], messages: Messages, response: str, request: str) -> list[Message]:
-    turns = _copy(messages)
-    system = turns[:1] if turns[0]["role"] == "system" else []
-    return [*system, *shots, *turns[len(system) :], _assistant(response), _user(request)]
+def _turns(messages: Messages, names: Mapping[str, str], markers: Sequence[str], brackets: bool = False) -> str:
+    return "".join(f"\n\n{names[m['role']]}: {escape(m['content'], markers, brackets)}" for m in messages)
 
 
 def _user(content: str) -> Message:
@@ -282,8 +175,94 @@ def _assistant(content: str) -> Message:
     return {"role": "assistant", "content": content}
 
 
-def _copy(messages: Messages) -> list[Message]:
-    return [{"role": m["role"], "content": m["content"]} for m in messages]
+# ---- two formats of one prompt ------------------------------------------------------------------------------------
+
+
+class Part(NamedTuple):
+    """A piece of a prompt."""
+
+    role: str  # whose turn it is part of
+    text: str
+    label: str = ""  # what stands before it in plain
+    markers: Sequence[str] = ()  # which it must not forge in plain; chat turns are kept apart by special tokens
+
+
+P = ParamSpec("P")
+
+
+def _both_formats(build: Callable[P, list[Part]]) -> tuple[Callable[P, str], Callable[P, list[Message]]]:
+    """The plain and the chat form of a prompt.
+
+    Plain puts an empty line before each part. Chat makes a turn of neighbours of one role; a system turn moves to the
+    front, the only place where chat templates take one, and a last part without text is a turn to be asked for.
+    """
+
+    def plain(*args: P.args, **kwargs: P.kwargs) -> str:
+        texts = (f"\n\n{label}{escape(text, markers)}" for _, text, label, markers in build(*args, **kwargs))
+        return "".join(texts).removesuffix(" ")  # what is still to come brings its own space
+
+    def chat(*args: P.args, **kwargs: P.kwargs) -> list[Message]:
+        parts = sorted(build(*args, **kwargs), key=lambda part: part.role != "system")
+        turns: list[Message] = []
+        for role, together in groupby(parts if parts[-1].text else parts[:-1], key=lambda part: part.role):
+            turns.append({"role": role, "content": "\n\n".join(part.text for part in together)})
+        return turns
+
+    plain.__doc__ = chat.__doc__ = build.__doc__
+    return plain, chat
+
+
+# ---- critique and revision ----------------------------------------------------------------------------------------
+
+_STEPS = ("critique_request", "critique", "revision_request", "revision")  # fields of frames and examples
+
+
+def _critique(
+    messages: Messages, response: str, critique_request: str, few_shots: Critiques = (), language: str = "en"
+) -> list[Part]:
+    """Its continuation is a critique of `response`; plain ends with the label `Critique:`, chat with the request."""
+    return _revising(_STEPS, messages, response, [critique_request], few_shots, language)
+
+
+def _revision(
+    messages: Messages,
+    response: str,
+    critique_request: str,
+    critique: str,
+    revision_request: str,
+    few_shots: Critiques = (),
+    language: str = "en",
+) -> list[Part]:
+    """Its continuation is a revised response; the critique prompt is its prefix."""
+    return _revising(_STEPS, messages, response, [critique_request, critique, revision_request], few_shots, language)
+
+
+def _direct_revision(
+    messages: Messages, response: str, revision_request: str, few_shots: Critiques = (), language: str = "en"
+) -> list[Part]:
+    """The prompt for a revision without a critique: its request follows the response (section 3.5)."""
+    return _revising(_STEPS[2:], messages, response, [revision_request], few_shots, language)
+
+
+def _revising(
+    steps: Sequence[str], messages: Messages, response: str, texts: list[str], few_shots: Critiques, language: str
+) -> list[Part]:
+    """Examples with all steps, then a conversation with its response, the steps so far and the label of the next."""
+    frame, parts = FRAMES[language], list[Part]()
+    markers = (*_LONG.values(), *frame.labels)
+    examples = [(s.messages, s.response, [getattr(s, step) for step in steps]) for s in few_shots]
+    for said, answer, written in [*examples, (messages, response, [*texts, ""])]:
+        for turn in (*said, _assistant(answer)):
+            parts.append(Part(turn["role"], turn["content"], f"{_LONG[turn['role']]}: ", markers))
+        for step, text in zip(steps, written, strict=False):
+            role = "user" if step.endswith("request") else "assistant"
+            parts.append(Part(role, text, f"{getattr(frame, step)}: ", markers if step == "critique" else ()))
+    return parts
+
+
+critique_prompt, critique_prompt_messages = _both_formats(_critique)
+revision_prompt, revision_prompt_messages = _both_formats(_revision)
+direct_revision_prompt, direct_revision_prompt_messages = _both_formats(_direct_revision)
 
 
 # ---- new prompts ---------------------------------------------------------------------------------------------------
@@ -295,36 +274,12 @@ def list_prompt(examples: Sequence[str]) -> str:
     return "".join(lines) + f"{len(examples) + 1}."
 
 
-Exchanges = tuple[tuple[str, ...], list[tuple[str, str]]]  # see `_both_formats`
-P = ParamSpec("P")
-
-
-def _both_formats(build: Callable[P, Exchanges]) -> tuple[Callable[P, str], Callable[P, list[Message]]]:
-    """The plain and the chat form of a question: (task, [(asked, answered), …]), whose last answer is only opened.
-
-    Plain puts an empty line before each part; chat makes an exchange a turn of the user's and one of the assistant's,
-    with the task at the head of the first.
-    """
-
-    def plain(*args: P.args, **kwargs: P.kwargs) -> str:
-        task, exchanges = build(*args, **kwargs)
-        return "".join(f"\n\n{part}" for part in (*task, *chain.from_iterable(exchanges)))
-
-    def chat(*args: P.args, **kwargs: P.kwargs) -> list[Message]:
-        task, exchanges = build(*args, **kwargs)
-        first, *turns = (turn for asked, answer in exchanges for turn in (_user(asked), _assistant(answer)))
-        return [_user("\n\n".join([*task, first["content"]])), *turns]
-
-    plain.__doc__ = chat.__doc__ = build.__doc__
-    return plain, chat
-
-
 # ---- comparisons --------------------------------------------------------------------------------------------------
 
 
 def _multiple_choice(
     messages: Messages, question: str, response_a: str, response_b: str, few_shots: Feedbacks = (), language: str = "en"
-) -> Exchanges:
+) -> list[Part]:
     r"""A multiple choice; compare the log-probs of `CHOICES` after `The answer is:`, with which it ends.
 
     Args:
@@ -335,27 +290,32 @@ def _multiple_choice(
         few_shots: worked examples; one without a question is shown with this one.
         language: which frame.
     """
-    frame = FRAMES[language]
-    shots = [
-        (_comparison(frame.consider, _LONG, *_parts(s, question)), f"{frame.answer} ({s.answer})") for s in few_shots
-    ]
-    return (), [*shots, (_comparison(frame.consider, _LONG, messages, question, response_a, response_b), frame.answer)]
+    frame, parts = FRAMES[language], list[Part]()
+    for shot, asked in _cases(few_shots, (messages, question, response_a, response_b)):
+        answer = f"{frame.answer} ({shot.answer})" if shot else frame.answer
+        parts += [Part("user", _comparison(frame.consider, _LONG, asked)), Part("assistant", answer)]
+    return parts
+
+
+def _thought(
+    messages: Messages, question: str, response_a: str, response_b: str, few_shots: Cots = (), language: str = "en"
+) -> list[Part]:
+    """First half of the chain of thought: its continuation is a rationale, up to `Frame.rationale_stops`.
+
+    It ends with `Let's think step by step:`.
+    """
+    frame, parts = FRAMES[language], list[Part]()
+    for shot, asked in _cases(few_shots, (messages, question, response_a, response_b)):
+        thinking = frame.think + (_continued(shot.rationale) if shot else "")
+        parts.append(Part("user", _comparison(frame.consider_cot, _SHORT, asked), "Human: "))
+        parts.append(Part("assistant", thinking, "Assistant: ", tuple(_LONG.values())))
+        if shot:
+            parts.append(Part("assistant", f"{frame.verdict} ({shot.answer})", "Human:\n"))
+    return parts
 
 
 feedback_prompt, feedback_prompt_messages = _both_formats(_multiple_choice)
-
-
-def rationale_prompt(
-    messages: Messages, question: str, response_a: str, response_b: str, few_shots: Cots = (), language: str = "en"
-) -> str:
-    """First half of the chain of thought, plain: its continuation is a rationale, up to `Frame.rationale_stops`."""
-    frame, prompt = FRAMES[language], ""
-    for s in few_shots:
-        prompt += _thinking(frame, _comparison(frame.consider_cot, _SHORT, *_parts(s, question)))
-        prompt = f"{verdict_prompt(prompt, s.rationale, language)} ({s.answer})"
-    return prompt + _thinking(
-        frame, _comparison(frame.consider_cot, _SHORT, messages, question, response_a, response_b)
-    )
+rationale_prompt, rationale_prompt_messages = _both_formats(_thought)
 
 
 def verdict_prompt(rationale_prompt: str, rationale: str, language: str = "en") -> str:
@@ -363,24 +323,10 @@ def verdict_prompt(rationale_prompt: str, rationale: str, language: str = "en") 
     return f"{rationale_prompt}{_continued(escape(rationale))}{HUMAN}\n{FRAMES[language].verdict}"
 
 
-def rationale_prompt_messages(
-    messages: Messages, question: str, response_a: str, response_b: str, few_shots: Cots = (), language: str = "en"
-) -> list[Message]:
-    """First half as chat: the last message is the assistant's, opened with `Let's think step by step:`."""
-    frame = FRAMES[language]
-    out: list[Message] = []
-    for s in few_shots:
-        opened = [_user(_comparison(frame.consider_cot, _SHORT, *_parts(s, question))), _assistant(frame.think)]
-        example, concluded = verdict_prompt_messages(opened, s.rationale, language)
-        out += [example, _assistant(f"{concluded['content']} ({s.answer})")]
-    asked = _comparison(frame.consider_cot, _SHORT, messages, question, response_a, response_b)
-    return [*out, _user(asked), _assistant(frame.think)]
-
-
-def verdict_prompt_messages(rationale_messages: Messages, rationale: str, language: str = "en") -> list[Message]:
+def verdict_prompt_messages(opened: Sequence[Message], rationale: str, language: str = "en") -> list[Message]:
     """Second half as chat: the assistant's own turn goes on from its rationale to `So the answer is:`."""
-    *before, opened = _copy(rationale_messages)
-    return [*before, _assistant(f"{opened['content']}{_continued(rationale)}\n\n{FRAMES[language].verdict}")]
+    *before, last = opened
+    return [*before, _assistant(f"{last['content']}{_continued(rationale)}\n\n{FRAMES[language].verdict}")]
 
 
 # ---- the formats of RLAIF (Lee et al. 2023, arXiv 2309.00267): their structure, our words --------------------------
@@ -394,7 +340,7 @@ def _numbered(
     few_shots: Feedbacks = (),
     language: str = "en",
     think: bool = False,
-) -> Exchanges:
+) -> list[Part]:
     """Instructions, examples, conversation, question and two numbered responses; compare `NUMBERS` after it.
 
     It ends with `Chosen response:`, or `Reasoning:`.
@@ -409,22 +355,17 @@ def _numbered(
         think: ask for a rationale first, up to `Frame.reasoning_stops`; `rlaif_verdict_prompt` goes on from it.
     """
     frame = FRAMES[language]
-
-    def comparison(messages: Messages, question: str, response_1: str, response_2: str) -> str:
-        options, labels = (f"{frame.response} 1:", f"{frame.response} 2:"), frame.quoted_labels
-        head = _comparison(frame.conversation, _LONG, messages, question, response_1, response_2, options, labels)
-        return f"{head}\n\n{frame.weigh}" if think else head
-
-    def answer(shot: FeedbackFewShot) -> str:
-        number = 1 + "AB".index(shot.answer)
-        if not (think and isinstance(shot, CotFewShot)):
-            return f"{frame.chosen} {number}"
-        rationale = shot.rationale.replace("(A)", f"{frame.response} 1").replace("(B)", f"{frame.response} 2")
-        return f"{frame.reasoning}{_reasoned(frame, rationale)} {number}"
-
-    shots = [(comparison(*_parts(shot, question)), answer(shot)) for shot in few_shots]
-    asked = comparison(messages, question, response_1, response_2)
-    return (frame.compare,), [*shots, (asked, frame.reasoning if think else frame.chosen)]
+    options, parts = (f" {frame.response} 1:", f" {frame.response} 2:"), [Part("user", frame.compare)]
+    for shot, asked in _cases(few_shots, (messages, question, response_1, response_2)):
+        parts.append(Part("user", _comparison(frame.conversation, _LONG, asked, options, frame.quoted_labels)))
+        if think:
+            parts.append(Part("user", frame.weigh))
+        if think and isinstance(shot, CotFewShot):
+            rationale = shot.rationale.replace("(A)", f"{frame.response} 1").replace("(B)", f"{frame.response} 2")
+            parts.append(Part("assistant", frame.reasoning + _continued(rationale)))
+        if shot:
+            parts.append(Part("assistant", f"{frame.chosen} {1 + 'AB'.index(shot.answer)}"))
+    return [*parts, Part("assistant", frame.reasoning if think else frame.chosen)]
 
 
 rlaif_prompt, rlaif_prompt_messages = _both_formats(_numbered)
@@ -436,32 +377,28 @@ def rlaif_verdict_prompt(rationale_prompt: str, rationale: str, language: str = 
     return f"{rationale_prompt}{_reasoned(frame, escape(rationale, (*_LONG.values(), *frame.quoted_labels)))}"
 
 
-def rlaif_verdict_prompt_messages(rationale_messages: Messages, rationale: str, language: str = "en") -> list[Message]:
+def rlaif_verdict_prompt_messages(opened: Sequence[Message], rationale: str, language: str = "en") -> list[Message]:
     """The same as chat: the assistant's own turn goes on from its rationale to `Chosen response:`."""
-    *before, opened = _copy(rationale_messages)
-    return [*before, _assistant(f"{opened['content']}{_reasoned(FRAMES[language], rationale)}")]
+    *before, last = opened
+    return [*before, _assistant(f"{last['content']}{_reasoned(FRAMES[language], rationale)}")]
 
 
 def _scored(
     messages: Messages, question: str, response: str, few_shots: Feedbacks = (), language: str = "en"
-) -> Exchanges:
+) -> list[Part]:
     """A score of one response, from 1 to 10; compare `SCORES` after `Score from 1 to 10:`, with which it ends.
 
     Of each worked example `response_a` is shown with `score_a`; those without scores are left out.
     """
-    frame = FRAMES[language]
-
-    def asked(messages: Messages, question: str, response: str) -> str:
-        turns, text = _quoted(_LONG, frame.quoted_labels, messages, response)
-        criterion = question.strip().removesuffix(OPTIONS[language].strip()).rstrip()  # one response has no options
-        return f"{frame.conversation}{turns}\n\n{frame.question} {criterion}\n\n{frame.response}: [[[{text}]]]"
-
-    shots = [
-        (asked(s.messages, s.question or question, s.response_a), f"{frame.score} {s.score_a}")
-        for s in few_shots
-        if s.score_a is not None
-    ]
-    return (frame.rate,), [*shots, (asked(messages, question, response), frame.score)]
+    frame, scored = FRAMES[language], [shot for shot in few_shots if shot.score_a is not None]
+    parts = [Part("user", frame.rate)]
+    for shot, (said, asked, shown, _) in _cases(scored, (messages, question, response, "")):
+        turns, text = _quoted(_LONG, frame.quoted_labels, said, shown)
+        criterion = asked.strip().removesuffix(OPTIONS[language].strip()).rstrip()  # one response has no options
+        head = f"{frame.conversation}{turns}\n\n{frame.question} {criterion}"
+        parts.append(Part("user", f"{head}\n\n{frame.response}: [[[{text}]]]"))
+        parts.append(Part("assistant", f"{frame.score} {shot.score_a}" if shot else frame.score))
+    return parts
 
 
 score_prompt, score_prompt_messages = _both_formats(_scored)
@@ -474,32 +411,25 @@ def _reasoned(frame: Frame, rationale: str) -> str:
 # ---- what they share ----------------------------------------------------------------------------------------------
 
 
-def _thinking(frame: Frame, asked: str) -> str:
-    return f"{HUMAN} {asked}{ASSISTANT} {frame.think}"
-
-
 def _continued(rationale: str) -> str:
     # Generated and published rationales bring their own first space or newline, stripped ones need one.
     rationale = rationale.rstrip()
     return rationale if rationale[:1].isspace() else f" {rationale}"
 
 
-def _parts(shot: FeedbackFewShot, question: str) -> tuple[Messages, str, str, str]:
-    return shot.messages, shot.question or question, shot.response_a, shot.response_b
+def _cases(few_shots: Sequence[Shot], asked: Asked) -> Iterator[tuple[Shot | None, Asked]]:
+    """The worked examples, one without a question with that which is asked, and last what is asked itself."""
+    for shot in few_shots:
+        yield shot, (shot.messages, shot.question or asked[1], shot.response_a, shot.response_b)
+    yield None, asked
 
 
 def _comparison(
-    opening: str,
-    names: Mapping[str, str],
-    messages: Messages,
-    question: str,
-    response_a: str,
-    response_b: str,
-    options: tuple[str, str] = ("(A)", "(B)"),
-    labels: Sequence[str] = (),
+    opening: str, names: Mapping[str, str], asked: Asked, options: Sequence[str] = CHOICES, labels: Sequence[str] = ()
 ) -> str:
-    turns, a, b = _quoted(names, labels, messages, response_a, response_b)
-    return f"{opening}{turns}\n\n{question}\n {options[0]} [[[{a}]]]\n {options[1]} [[[{b}]]]"
+    messages, question, *responses = asked
+    turns, a, b = _quoted(names, labels, messages, *responses)
+    return f"{opening}{turns}\n\n{question}\n{options[0]} [[[{a}]]]\n{options[1]} [[[{b}]]]"
 
 
 def _quoted(names: Mapping[str, str], labels: Sequence[str], messages: Messages, *responses: str) -> list[str]:

@@ -400,7 +400,7 @@ def test_shipped_examples_render_in_both_formats(name):
     c = load_constitution(name)
     messages, question = WIFI, c.for_feedback()[0].preference_question
     shots, plain = c.critique_few_shots, critique_prompt(messages, "x", "y", c.critique_few_shots, c.language)
-    assert plain.count(FRAMES[c.language].revision) == len(shots)
+    assert plain.count(f"{FRAMES[c.language].revision}:") == len(shots)
     roles = [m["role"] for m in critique_prompt_messages(messages, "x", "y", shots)]
     assert roles == ["user", "assistant"] * (len(roles) // 2) + ["user"]
     compared = feedback_prompt_messages(messages, question, "x", "y", c.feedback_few_shots, c.language)

@@ -118,7 +118,7 @@ def faults(
         critique: of that response, if there is one.
     """
     folded, opening = _folded(done.text), _folded(critique)[: OPENING[1]]
-    labelled = escape(done.text, FRAMES[language].label_names) != done.text
+    labelled = escape(done.text, FRAMES[language].labels) != done.text
     repeated = len(opening) >= OPENING[0] and folded.startswith(opening)
     found = {
         "empty": not folded,
@@ -172,10 +172,8 @@ class ReviseRow:
     async def _round(
         self, engine: Any, row: Row, response: str, principle: Principle, number: int, flags: list[str]
     ) -> Row:
-        plain = engine.tokenizer.format == "plain"
-        critic, reviser, direct = _PLAIN if plain else _CHAT
-        shots = self.constitution.critique_few_shots[: self.config.few_shots]
-        examples = (shots, self.constitution.language) if plain else (shots,)
+        critic, reviser, direct = _PLAIN if engine.tokenizer.format == "plain" else _CHAT
+        examples = (self.constitution.critique_few_shots[: self.config.few_shots], self.constitution.language)
         request, mend, critique = principle.critique_request, principle.revision_request, ""
 
         if self.config.critique:
