@@ -21,15 +21,19 @@ _FILES = (
     "RLMadisonPrecogFewShotPrompts",
 )
 _FIX = "take the files from the repository as they are"
+_REQUEST = re.compile(r"\n\nCritiqueRequest: (?P<critique_request>.*)\n\nCritique:", re.DOTALL)
+_MENDING = re.compile(r"\n\nRevisionRequest: (?P<revision_request>.*)\n\nRevision:", re.DOTALL)
 _COT = re.compile(
     r"\n{0,2}Human: Consider the following conversation between a human(?: \(H\))? and an assistant(?: \(A\))?:"
-    r"(?P<turns>.*?)\n\n\{\}\n \(A\) \[\[\[(?P<a>.*?)\]\]\]\n \(B\) \[\[\[(?P<b>.*?)\]\]\]"
+    r"(?P<turns>.*?)\n\n\{\}\n \(A\) \[\[\[(?P<response_a>.*?)\]\]\]\n \(B\) \[\[\[(?P<response_b>.*?)\]\]\]"
+    # The rationale keeps its first space or newline.
     r"\n\nAssistant: Let's think step by step:(?P<rationale>.*)\n\nHuman:\nSo the answer is: \((?P<answer>[AB])\)",
     re.DOTALL,
 )
 _CRITIQUE = re.compile(
-    r"(?P<turns>.*)\n\nCritiqueRequest: (?P<critique_request>.*)\n\nCritique: (?P<critique>.*)"
-    r"\n\nRevisionRequest: (?P<revision_request>.*)\n\nRevision: (?P<revision>.*?)(?:\n\nHuman:)?",  # dangling marker
+    r"(?P<turns>.*)\n\nAssistant: (?P<response>.*?)\n\nCritiqueRequest: (?P<critique_request>.*)"
+    r"\n\nCritique: (?P<critique>.*)\n\nRevisionRequest: (?P<revision_request>.*)"
+    r"\n\nRevision: (?P<revision>.*?)(?:\n\nHuman:)?",  # dangling marker
     re.DOTALL,
 )
 
@@ -60,8 +64,8 @@ def _content(pairs: Any, questions: Any, critiques: Any, comparisons: Any, cots:
         {
             "id": name,
             "tags": ["critique"],
-            "critique_request": _between("\n\nCritiqueRequest: ", pair["prompt"][0], "\n\nCritique:"),
-            "revision_request": _between("\n\nRevisionRequest: ", pair["edit_request"], "\n\nRevision:"),
+            **_match(_REQUEST, pair["prompt"][0]),
+            **_match(_MENDING, pair["edit_request"]),
         }
         for name, pair in pairs.items()
     ]
@@ -69,16 +73,17 @@ def _content(pairs: Any, questions: Any, critiques: Any, comparisons: Any, cots:
         principles.append({"id": f"question{i}", "tags": ["feedback"], "preference_question": question})
     return {
         "principles": principles,
-        "critique_few_shots": [_critique_shot(text) for text in critiques],
+        "critique_few_shots": [_shot(_CRITIQUE, text, "Human", "Assistant") for text in critiques],
         "feedback_few_shots": [_feedback_shot(shot, "AB"[i % 2]) for i, shot in enumerate(comparisons)],
-        "cot_few_shots": [_cot_shot(shot["prompt"]) for shot in cots],
+        "cot_few_shots": [_shot(_COT, shot["prompt"], "H", "A") for shot in cots],
     }
 
 
-def _between(start: str, text: str, end: str) -> str:
-    if not (text.startswith(start) and text.endswith(end)):
-        raise ConfigError(f"a published instruction does not stand between {start!r} and {end!r}", _FIX)
-    return text[len(start) : len(text) - len(end)]
+def _match(pattern: re.Pattern[str], text: str) -> dict[str, Any]:
+    match = pattern.fullmatch(text)
+    if match is None:
+        raise ConfigError(f"a published text does not have the published form {pattern.pattern!r}", _FIX)
+    return match.groupdict()
 
 
 def _split_turns(text: str, user: str, assistant: str) -> list[Message]:
@@ -87,17 +92,9 @@ def _split_turns(text: str, user: str, assistant: str) -> list[Message]:
     return [{"role": roles[name], "content": said} for name, said in zip(parts[1::2], parts[2::2], strict=True)]
 
 
-def _match(pattern: re.Pattern[str], text: str) -> dict[str, str]:
-    match = pattern.fullmatch(text)
-    if match is None:
-        raise ConfigError("a published few-shot example does not have the published form", _FIX)
-    return match.groupdict()
-
-
-def _critique_shot(text: str) -> dict[str, Any]:
-    parts: dict[str, Any] = _match(_CRITIQUE, text)
-    *messages, last = _split_turns(parts.pop("turns"), "Human", "Assistant")
-    return {**parts, "messages": messages, "response": last["content"]}
+def _shot(pattern: re.Pattern[str], text: str, user: str, assistant: str) -> dict[str, Any]:
+    parts = _match(pattern, text)
+    return {"messages": _split_turns(parts.pop("turns"), user, assistant), **parts}
 
 
 def _feedback_shot(shot: dict[str, Any], answer: str) -> dict[str, Any]:
@@ -105,14 +102,3 @@ def _feedback_shot(shot: dict[str, Any], answer: str) -> dict[str, Any]:
     a, b = (better, worse) if answer == "A" else (worse, better)
     messages = _split_turns(shot["prompt"].removesuffix("\n\nAssistant:"), "Human", "Assistant")
     return {"messages": messages, "response_a": a, "response_b": b, "answer": answer}
-
-
-def _cot_shot(text: str) -> dict[str, Any]:
-    parts = _match(_COT, text)
-    return {
-        "messages": _split_turns(parts["turns"], "H", "A"),
-        "response_a": parts["a"],
-        "response_b": parts["b"],
-        "rationale": parts["rationale"],  # keeps its first space or newline
-        "answer": parts["answer"],
-    }
