@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from cai_ray.errors import ConfigError, DataError
 from cai_ray.published import read_published
@@ -108,12 +109,9 @@ class FeedbackFewShot(_Strict):
 
     def turned(self) -> Self:
         """The same comparison with its responses in the other order."""
-        return self.model_copy(
-            update={
-                **{"response_a": self.response_b, "response_b": self.response_a},
-                **{"score_a": self.score_b, "score_b": self.score_a, "answer": "B" if self.answer == "A" else "A"},
-            }
-        )
+        responses = {"response_a": self.response_b, "response_b": self.response_a}
+        scores = {"score_a": self.score_b, "score_b": self.score_a}
+        return self.model_copy(update={**responses, **scores, "answer": "B" if self.answer == "A" else "A"})
 
 
 class CotFewShot(FeedbackFewShot):
@@ -338,35 +336,28 @@ def _checked(data: dict[str, Any]) -> Constitution:
 
 def examine(data: dict[str, Any]) -> tuple[Constitution, list[str]]:
     """What of `data` can be read as a constitution, and everything that keeps it from being one."""
-    problems: list[str] = []
-    parts: dict[str, tuple[Any, ...]] = {}
-    for field, kind in _PARTS.items():
-        good = []
-        for number, item in enumerate(data[field] if isinstance(data.get(field), list) else ()):
-            try:
-                good.append(kind.model_validate(item))
-            except ValidationError as error:
-                problems += _lines(error, kind, f"{field}.{number}")
-        parts[field] = tuple(good)
-    lists = {field: good for field, good in parts.items() if isinstance(data.get(field), list)}
     try:
-        return Constitution.model_validate({**data, **lists}), problems
+        return Constitution.model_validate(data), []
     except ValidationError as error:
-        head = {field: str(data.get(field, "")) for field in ("name", "version", "source")}
-        language = data["language"] if str(data.get("language")) in OPTIONS else "en"
-        partial = Constitution.model_construct(None, **head, language=language, **parts)
-        return partial, _lines(error, Constitution) + problems + _inconsistencies(partial)
+        mistakes = error.errors(include_url=False, include_input=False)
+    bad, parts = {mistake["loc"][:2] for mistake in mistakes}, {}
+    for field, kind in _PARTS.items():
+        items = data[field] if isinstance(data.get(field), list) else []
+        parts[field] = tuple(kind.model_validate(x) for i, x in enumerate(items) if (field, i) not in bad)
+    head = {field: str(data.get(field, "")) for field in ("name", "version", "source")}
+    language = data["language"] if str(data.get("language")) in OPTIONS else "en"
+    partial = Constitution.model_construct(None, **head, language=language, **parts)
+    mistakes.sort(key=lambda mistake: len(mistake["loc"]) > 1)  # those of the whole come first
+    lines = [_line(mistake) for mistake in mistakes if mistake["loc"]]  # without a place it is of those below
+    return partial, lines + _inconsistencies(partial)
 
 
-def _lines(error: ValidationError, kind: type[_Strict], where: str = "") -> list[str]:
-    lines = []
-    for problem in error.errors(include_url=False, include_input=False):
-        text, loc = problem["msg"].removeprefix("Value error, "), [str(part) for part in problem["loc"]]
-        if problem["type"] == "extra_forbidden":
-            text = f"unknown key {loc[-1]!r}" + nearest(loc[-1], kind.model_fields)
-        if where or loc:  # else it is what `_inconsistencies` says
-            lines.append(f"{'.'.join([where] * bool(where) + loc)}: {text}")
-    return lines
+def _line(mistake: ErrorDetails) -> str:
+    text, loc = mistake["msg"].removeprefix("Value error, "), [str(part) for part in mistake["loc"]]
+    if mistake["type"] == "extra_forbidden":
+        kind = _PARTS[loc[0]] if len(loc) > 1 else Constitution
+        text = f"unknown key {loc[-1]!r}" + nearest(loc[-1], kind.model_fields)
+    return f"{'.'.join(loc)}: {text}"
 
 
 class _Readable(yaml.SafeDumper):
