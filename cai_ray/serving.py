@@ -9,10 +9,11 @@ from typing import Any
 from cai_ray import pipeline
 from cai_ray.artifacts import RunDir
 from cai_ray.config import Cluster, ModelSpec, ReviseConfig, Sampling
-from cai_ray.constitution import draw, load_constitution
+from cai_ray.constitution import load_constitution
 from cai_ray.errors import ConfigError
 from cai_ray.models.tokenization import Tokenizer
-from cai_ray.records import Message, Row, check_messages, derive_seed, row_id
+from cai_ray.records import Message, check_messages, row_id
+from cai_ray.sources import prompt_row
 
 CONTEXT_TOKENS = 2048
 
@@ -95,14 +96,13 @@ def critique_once(prompt: str, response: str | None, constitution: str, model: s
     from cai_ray.stages.revise import ReviseRow
 
     chosen = load_constitution(constitution)
-    messages = check_messages([{"role": "user", "content": prompt}])
-    row: Row = {"id": row_id(messages), "messages": messages, "kind": "harmful", "source": "terminal", "split": "train"}
+    row = prompt_row([{"role": "user", "content": prompt}], "harmful", "terminal")
     folder = model_folder(model)
     print(f"loading {folder} …", file=sys.stderr)
     program = ReviseRow(ReviseConfig(rounds=1), chosen, seed)
     done = asyncio.run(program(row, LocalEngine(folder), response))
     step = done["rounds"][0]
-    principle = draw(chosen.for_critique(), derive_seed(seed, row["id"], "principle/1"))
+    (principle,) = (p for p in chosen.principles if p.id == step["principle_id"])
     for title, text in (
         ("prompt", prompt),
         ("response", done["initial_response"]),

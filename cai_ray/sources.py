@@ -199,10 +199,12 @@ def to_prompts(row: Row, kind: str, source: Source) -> list[Row]:
     ends = humans[-1:] if messages[-1]["role"] == "user" else humans
     if not ends:
         raise DataError("the conversation has no human turn")
-    return [_prompt(check_messages(messages[:end]), kind, source.path) for end in ends]
+    return [prompt_row(messages[:end], kind, source.path) for end in ends]
 
 
-def _prompt(messages: list[Message], kind: str, source: str) -> Row:
+def prompt_row(messages: list[Message], kind: str, source: str) -> Row:
+    """The `Prompt` row of a conversation; raises DataError for one whose turns do not alternate or are no text."""
+    messages = check_messages(messages)
     head = {"id": row_id(messages), "messages": messages, "kind": kind}
     return {**head, "source": source, "split": split_of(messages)}
 
@@ -227,14 +229,14 @@ def to_comparison(row: Row, source: Source) -> Row:
     else:
         messages = _conversation(head)
         a, b = _reply(row["chosen"]), _reply(row["rejected"])
-    messages = check_messages(messages)
+    prompt = prompt_row(messages, "helpful", source.path)
     for text in (a, b):
         check_messages([{"role": "user", "content": text}])  # the same rules for text: not empty, UTF-8, no null byte
     if a.strip() == b.strip():
         raise DataError("the two replies are equal")
     return {
-        **_prompt(messages, "helpful", source.path),
-        "id": row_id([messages, a, b]),
+        **prompt,
+        "id": row_id([prompt["messages"], a, b]),
         "response_a": a,
         "response_b": b,
         "label_prob": _probability(row.get("label_prob")),

@@ -21,16 +21,16 @@ from cai_ray.config import GeneratePrompts, PromptsConfig, Source
 from cai_ray.errors import DataError
 from cai_ray.generation.data_plane import map_rows
 from cai_ray.records import PROMPT, Row, derive_seed, row_id
-from cai_ray.sources import as_json, read_rows, to_prompts
+from cai_ray.sources import as_json, prompt_row, read_rows, to_prompts
 from cai_ray.stages.shared import StageInputs, ask, write_rows
 from cai_ray.stages.shared import read_rows as read_stage
 from cai_ray.templates import LIST_STOP, list_prompt
 
-GENERATED = Source(path="generated")  # what the `source` of a written prompt says
+GENERATED = "generated"  # what the `source` of a written prompt says
 BLOCK = 5_000  # raw rows that one Ray task parses
-_PLACE = [("source", pa.int64()), ("place", pa.string())]
+_PLACE = [("source", pa.int64()), ("place", pa.string()), ("reason", pa.string())]  # reason: why a row is bad
 _RAW = pa.schema([*_PLACE, ("raw", pa.string())])
-_PARSED = pa.schema([*_PLACE, ("prompt", pa.struct(list(PROMPT))), ("reason", pa.string())])
+_PARSED = pa.schema([*_PLACE, ("prompt", pa.struct(list(PROMPT)))])
 
 
 def prompts(config: PromptsConfig, inputs: StageInputs, out: StageDir) -> Manifest:
@@ -82,18 +82,13 @@ def prompts(config: PromptsConfig, inputs: StageInputs, out: StageDir) -> Manife
 def _parse(sources: list[tuple[str, Source]]) -> tuple[list[Row], int]:
     """Parsed rows of all sources, and how many raw ones there were."""
     raw: list[Row] = []
-    bad: list[Row] = []
-    count = 0
     for number, (_, source) in enumerate(sources):
         for line, row in enumerate(read_rows(source), 1):
-            count += 1
-            place = {"source": number, "place": f"{source.path}:{line}"}
-            if isinstance(row, DataError):
-                bad.append({**place, "prompt": None, "reason": row.message})
-            else:  # as JSON, which escapes what is no UTF-8
-                raw.append({**place, "raw": as_json(row)})
+            # As JSON, which escapes what is no UTF-8.
+            found = {"reason": row.message} if isinstance(row, DataError) else {"raw": as_json(row)}
+            raw.append({"source": number, "place": f"{source.path}:{line}", **found})
     if not raw:
-        return bad, count
+        return [], 0
     blocks = [pa.Table.from_pylist(raw[i : i + BLOCK], schema=_RAW) for i in range(0, len(raw), BLOCK)]
 
     def parse(block: pa.Table) -> pa.Table:
@@ -102,17 +97,16 @@ def _parse(sources: list[tuple[str, Source]]) -> tuple[list[Row], int]:
     # Small beside what engines produce: the parsed rows come together in the driver, because duplicates are known only
     # when all are seen.
     done: Any = ray.data.from_arrow(blocks).map_batches(parse, batch_format="pyarrow").take_all()
-    return bad + done, count
+    return done, len(raw)
 
 
 def _parse_row(raw: Row, sources: list[tuple[str, Source]]) -> list[Row]:
-    kind, source = sources[raw["source"]]
-    place = {"source": raw["source"], "place": raw["place"]}
+    if raw["reason"] is not None:
+        return [raw]
     try:
-        found = to_prompts(json.loads(raw["raw"]), kind, source)
+        return [{**raw, "prompt": p} for p in to_prompts(json.loads(raw["raw"]), *sources[raw["source"]])]
     except DataError as e:
-        return [{**place, "prompt": None, "reason": e.message}]
-    return [{**place, "prompt": p, "reason": None} for p in found]
+        return [{**raw, "reason": e.message}]
 
 
 # ---- new prompts ----------------------------------------------------------------------------------------------------
@@ -188,8 +182,7 @@ def _generate(
         try:
             if not row["ended"]:
                 raise DataError("it is unfinished")
-            turn = {"role": "user", "content": row["text"]}
-            (prompt,) = to_prompts({"messages": [turn]}, config.kind, GENERATED)
+            prompt = prompt_row([{"role": "user", "content": row["text"]}], config.kind, GENERATED)
         except DataError:
             found["generated_unusable"] += 1
             continue
@@ -208,7 +201,7 @@ def _requests(config: GeneratePrompts, seen: Mapping[str, Row], out: StageDir) -
     pool = [
         r["messages"][0]["content"]
         for r in sorted(seen.values(), key=lambda r: r["id"])
-        if (r["kind"], r["split"], len(r["messages"])) == (config.kind, "train", 1) and r["source"] != GENERATED.path
+        if (r["kind"], r["split"], len(r["messages"])) == (config.kind, "train", 1) and r["source"] != GENERATED
     ]
     pool = [text for text in pool if len(text.encode()) <= longest]
     if not pool:
