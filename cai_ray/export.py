@@ -15,12 +15,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from cai_ray.artifacts import RunDir, StageDir
+from cai_ray.artifacts import RunDir, StageKey, package_versions
 from cai_ray.config import Config, Principles
 from cai_ray.config_files import load_config
 from cai_ray.constitution import Constitution, Principle
 from cai_ray.errors import ConfigError, DataError
-from cai_ray.pipeline import constitution_of
+from cai_ray.pipeline import STAGES, Stage, constitution_of
 from cai_ray.records import PROMPT, Row, answers, to_table
 from cai_ray.report.collect import cautions, collect
 from cai_ray.templates import render_turns
@@ -34,6 +34,8 @@ SFT = pa.schema([("messages", _MESSAGES), *_HEAD])
 PREFERENCES = pa.schema([*_PAIR, *_HEAD, ("principle_ids", pa.list_(_TEXT))])
 CAI = pa.schema([*((name, _TEXT) for name in _STEPS), *_HEAD, ("round", pa.int32()), ("principle_id", _TEXT)])
 _BATCH = 1024  # rows that are held at once
+BY_NAME = {stage.name: stage for stage in STAGES}
+Known = Mapping[str, Principle]  # by id
 
 LIMITS = (
     "Models wrote the responses, critiques and revisions. No human labelled anything here: a preference is a model's "
@@ -43,26 +45,13 @@ LIMITS = (
 )
 
 
-@dataclass(frozen=True)
-class Export:
-    """One folder of the export."""
-
-    name: str
-    stage: str  # whose rows it is made from
-    makers: tuple[str, ...]  # stages whose models and principles had a part in it
-    schema: pa.Schema
-    rows: Callable[[Row], Iterable[Row]]  # what one row of the stage becomes
-    about: str
-    nothing: str  # which rows of the stage become none
-
-
-def sft_rows(row: Row, rounds: str | tuple[int, ...]) -> Iterator[Row]:
+def sft_rows(row: Row, config: Config, principles: Known) -> Iterator[Row]:
     """The conversations that SFT learns from a `Revision` row, each ending with its answer."""
-    for name, text, _ in answers(row, rounds):
+    for name, text, _ in answers(row, config.sft.rounds):
         yield {**row, "id": name, "messages": [*row["messages"], {"role": "assistant", "content": text}]}
 
 
-def preference_rows(row: Row) -> Iterator[Row]:
+def preference_rows(row: Row, config: Config, principles: Known) -> Iterator[Row]:
     """The one pair of a `LabeledPair` row, turned so that label_prob, P(chosen better), is at least a half."""
     prob, chosen, rejected = row["label_prob"], row["response_a"], row["response_b"]
     if prob is None or chosen.strip() == rejected.strip():
@@ -79,7 +68,7 @@ def preference_rows(row: Row) -> Iterator[Row]:
     }
 
 
-def cai_rows(row: Row, principles: Mapping[str, Principle]) -> Iterator[Row]:
+def cai_rows(row: Row, config: Config, principles: Known) -> Iterator[Row]:
     """One row for each round of a `Revision` row; `init_response` is the response that the round begins with."""
     messages, response = row["messages"], row["initial_response"]
     prompt = messages[0]["content"] if len(messages) == 1 else render_turns(messages)
@@ -90,6 +79,40 @@ def cai_rows(row: Row, principles: Mapping[str, Principle]) -> Iterator[Row]:
         numbers = {"id": f"{row['id']}-{number}", "round": number, "principle_id": principle.id}
         yield {**row, **texts, **numbers}
         response = done["revision"]
+
+
+@dataclass(frozen=True)
+class Export:
+    """One folder of the export."""
+
+    name: str
+    stage: str  # whose rows it is made from
+    schema: pa.Schema
+    rows: Callable[[Row, Config, Known], Iterable[Row]]  # what one row of the stage becomes
+
+
+EXPORTS = (
+    Export("sft", "revise", SFT, sft_rows),
+    Export("preferences", "label", PREFERENCES, preference_rows),
+    Export("cai", "revise", CAI, cai_rows),
+)
+# What an export is; {rounds} are the run's `sft.rounds`.
+_ABOUT = {
+    "sft": "Conversations for supervised fine-tuning; the last turn is the one to learn. Red-team prompts end with "
+    "revisions (rounds: {rounds}), helpful ones with the helpful model's own answers.",
+    "preferences": "Pairs of responses to the same prompt. `label_prob` is the feedback model's P(chosen better); at "
+    "exactly 0.5 the first response stands as chosen. `principle_ids` are the principles that were asked about. Human "
+    "comparisons that the run's preference model may have learned from besides are not among them.",
+    "cai": "One row a round of critique and revision: `init_response` is the response that the round begins with, "
+    "`critic_prompt` and `revision_prompt` are the principle's two requests. A conversation of several turns "
+    "stands in `init_prompt` as a transcript. `critic_response` is empty where a run revises without critique.",
+}
+# Why a row of the stage becomes none.
+_NOTHING = {
+    "sft": "they hold no such answer",
+    "preferences": "they have no label, or their responses are equal",
+    "cai": "helpful prompts have no rounds",
+}
 
 
 def export_run(run: RunDir, to: Path, force: bool = False) -> list[str]:
@@ -108,21 +131,21 @@ def export_run(run: RunDir, to: Path, force: bool = False) -> list[str]:
         DataError: rows of the run cannot be read, or the disk does not take them.
     """
     config = load_config(str(run.path / "config.yaml"))
-    exports, left_out = _exports(run, config)
-    if not exports:
+    left_out, principles = _left_out(run, config)
+    if len(left_out) == len(EXPORTS):
         raise ConfigError(f"{run.path} has nothing to export yet: {'; '.join(left_out.values())}", "continue the run")
-    _check_target(to, [export.name for export in exports] + list(left_out), force)
+    _check_target(to, force)
     limits = [*LIMITS, *cautions(collect(run))]
     lines = []
     try:
         to.mkdir(parents=True, exist_ok=True)
-        for export in exports:
+        for export in (export for export in EXPORTS if export.name not in left_out):
             partial = to / f".{export.name}.partial"
             _remove(partial)
             (partial / "data").mkdir(parents=True)
-            counts = _write(_files(run.stage(export.stage)), export, partial / "data")
+            counts = _write(export, run, config, principles, partial / "data")
             if not _splits(counts):
-                left_out[export.name] = f"no row of {export.stage} became one: {export.nothing}"
+                left_out[export.name] = f"no row of {export.stage} became one: {_NOTHING[export.name]}"
                 _remove(partial)
                 continue
             card = _card(export, counts, run, config, limits)
@@ -138,61 +161,39 @@ def export_run(run: RunDir, to: Path, force: bool = False) -> list[str]:
     return lines
 
 
-def _exports(run: RunDir, config: Config) -> tuple[list[Export], dict[str, str]]:
-    """What can be exported; and of the rest the reasons, by name."""
-    critic = _constitution(run, "revise", config.constitution.critique)
-    principles = {p.id: p for p in critic.principles} if critic else {}
-    every = [
-        Export(
-            *("sft", "revise", ("revise",), SFT, lambda row: sft_rows(row, config.sft.rounds)),
-            "Conversations for supervised fine-tuning; the last turn is the one to learn. Red-team prompts end with "
-            f"revisions (rounds: {config.sft.rounds}), helpful ones with the helpful model's own answers.",
-            "they hold no such answer",
-        ),
-        Export(
-            *("preferences", "label", ("sft", "sample_pairs", "label"), PREFERENCES, preference_rows),
-            "Pairs of responses to the same prompt. `label_prob` is the feedback model's P(chosen better); at exactly "
-            "0.5 the first response stands as chosen. `principle_ids` are the principles that were asked about. Human "
-            "comparisons that the run's preference model may have learned from besides are not among them.",
-            "they have no label, or their responses are equal",
-        ),
-        Export(
-            *("cai", "revise", ("revise",), CAI, lambda row: cai_rows(row, principles)),
-            "One row a round of critique and revision: `init_response` is the response that the round begins with, "
-            "`critic_prompt` and `revision_prompt` are the principle's two requests. A conversation of several turns "
-            "stands in `init_prompt` as a transcript. `critic_response` is empty where a run revises without critique.",
-            "helpful prompts have no rounds",
-        ),
-    ]
-    left_out = {}
-    for export in every:
+def _left_out(run: RunDir, config: Config) -> tuple[dict[str, str], Known]:
+    """Why exports cannot be made, by name; and the principles of the critiques, if they still are those of the run."""
+    left_out, principles, chosen = {}, {}, config.constitution.critique
+    for export in EXPORTS:
         manifest = run.stage(export.stage).manifest()
         if manifest is None:
             left_out[export.name] = f"the stage {export.stage} is not finished"
-        elif export.name == "cai" and not critic:
-            file, sha = config.constitution.critique.file, manifest.constitution_sha256
-            left_out["cai"] = f"the constitution {file} is not the one of the run any more (sha256 {sha})"
-    return [export for export in every if export.name not in left_out], left_out
+        elif export.name == "cai":
+            sha = manifest.constitution_sha256
+            if found := _constitution(chosen, sha):
+                principles = {p.id: p for p in found.principles}
+            else:
+                left_out["cai"] = f"the constitution {chosen.file} is not the one of the run any more (sha256 {sha})"
+    return left_out, principles
 
 
-def _constitution(run: RunDir, stage: str, principles: Principles) -> Constitution | None:
+def _constitution(principles: Principles, sha256: str | None) -> Constitution | None:
     """The constitution that a finished stage drew from; None if its file has changed since or is gone."""
-    manifest = run.stage(stage).manifest()
     try:
         found = constitution_of(principles)
     except ConfigError:
         return None
-    return found if manifest and found.sha256 == manifest.constitution_sha256 else None
+    return found if found.sha256 == sha256 else None
 
 
-def _check_target(to: Path, names: list[str], force: bool) -> None:
+def _check_target(to: Path, force: bool) -> None:
     if (to / "config.yaml").is_file():
         raise ConfigError(f"{to} is a run directory", "name a folder of its own for the export")
     if to.exists() and not to.is_dir():
         raise ConfigError(f"{to} is a file", "name a new folder")
     if to.is_dir() and any(to.iterdir()) and not force:
         raise ConfigError(f"{to} is not empty", "name a new folder, or --force to replace an earlier export in it")
-    for old in (to / name for name in names):
+    for old in (to / export.name for export in EXPORTS):
         if old.exists() and not (old / "README.md").is_file():
             raise ConfigError(f"{old} is not an earlier export", "move it away, or name a new folder")
 
@@ -204,37 +205,30 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
 
 
-def _files(stage: StageDir) -> list[Path]:
-    manifest = stage.manifest()
-    outputs = manifest.outputs if manifest else []
-    return [stage.path / entry["path"] for entry in outputs if entry["path"].startswith("data/") and "rows" in entry]
-
-
-def _write(files: list[Path], export: Export, folder: Path) -> Counter[tuple[str, str]]:
+def _write(export: Export, run: RunDir, config: Config, principles: Known, folder: Path) -> Counter[tuple[str, str]]:
     """Writes a file a split; returns rows by split and kind, those that became none under the split ''."""
     counts: Counter[tuple[str, str]] = Counter()
     writers: dict[str, pq.ParquetWriter] = {}
+    files = sorted((run.stage(export.stage).path / "data").glob("*.parquet"))
     with ExitStack() as stack:
         for batch in (batch for file in files for batch in pq.ParquetFile(file).iter_batches(_BATCH)):
             made: dict[str, list[Row]] = {}
             for row in batch.to_pylist():
-                rows = list(export.rows(row))
+                rows = list(export.rows(row, config, principles))
                 counts[row["split"] if rows else "", row["kind"]] += len(rows) or 1
-                made.setdefault(row["split"], []).extend(rows)
+                if rows:
+                    made.setdefault(row["split"], []).extend(rows)
             for split, rows in made.items():
-                if split not in writers and rows:
+                if split not in writers:
                     writer = pq.ParquetWriter(folder / f"{split}.parquet", export.schema)
                     writers[split] = stack.enter_context(writer)
-                if rows:
-                    writers[split].write_table(to_table(rows, export.schema))
+                writers[split].write_table(to_table(rows, export.schema))
     return counts
 
 
 def _splits(counts: Counter[tuple[str, str]]) -> str:
-    by_split: Counter[str] = Counter()
-    for (split, _), n in counts.items():
-        by_split[split] += n
-    return ", ".join(f"{by_split[split]:,} {split}" for split in ("train", "test") if by_split[split])
+    sums = {split: sum(n for (own, _), n in counts.items() if own == split) for split in ("train", "test")}
+    return ", ".join(f"{n:,} {split}" for split, n in sums.items() if n)
 
 
 def _card(export: Export, counts: Counter[tuple[str, str]], run: RunDir, config: Config, limits: list[str]) -> str:
@@ -244,14 +238,12 @@ def _card(export: Export, counts: Counter[tuple[str, str]], run: RunDir, config:
     head = {"configs": [{"config_name": "default", "data_files": files}], "tags": ["constitutional-ai", "synthetic"]}
     made = [[split, kind, f"{n:,}"] for (split, kind), n in sorted(counts.items(), reverse=True) if split]
     none = sum(n for (split, _), n in counts.items() if not split)
-    parts = [export.about, table(["split", "kind", "rows"], made)]
+    parts = [_ABOUT[export.name].format(rounds=config.sft.rounds), table(["split", "kind", "rows"], made)]
     if none:
-        parts.append(f"Rows of `{export.stage}` that became none: {none:,}, because {export.nothing}.")
-    parts.append(provenance(export.makers, run, config))
-    label = run.stage("label").manifest()
-    if label and "label" in export.makers:
-        numbers = [[key, f"{value:.4g}"] for key, value in label.metrics.items() if isinstance(value, int | float)]
-        parts += ["## What the labels are like", table(["of the stage label", "value"], numbers)]
+        parts.append(f"Rows of `{export.stage}` that became none: {none:,}, because {_NOTHING[export.name]}.")
+    parts.append(provenance(BY_NAME[export.stage], run, config))
+    if export.stage == "label" and (label := run.stage("label").manifest()):
+        parts += ["## What the labels are like", numbers("of the stage label", label.metrics)]
     return card(head, export.name, parts, limits)
 
 
@@ -261,27 +253,41 @@ def card(head: Mapping[str, Any], title: str, parts: Iterable[str], limits: Iter
     return "\n\n".join([start, *parts, "## Limits", "\n".join(f"- {limit}" for limit in limits)]) + "\n"
 
 
-def provenance(stages: Iterable[str], run: RunDir, config: Config, own: Iterable[list[str]] = ()) -> str:
+def provenance(stage: Stage, run: RunDir, config: Config, key: StageKey | None = None) -> str:
     """A card's section on the stages that had a part in something: models, constitution, seed, version.
 
     Args:
-        stages: those of them that are unfinished are left out.
+        stage: that made it; before it come those whose rows or models it or they read, as far as they are finished.
         run: the run's directory.
         config: the run's.
-        own: lines of the table to follow theirs.
+        key: of the stage, while it is not finished.
     """
+    names = [*before(config, stage), stage.name]
+    made = {name: (m.parts, m.packages) for name in names if (m := run.stage(name).manifest())}
+    if key:
+        made[stage.name] = (key.parts, package_versions())
     rows: list[list[str]] = []
-    chosen = {"revise": config.constitution.critique, "label": config.constitution.feedback}
-    manifests = {name: manifest for name in stages if (manifest := run.stage(name).manifest())}
-    for name, manifest in manifests.items():
-        found = _constitution(run, name, chosen[name]) if name in chosen else None
+    for name, (parts, packages) in made.items():
+        sha, chosen = parts.get("principles"), BY_NAME[name].principles(config)
+        found = _constitution(getattr(config.constitution, chosen), sha) if chosen else None
         constitution = f"{found.name}, version {found.version}, " if found else ""
-        if manifest.constitution_sha256:
-            constitution += f"sha256 {manifest.constitution_sha256}"
-        models = ", ".join(f"{role}: {identity}" for role, identity in manifest.models.items())
-        rows.append([name, models, constitution, str(manifest.seed), manifest.packages.get("cai-ray", "")])
+        constitution += f"sha256 {sha}" if sha else ""
+        models = ", ".join(f"{role}: {identity}" for role, identity in parts.get("models", {}).items())
+        rows.append([name, models, constitution, str(parts["seed"]), packages.get("cai-ray", "")])
     made_by = "## Where it comes from\n\nMade by cai-ray (Constitutional AI, Bai et al. 2022, arXiv 2212.08073).\n\n"
-    return made_by + table(["stage", "models", "constitution", "seed", "cai-ray"], [*rows, *own])
+    return made_by + table(["stage", "models", "constitution", "seed", "cai-ray"], rows)
+
+
+def before(config: Config, stage: Stage) -> list[str]:
+    """Every stage that had a part in what this one reads, in order."""
+    found = [name for read in stage.reads(config) for name in (*before(config, BY_NAME[read]), read)]
+    return [name for name in BY_NAME if name in found]
+
+
+def numbers(title: str, metrics: Mapping[str, Any]) -> str:
+    """A Markdown table of those metrics that are numbers: texts could quote data."""
+    rows = [[name, f"{value:.4g}"] for name, value in metrics.items() if isinstance(value, int | float)]
+    return table([title, "value"], rows)
 
 
 def table(head: list[str], rows: Iterable[list[str]]) -> str:

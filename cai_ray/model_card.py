@@ -10,13 +10,12 @@ import yaml
 
 from cai_ray.artifacts import RunDir, StageKey, package_versions
 from cai_ray.config import Config
-from cai_ray.export import LIMITS, card, provenance, table
+from cai_ray.export import BY_NAME, LIMITS, card, numbers, provenance, table
 from cai_ray.models.embedded import HUB_ID
-from cai_ray.pipeline import STAGES, Stage, model_spec
+from cai_ray.pipeline import Stage, model_spec
 from cai_ray.records import stored_rows
 from cai_ray.report.collect import cautions, collect
 
-_BY_NAME = {stage.name: stage for stage in STAGES}
 # Stage -> what transformers calls its use, the class that loads it, and what it is.
 _ABOUT = {
     "sft": (
@@ -50,36 +49,26 @@ def model_card(run: RunDir, config: Config, stage: Stage, key: StageKey, metrics
         head["base_model"] = base
     head["tags"] = ["constitutional-ai", "rlaif", "cai-ray", stage.name.replace("_", "-")]
     folders = [run.stage(name).path / "data" for name in (*stage.data(config), stage.name)]
-    models = ", ".join(f"{role}: {identity}" for role, identity in key.parts.get("models", {}).items())
-    packages = package_versions()
-    own = [stage.name, models, "", str(key.parts["seed"]), packages.get("cai-ray", "")]
-    numbers = [[name, f"{value:.4g}"] for name, value in metrics.items() if isinstance(value, int | float)]
     limits = [*_LIMITS, *LIMITS, *cautions(collect(run), unfinished=False)]
     parts = [
         about,
         f'```python\nfrom transformers import {auto}\n\nmodel = {auto}.from_pretrained("PATH/TO/THIS/FOLDER")\n```',
         "## Data\n\nRows that the stage was given; those of the split `test` are held out.",
         table(["source", "kind", "split", "rows"], _counts(folders)),
-        provenance(_before(config, stage), run, config, [own]),
-        "Packages: " + ", ".join(f"{name} {version}" for name, version in packages.items()) + ".",
+        provenance(stage, run, config, key),
+        "Packages: " + ", ".join(f"{name} {version}" for name, version in package_versions().items()) + ".",
         f"## Hyperparameters\n\n```yaml\n{yaml.safe_dump(key.config, sort_keys=False)}```",
         "## Metrics",
-        table(["metric", "value"], numbers),
+        numbers("metric", metrics),
     ]
     return card(head, f"{config.run.name}: {stage.name}", parts, limits)
-
-
-def _before(config: Config, stage: Stage) -> list[str]:
-    """Every stage that had a part in what this one reads, in order."""
-    found = [name for read in stage.reads(config) for name in (*_before(config, _BY_NAME[read]), read)]
-    return [name for name in _BY_NAME if name in found]
 
 
 def _hub_id(config: Config, stage: Stage) -> str | None:
     """The hub id of the model at the beginning of it all, where it has one."""
     name = stage.models(config)[0]
-    if name in _BY_NAME:
-        return _hub_id(config, _BY_NAME[name])
+    if name in BY_NAME:
+        return _hub_id(config, BY_NAME[name])
     path = model_spec(config, name).path
     path = HUB_ID if path == "embedded" else path
     return path if re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not Path(path).exists() else None

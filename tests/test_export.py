@@ -186,6 +186,9 @@ def test_cards_say_where_the_rows_come_from_and_quote_nothing(run: RunDir, tmp_p
         f"| revise | helpful: tiny@main | default, version 1, sha256 {load_constitution('default').sha256} | 7 |"
         in cards["sft"]
     )
+    assert (
+        "| revise | helpful: tiny@main | default, version 1" in cards["preferences"]
+    )  # its SL model learned from them
     assert "| train | helpful | 1 |\n| train | harmful | 3 |\n| test | harmful | 2 |" in cards["sft"]
     assert "Rows of `revise` that became none: 1, because" in cards["sft"]
     assert "Rows of `revise` that became none: 2, because" in cards["cai"]

@@ -44,10 +44,10 @@ def run(tmp_path: Path) -> RunDir:
     return run
 
 
-def card(run: RunDir, name: str, metrics: dict[str, Any]) -> ModelCard:
+def card(run: RunDir, name: str, metrics: dict[str, Any], **parts: Any) -> ModelCard:
     config = load_config(str(run.path / "config.yaml"))
     section = getattr(config, name).model_dump(mode="json")
-    key = StageKey(section, {"seed": 7, "models": {"pretrained": "embedded@main"}}, {})
+    key = StageKey(section, {"seed": 7, "models": {"pretrained": "embedded@main"}, **parts}, {})
     return ModelCard(model_card(run, config, BY_NAME[name], key, metrics))
 
 
@@ -84,6 +84,18 @@ def test_a_preference_model_counts_labels_and_its_own_comparisons(run: RunDir) -
     assert [line.split(" ")[1] for line in made.text.splitlines() if line.startswith(("| sft", "| label", "| sample"))]
     assert made.data.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct"  # where its beginning, the SL model, began
     assert "reward_mean" in made.text
+
+
+def test_a_policy_that_a_feedback_model_rates_names_its_constitution(run: RunDir) -> None:
+    config = {**CONFIG, "ppo": {"reward": "feedback_model", "critic_init": "policy"}}
+    (run.path / "config.yaml").write_text(yaml.safe_dump(config), "utf-8")
+    constitution = load_constitution("default")
+    (line,) = (
+        line
+        for line in card(run, "ppo", {}, principles=constitution.sha256).text.splitlines()
+        if line.startswith("| ppo |")
+    )
+    assert f"| default, version {constitution.version}, sha256 {constitution.sha256} | 7 |" in line
 
 
 def test_a_local_beginning_is_no_hub_id(run: RunDir) -> None:
