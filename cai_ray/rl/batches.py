@@ -39,14 +39,18 @@ def ragged(values_N: Tensor, lengths: Sequence[int]) -> pa.Array:
 Plan = list[list[int]]  # micro-batches of one rank, each a list of rows; an empty one is a filler
 
 
-def piece_of(
-    batch: pa.Table, piece: tuple[int, int] | None, microbatch_tokens: int, rank: int = 0, ranks: int = 1
-) -> tuple[pa.Table, Plan]:
-    """The rows (first, how many) that calls of workers look at, by default all, and this rank's micro-batches."""
-    part = batch.slice(*piece) if piece else batch
-    prompts, responses = (row_lengths(part, name) for name in ("prompt_ids", "response_ids"))
+def plan_of(
+    batch: pa.Table, rows: Sequence[int], microbatch_tokens: int, rank: int = 0, ranks: int = 1
+) -> tuple[Plan, int]:
+    """A rank's micro-batches of some rows of a batch, and the response tokens of all these rows.
+
+    Raises:
+        ConfigError: a row alone is longer than `microbatch_tokens`.
+    """
+    prompts, responses = (row_lengths(batch, name) for name in ("prompt_ids", "response_ids"))
     lengths = [p + r for p, r in zip(prompts, responses, strict=True)]
-    return part, layout(range(len(part)), lengths, ranks, microbatch_tokens, packed=True)[rank]
+    plans = layout(sorted(rows), lengths, ranks, microbatch_tokens, packed=True)
+    return plans[rank], sum(responses[row] for row in rows)
 
 
 @dataclass(frozen=True)

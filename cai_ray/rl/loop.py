@@ -1,7 +1,7 @@
 """PPO's controller: a loop that moves references, never tensors.
 
 A batch is what a task or an actor's method returned; it goes from worker to worker through Ray's object store. Only
-scalars, lengths, a few samples and the probe's few sequences come here.
+scalars, ids, a few samples and the probe's few sequences come here.
 """
 
 import logging
@@ -22,7 +22,6 @@ from cai_ray.artifacts import Bar, Show, StageDir
 from cai_ray.errors import StageFailed
 from cai_ray.models.tokenization import Tokenizer
 from cai_ray.records import Row, derive_seed
-from cai_ray.rl.batches import Plan, row_lengths
 from cai_ray.rl.checkpoints import commit_checkpoint, go_back, last_checkpoint
 from cai_ray.rl.experience import make_experience
 from cai_ray.rl.groups import Call, EngineDied, Group, WorkerDied, engine_calls, wait
@@ -32,8 +31,7 @@ from cai_ray.rl.rollouts import prompts_of_steps
 from cai_ray.rl.sampler import LOOKS, TRIES, Sampler
 from cai_ray.rl.setup import Setup
 from cai_ray.rl.weight_sync import GAP_LIMITS, check_gap, check_sync, mean_gap
-from cai_ray.rl.workers import Mixed
-from cai_ray.training.batches import layout, step_rows
+from cai_ray.training.batches import step_rows
 
 TRAINER_RESTARTS = 2  # times that lost workers are started again from the same checkpoint
 ROLL_BACKS = 3  # times that the run goes back because of its KL; kl_coef doubles each time
@@ -131,10 +129,7 @@ class _Controller:
         self.kl: FixedKL = FixedKL(config.kl_coef)
         if config.kl_target:
             self.kl = AdaptiveKL(config.kl_coef, config.kl_target, config.kl_horizon)
-        if self.sl_rows is not None:
-            self.sl_ref = ray.put(self.sl_rows)
-            prompts, self.sl_answers = (row_lengths(self.sl_rows, name) for name in ("prompt_ids", "response_ids"))
-            self.sl_lengths = [p + a for p, a in zip(prompts, self.sl_answers, strict=True)]
+        self.sl_ref = None if self.sl_rows is None else ray.put(self.sl_rows)
         self.shape: Any = ray.remote(num_cpus=0, num_returns=2)(make_experience)
 
     def run(self) -> tuple[dict[str, float], dict[str, list[dict[str, Any]]]]:
@@ -160,20 +155,17 @@ class _Controller:
             rollouts, seen = self.sampler.take(step)
             if config.staleness and step + 1 < config.steps:
                 self.sampler.begin(step + 1)
-            lengths, ids = seen["lengths"], seen["ids"]
+            ids = seen["ids"]
 
             # 2., 3. Score, reference log-probs, old log-probs, values. With a single optimizer step of a single
             # micro-batch the update goes on from these forward passes; else it computes them again.
             learners = self.learners[step < config.critic_warmup_steps :]
             shuffle = derive_seed(self.setup.seed, f"step {step}", "ppo/minibatches")
             updates = [rows for _, rows in step_rows(ids, shuffle, config.ppo_epochs, config.minibatch_size)]
-            plans = {role: [self._split(role, rows, lengths) for rows in updates] for role in learners}
             forwards = {phase: partial(self.sampler.look, phase, step, rollouts) for phase in LOOKS}
             for role in self.learners:
-                whole = self._split(role, range(len(ids)), lengths)
-                keep = role in plans and len(updates) == 1 == len(whole[0])
-                each, method = [(plan, keep) for plan in whole], "values" if role == "critic" else "logprobs"
-                forwards[method] = partial(self.groups[role].submit, method, rollouts, each=each)
+                method, keep = "values" if role == "critic" else "logprobs", role in learners and len(updates) == 1
+                forwards[method] = partial(self.groups[role].submit, method, rollouts, keep)
             parts = self._phases(step, forwards)
 
             # 4., 5., 6. Shape rewards, estimate advantages, whiten them over the whole batch: one task, which has it.
@@ -188,17 +180,14 @@ class _Controller:
                 check_gap(metrics["rollout/logprob_gap"], self.gap_limit, f"in the rollouts of step {step}")
 
             # 7. Update actor and critic, minibatch by minibatch.
-            totals = [sum(seen["responses"][row] for row in rows) for rows in updates]
             calls = {}
-            for role, plan in plans.items():
-                each = [(list(own), totals, self.kl.coef) for own in zip(*plan, strict=True)]
-                if role == "actor" and self.sl_rows is not None:
-                    mixed = self._mixed(list(islice(sl_batches, len(updates))))
-                    each = [(*own, more, self.sl_ref) for own, more in zip(each, mixed, strict=True)]
-                calls[f"update_{role}"] = partial(self.groups[role].submit, "update", experience, each=each)
+            for role in learners:
+                mixed = (list(islice(sl_batches, len(updates))), self.sl_ref) if role == "actor" else ()
+                how = ("update", experience, updates, self.kl.coef, *mixed)
+                calls[f"update_{role}"] = partial(self.groups[role].submit, *how)
             stats = self._phases(step, calls)
             self.sampler.version = step + 1
-            if "actor" in plans:  # while only the critic learns there is no KL to go by
+            if "actor" in learners:  # while only the critic learns there is no KL to go by
                 self.kl.update(metrics["objective/kl"], len(ids))
 
             # 8. Send the new weights to the engines, and see that both sides compute the same with them.
@@ -208,7 +197,7 @@ class _Controller:
 
             # 9. Log, checkpoint (whose time shows in the next step's line).
             for role, name in (("actor", "policy"), ("critic", "value")):
-                metrics |= _learning(name, stats[f"update_{role}"][1]) if role in plans else {}
+                metrics |= _learning(name, stats[f"update_{role}"][1]) if role in learners else {}
             self._log(step, metrics, shaped["samples"], seen)
             self._keep(step + 1, metrics)
         return metrics
@@ -229,10 +218,6 @@ class _Controller:
                 self.sampler.timeline.add(call.who, phase, step, answer["span"])
         return out
 
-    def _split(self, role: str, rows: Sequence[int], lengths: Sequence[int]) -> list[Plan]:
-        tokens, ranks = getattr(self.config, role).sharding.microbatch_tokens, len(self.groups[role].workers)
-        return layout(sorted(rows), lengths, ranks, tokens, packed=True)
-
     def _sl_batches(self, first: int) -> Iterator[list[int]]:
         """The SL rows of each of the actor's optimizer steps from step `first` on, in an order of their own."""
         if self.sl_rows is not None:
@@ -241,12 +226,6 @@ class _Controller:
             start, ids = each * max(0, first - config.critic_warmup_steps), self.sl_rows["id"].to_pylist()
             for _, batch in step_rows(ids, seed, each * config.steps, config.minibatch_size, start):
                 yield batch
-
-    def _mixed(self, batches: list[list[int]]) -> list[Mixed]:
-        """What each rank of the actor learns beside the responses."""
-        plans = [self._split("actor", batch, self.sl_lengths) for batch in batches]
-        totals = [sum(self.sl_answers[row] for row in batch) for batch in batches]
-        return [Mixed(list(own), totals) for own in zip(*plans, strict=True)]
 
     def _workers(self) -> dict[str, list[dict[str, Any]]]:
         found = {r: wait(g.submit("info"), self.limit, f"the {r}'s start") for r, g in self.groups.items()}
@@ -312,13 +291,13 @@ class _Controller:
                 commit_checkpoint(folder, {"step": step, "kl": self.kl.state_dict()}, keep)
 
     def _log(self, step: int, metrics: dict[str, float], samples: list[Row], seen: dict[str, Any]) -> None:
-        wall, tokens, before = time.monotonic() - self.begun, sum(seen["lengths"]), self.before
+        wall, tokens, before = time.monotonic() - self.begun, seen["tokens"], self.before
         self.begun, self.before = time.monotonic(), dict(self.out.phases)
         times = {phase: seconds - before.get(phase, 0.0) for phase, seconds in self.before.items()}
         metrics |= {f"time/{phase}": seconds for phase, seconds in times.items() if seconds}
         metrics |= {"time/step": wall, "perf/tokens_per_s": tokens / wall}
         if "seconds" in seen:
-            metrics["rollout/tokens_per_s"] = sum(seen["responses"]) / seen["seconds"]
+            metrics["rollout/tokens_per_s"] = seen["response_tokens"] / seen["seconds"]
         self.out.metrics(step, metrics)
         for row in samples:
             self.out.sample({"step": step, **row})

@@ -21,7 +21,7 @@ from cai_ray.models.checkpoints import load_causal_lm, load_scalar_model
 from cai_ray.models.scalar import document_states, lm_head
 from cai_ray.models.tokenization import Tokenizer, encode, encode_choices, preference_input
 from cai_ray.records import Row, derive_seed
-from cai_ray.rl.batches import piece_of
+from cai_ray.rl.batches import plan_of
 from cai_ray.rl.forward import ScoreForward
 from cai_ray.rl.setup import Answer, Judge, Setup, table, timed
 from cai_ray.rl.worker import Onlooker, load_to_look
@@ -38,10 +38,10 @@ class Reward(Onlooker):
 
     @timed
     @torch.no_grad()
-    def score(self, batch: pa.Table, piece: tuple[int, int] | None = None) -> Answer:
+    def score(self, batch: pa.Table, piece: tuple[int, int | None] = (0, None)) -> Answer:
         """Table (row, score_raw, score), and heldout where a model watches, of a piece: first row and how many."""
-        config = self._setup.config
-        batch, plan = piece_of(batch, piece, config.critic.sharding.microbatch_tokens, *self._share)
+        config, batch = self._setup.config, batch.slice(*piece)
+        plan, _ = plan_of(batch, range(len(batch)), config.critic.sharding.microbatch_tokens, *self._share)
         rows = [i for chunk in plan for i in chunk]
         found: dict[str, list[float]] = {"score_raw": [], "score": [], **({"heldout": []} if self._heldout else {})}
         for chunk in plan:

@@ -179,12 +179,12 @@ def keep_rollouts(path: Path, asked: int, *parts: pa.Table) -> tuple[pa.Table, d
         temporary.replace(path)
     else:
         batch = pq.read_table(path, schema=ROLLOUTS)
-    prompts, responses = (row_lengths(batch, name) for name in ("prompt_ids", "response_ids"))
+    prompts, responses = (sum(row_lengths(batch, name)) for name in ("prompt_ids", "response_ids"))
     probe = batch.slice(0, PROBES).to_pylist()
     return batch, {
-        "lengths": [a + b for a, b in zip(prompts, responses, strict=True)],
         "ids": batch["id"].to_pylist(),
-        "responses": responses,
+        "tokens": prompts + responses,
+        "response_tokens": responses,
         "spans": spans,
         "versions": sorted(set(batch["version"].to_pylist())),
         "probe": [(row["prompt_ids"], row["response_ids"]) for row in probe],

@@ -2,16 +2,14 @@
 
 Each is a plain class that becomes a Ray actor; each method returns (payload, scalars): the payload, a table, goes from
 worker to worker, only the scalars reach the controller.
-Shapes: N response tokens of a micro-batch. A plan is a list of micro-batches, each a list of rows of the batch; an
-empty one is a filler that keeps ranks in step.
+Shapes: N response tokens of a micro-batch.
 """
 
 import ctypes
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,7 @@ from cai_ray.config import Learner
 from cai_ray.models.checkpoints import load_causal_lm, load_scalar_model
 from cai_ray.models.tokenization import Tokenizer
 from cai_ray.records import derive_seed
-from cai_ray.rl.batches import Micro, Plan, collate, piece_of, ragged
+from cai_ray.rl.batches import Micro, Plan, collate, plan_of, ragged
 from cai_ray.rl.forward import ValueForward
 from cai_ray.rl.losses import actor_columns, actor_loss
 from cai_ray.rl.setup import Answer, Setup, table, timed
@@ -47,14 +45,6 @@ def _per_token(
     return pa.concat_tables(parts)
 
 
-@dataclass(frozen=True)
-class Mixed:
-    """SL rows that a rank of the actor learns beside its responses, by the plan (PPO-ptx, arXiv 2203.02155)."""
-
-    steps: list[Plan]  # of each optimizer step
-    totals: list[int]  # response tokens of each optimizer step over all ranks
-
-
 def give_back() -> None:
     """Returns to the system what malloc was told to keep (`KEEP_MEMORY`): on a CPU, roles share one machine."""
     if "MALLOC_TRIM_THRESHOLD_" in os.environ:
@@ -73,18 +63,19 @@ class Reference(Onlooker):
 
     @timed
     @torch.no_grad()
-    def logprobs(self, batch: pa.Table, piece: tuple[int, int] | None = None) -> Answer:
+    def logprobs(self, batch: pa.Table, piece: tuple[int, int | None] = (0, None)) -> Answer:
         """Table (row, ref_logprobs) of a piece of the batch: first row and how many."""
 
         def predict(micro: Micro) -> Tensor:
             return self._model(micro.ids_1T, micro.documents, micro.response_1T, self._setup.config.temperature)[0]
 
-        part, plan = piece_of(batch, piece, self._setup.config.actor.sharding.microbatch_tokens, *self._share)
+        part, tokens = batch.slice(*piece), self._setup.config.actor.sharding.microbatch_tokens
+        plan, _ = plan_of(part, range(len(part)), tokens, *self._share)
         return _per_token("ref_logprobs", part, plan, self._device, predict), {}
 
 
 class _Trained(Worker):
-    """What actor and critic share: the process group of their ranks, the walk over a plan, checkpoints."""
+    """What actor and critic share: the process group of their ranks, the walk over micro-batches, checkpoints."""
 
     # Each role's own: its module, its forward pass, its loss with its stats, and the columns that the loss reads.
     _build: Callable[[], "TokenLogprobs | ValueForward"]
@@ -134,20 +125,21 @@ class _Trained(Worker):
     def update(
         self,
         batch: pa.Table,
-        steps: list[Plan],
-        totals: list[int],
+        steps: Sequence[Sequence[int]],
         kl_coef: float,
-        mixed: Mixed | None = None,
+        sl_steps: Sequence[Sequence[int]] = (),
         sl_rows: pa.Table | None = None,
     ) -> Answer:
-        """One optimizer step for each plan; stats are this rank's parts of the sums, averaged over steps.
+        """One optimizer step for the rows of each of `steps`; stats are this rank's parts of the sums, averaged.
 
-        `mixed` adds some of the SL rows (prompt_ids, response_ids) to each step, at temperature 1.
+        Each also learns some of the SL rows (prompt_ids, response_ids), where there are any: those of `sl_steps`, at
+        temperature 1 (PPO-ptx, arXiv 2203.02155).
         """
         sums: dict[str, float] = defaultdict(float)
         norms, shared = [], self._kept is not None
         with self._whole():
-            for k, (plan, total) in enumerate(zip(steps, totals, strict=True)):
+            for k, step in enumerate(steps):
+                plan, total = self._plan(batch, step)
                 for rows in plan:
                     micro = collate(batch, rows, self._device, self._columns)
                     kept, self._kept = self._kept, None
@@ -155,10 +147,11 @@ class _Trained(Worker):
                     self._model.backward(loss)
                     for name, value in stats.items():
                         sums[name] += float(value) / len(steps)
-                if mixed and sl_rows is not None:
-                    for rows in mixed.steps[k]:
+                if sl_rows is not None:
+                    plan, total = self._plan(sl_rows, sl_steps[k])
+                    for rows in plan:
                         micro = collate(sl_rows, rows, self._device)
-                        loss, stats = nll_loss(self._predict(micro, 1.0)[0], micro.mask_N, mixed.totals[k])
+                        loss, stats = nll_loss(self._predict(micro, 1.0)[0], micro.mask_N, total)
                         self._model.backward(self._setup.config.ptx_coef * loss)
                         sums["ptx_loss"] += float(stats["loss"]) / len(steps)
                 lr = self._model.lr
@@ -167,8 +160,13 @@ class _Trained(Worker):
             give_back()
         return None, {"sums": dict(sums), "grad_norm": sum(norms) / len(norms), "lr": lr}
 
-    def _forward(self, name: str, batch: pa.Table, plan: Plan, keep: bool) -> Answer:
-        """Table (row, name) of the first prediction; `keep` holds on to the graph of the only micro-batch."""
+    def _plan(self, batch: pa.Table, rows: Sequence[int]) -> tuple[Plan, int]:
+        return plan_of(batch, rows, self._learner.sharding.microbatch_tokens, self._rank, self._ranks)
+
+    def _forward(self, name: str, batch: pa.Table, keep: bool) -> Answer:
+        """Table (row, name) of the first prediction; `keep` holds on to its graph where there is one micro-batch."""
+        plan, _ = self._plan(batch, range(len(batch)))
+        keep = keep and len(plan) == 1
 
         def first(micro: Micro) -> Tensor:
             predicted = self._predict(micro)
@@ -200,9 +198,9 @@ class Actor(_Trained):
         return actor_loss(self._setup.config, kl_coef, micro.columns, logprobs_N, entropy_N, micro.mask_N, total)
 
     @timed
-    def logprobs(self, batch: pa.Table, plan: Plan, keep: bool) -> Answer:
-        """Table (row, old_logprobs)."""
-        return self._forward("old_logprobs", batch, plan, keep)
+    def logprobs(self, batch: pa.Table, keep: bool) -> Answer:
+        """Table (row, old_logprobs) of this rank's share; `keep`: what follows is one update with the whole batch."""
+        return self._forward("old_logprobs", batch, keep)
 
     @timed
     def sync(self, version: int, engines: list[Any] | None, folder: Path) -> Answer:
@@ -262,6 +260,6 @@ class Critic(_Trained):
         return value_loss(predicted[0], old_N, returns_N, micro.mask_N, self._setup.config.value_clip_range, total)
 
     @timed
-    def values(self, batch: pa.Table, plan: Plan, keep: bool) -> Answer:
-        """Table (row, values)."""
-        return self._forward("values", batch, plan, keep)
+    def values(self, batch: pa.Table, keep: bool) -> Answer:
+        """Table (row, values), as `Actor.logprobs`."""
+        return self._forward("values", batch, keep)

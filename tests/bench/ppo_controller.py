@@ -30,7 +30,6 @@ from cai_ray.config import Cluster, Learner, Optim, PPOConfig, Sharding
 from cai_ray.generation.actor import BAD, SPAN
 from cai_ray.records import to_table
 from cai_ray.rl import roles
-from cai_ray.rl.batches import Plan
 from cai_ray.rl.rollouts import ROLLOUTS
 from cai_ray.rl.setup import table
 from cai_ray.rl.worker import Worker
@@ -42,11 +41,6 @@ RESPONSE, EACH, SKIP = 8, 8, 50  # tokens; responses of a worker; steps that war
 def lists(batch: pa.Table, rows: list[int], name: str) -> pa.Table:
     """A value for each response token of some rows."""
     return table(batch, rows, {name: pa.array([[-1.0] * RESPONSE] * len(rows), pa.list_(pa.float32()))})
-
-
-def flat(plan: Plan) -> list[int]:
-    """All rows of a plan."""
-    return [row for micro in plan for row in micro]
 
 
 def now() -> dict[str, Any]:
@@ -71,16 +65,16 @@ class Light(Worker):
         scores = pa.array([float(r) for r in range(len(part))])
         return table(part, list(range(len(part))), dict.fromkeys(("score", "score_raw"), scores)), now()
 
-    def logprobs(self, batch: pa.Table, what: Any, keep: bool | None = None) -> tuple[Any, Any]:
-        """The actor's of a plan, or without `keep` the reference's of a piece."""
-        if keep is None:
+    def logprobs(self, batch: pa.Table, what: Any) -> tuple[Any, Any]:
+        """The actor's of its share, or the reference's of a piece."""
+        if self._role == "reference":
             part = batch.slice(*what)
             return lists(part, list(range(len(part))), "ref_logprobs"), now()
-        return lists(batch, flat(what), "old_logprobs"), now()
+        return lists(batch, list(range(self._rank, len(batch), self._ranks)), "old_logprobs"), now()
 
-    def values(self, batch: pa.Table, plan: Plan, keep: bool) -> tuple[Any, Any]:
+    def values(self, batch: pa.Table, keep: bool) -> tuple[Any, Any]:
         """The critic's."""
-        return lists(batch, flat(plan), "values"), now()
+        return lists(batch, list(range(self._rank, len(batch), self._ranks)), "values"), now()
 
     def update(self, *args: Any) -> tuple[Any, Any]:
         """Stats of an update."""

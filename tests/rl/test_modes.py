@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from cai_ray.config import Learner, Lora, Optim, Sharding
 from cai_ray.models.checkpoints import load_causal_lm
 from cai_ray.rl import sampler
-from cai_ray.rl.batches import piece_of
+from cai_ray.rl.batches import plan_of
 from cai_ray.rl.guards import Guards
 from cai_ray.rl.setup import Setup
 
@@ -110,7 +110,7 @@ def test_side_by_side_responses_are_looked_at_while_others_arrive(train, reward_
             assert begun["in turn"] > ended["in turn"]
             assert begun["at once"] < ended["at once"]
     batch = pq.read_table(tmp_path / "at once" / "checkpoints" / "rollouts-0.parquet")
-    assert [] in piece_of(batch, (0, 7), 76, 1, 2)[1]  # a filler: rank 1 has less to do than rank 0
+    assert [] in plan_of(batch.slice(0, 7), range(7), 76, 1, 2)[0]  # a filler: rank 1 has less to do than rank 0
     one, other = (lines(tmp_path / name) for name in times)
     for step in (0, 1):
         for key in (k for k in one[step] if k.startswith(("objective/", "policy/"))):

@@ -147,7 +147,7 @@ def test_rollouts_are_put_in_order_kept_and_read_again(tmp_path):
     path = tmp_path / "rollouts-4.parquet"
     batch, seen = keep_rollouts(path, 2, answered(B), answered(A))
     assert batch["response_ids"].to_pylist() == [[1, 2], [3]]
-    assert (seen["lengths"], seen["responses"], seen["versions"]) == ([4, 3], [2, 1], [4])
+    assert (seen["tokens"], seen["response_tokens"], seen["versions"]) == (7, 3, [4])
     assert seen["probe"] == [([9, 9], [1, 2]), ([9, 9], [3])]
     assert seen.pop("spans") == [[1.5, 4.0], [1.5, 4.0]]
     again, seen_again = keep_rollouts(path, 2)

@@ -14,8 +14,7 @@ from cai_ray.models.checkpoints import load_causal_lm
 from cai_ray.models.tokenization import Tokenizer
 from cai_ray.rl import losses
 from cai_ray.rl.setup import Setup
-from cai_ray.rl.workers import Actor, Critic, Mixed
-from cai_ray.training.batches import layout
+from cai_ray.rl.workers import Actor, Critic
 from tests.training.ranks import on_ranks
 
 from .conftest import CLUSTER
@@ -78,18 +77,13 @@ def updated(rank, setup, out, spoil):
             return spoil * loss, stats
 
         losses.policy_loss = spoiled
-    batch, lengths = rollouts()
-    ranks = setup.config.actor.sharding.ranks
-    totals = [sum(lengths)]
-    prompts = [len(x) for x in batch["prompt_ids"].to_pylist()]
-    sizes = [a + b for a, b in zip(prompts, lengths, strict=True)]
+    batch, _ = rollouts()
     for role, cls in (("actor", Actor), ("critic", Critic)):
-        worker = cls(role, rank, ranks, setup)
+        worker = cls(role, rank, setup.config.actor.sharding.ranks, setup)
         worker.join(os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], STEPS)  # the group is up: it stays
-        plan = layout(range(ROWS), sizes, ranks, getattr(setup.config, role).sharding.microbatch_tokens, packed=True)
         lines = []
         for _ in range(STEPS):
-            _, found = worker.update(batch, [plan[rank]], totals, 0.1)
+            _, found = worker.update(batch, [range(ROWS)], 0.1)
             lines.append((found["sums"]["loss"], found["grad_norm"]))
         torch.save(lines, out / f"{role}-{rank}.pt")
         worker._model.export(Tokenizer.load(setup.policy), out / role)
@@ -156,8 +150,7 @@ def mixed_in(rank, setup, out):
     worker = Actor("actor", rank, 1, setup)
     worker.join(os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], 2)
     rows = pa.table({"prompt_ids": [[5, 6], [9]], "response_ids": [[7, 8, 9], [11]]})
-    plan = [[[0], [1]], [[0, 1]]]
-    _, found = worker.update(batch, [[[0]], [[1]]], [1, 1], 0.0, Mixed(plan, [4, 4]), rows)
+    _, found = worker.update(batch, [[0], [1]], 0.0, [[0, 1], [1, 0]], rows)
     torch.save(found["sums"], out / "sums.pt")
 
 
