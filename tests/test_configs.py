@@ -141,7 +141,7 @@ class StandIn:
     def __init__(self, role: str, rank: int, ranks: int):
         self.role = role
 
-    def where(self) -> tuple[None, list[str]]:
+    def call(self, method: str) -> tuple[None, list[str]]:
         import ray
 
         return None, ray.get_gpu_ids()

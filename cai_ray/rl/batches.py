@@ -4,7 +4,7 @@ Shapes: B sequences, T tokens of all of them, R response tokens of the longest o
 one after the other. A batch is an Arrow table with a row per response and a list column per token-wise quantity.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -34,6 +34,11 @@ def ragged(values_N: Tensor, lengths: Sequence[int]) -> pa.Array:
     """The inverse of `flat`: a list column of float32 with rows of these lengths."""
     offsets = torch.tensor([0, *lengths]).cumsum(0).int()
     return pa.ListArray.from_arrays(pa.array(offsets.numpy()), pa.array(values_N.detach().float().cpu().numpy()))
+
+
+def table(batch: pa.Table, rows: Sequence[int], columns: Mapping[str, pa.Array]) -> pa.Table:
+    """A table of (row, …): what a worker computed for some rows of the table that it was given."""
+    return pa.table({"row": batch["row"].take(pa.array(rows, pa.int32())), **columns})
 
 
 Plan = list[list[int]]  # micro-batches of one rank, each a list of rows; an empty one is a filler

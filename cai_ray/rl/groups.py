@@ -91,7 +91,7 @@ def _answer(call: Call, what: str, timeout_s: float) -> Any:
 
 @dataclass(frozen=True)
 class Group:
-    """The workers of one role. Each of their methods returns (payload, scalars)."""
+    """The workers of one role: `worker.Worker`s."""
 
     role: str
     workers: list[Any]
@@ -104,7 +104,8 @@ class Group:
         calls = []
         for i, own in enumerate(each or [()] * len(self.workers)):
             rank = i % len(self.workers)
-            payload, done = getattr(self.workers[rank], method).options(num_returns=2).remote(*args, *own)
+            call = self.workers[rank].call.options(num_returns=2, name=f"{self.role.capitalize()}.{method}")
+            payload, done = call.remote(method, *args, *own)
             calls.append(Call(f"{self.role} {rank}", done, payload))
         return calls
 

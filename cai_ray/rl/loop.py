@@ -229,8 +229,8 @@ class _Controller:
 
     def _workers(self) -> dict[str, list[dict[str, Any]]]:
         found = {r: wait(g.submit("info"), self.limit, f"the {r}'s start") for r, g in self.groups.items()}
-        engines = wait(self.sampler.calls("info"), self.limit, "the rollout engines")
-        return found | {"rollout": [{k: info[k] for k in ("pid", "node")} for info in engines]}
+        found["rollout"] = wait(self.sampler.calls("info"), self.limit, "the rollout engines")
+        return {role: [{k: info[k] for k in ("pid", "node")} for info in infos] for role, infos in found.items()}
 
     def _resume(self) -> int:
         """Loads the last whole checkpoint, clears what came after it, and brings the engines to the same weights."""

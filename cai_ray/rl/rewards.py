@@ -21,9 +21,9 @@ from cai_ray.models.checkpoints import load_causal_lm, load_scalar_model
 from cai_ray.models.scalar import document_states, lm_head
 from cai_ray.models.tokenization import Tokenizer, encode, encode_choices, preference_input
 from cai_ray.records import Row, derive_seed
-from cai_ray.rl.batches import plan_of
+from cai_ray.rl.batches import plan_of, table
 from cai_ray.rl.forward import ScoreForward
-from cai_ray.rl.setup import Answer, Judge, Setup, table, timed
+from cai_ray.rl.setup import Judge, Setup
 from cai_ray.rl.worker import Onlooker, load_to_look
 from cai_ray.templates import SCORES, score_prompt, score_prompt_messages
 
@@ -36,9 +36,8 @@ class Reward(Onlooker):
         self._scorers = [_scorer(reward, setup) for reward in setup.rewards]
         self._heldout = Model(setup.heldout_reward, setup) if setup.heldout_reward else None
 
-    @timed
     @torch.no_grad()
-    def score(self, batch: pa.Table, piece: tuple[int, int | None] = (0, None)) -> Answer:
+    def score(self, batch: pa.Table, piece: tuple[int, int | None] = (0, None)) -> pa.Table:
         """Table (row, score_raw, score), and heldout where a model watches, of a piece: first row and how many."""
         config, batch = self._setup.config, batch.slice(*piece)
         plan, _ = plan_of(batch, range(len(batch)), config.critic.sharding.microbatch_tokens, *self._share)
@@ -54,7 +53,7 @@ class Reward(Onlooker):
                 watched = self._heldout.raw(part)[: len(chunk)]
                 found["heldout"] += [(x - self._heldout.mean) / self._heldout.std for x in watched]
         columns = {name: pa.array(values, pa.float64()) for name, values in found.items()}
-        return table(batch, rows, columns), {}
+        return table(batch, rows, columns)
 
 
 class Model:

@@ -51,7 +51,7 @@ def started(setup: Setup, placement: Placement) -> Iterator[dict[str, Group]]:
                 ready += group.submit("info")
                 continue
             (where, *_) = wait(group.submit("address"), timeout_s, f"start of the {role}")
-            ready += group.submit("join", *where, *joined[role])
+            ready += group.submit("join", where["address"], where["port"], *joined[role])
         wait(ready, timeout_s, "start of PPO's workers")
         yield groups
     finally:

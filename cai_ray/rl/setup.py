@@ -1,19 +1,12 @@
-"""What the controller and every worker are told when they start, and the form of what workers answer."""
+"""What the controller and every worker are told when they start."""
 
-import functools
-import time
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import pyarrow as pa
 import torch
 
 from cai_ray.config import Cluster, PPOConfig
 from cai_ray.constitution import Constitution
-
-Answer = tuple[Any, Any]  # (payload, which goes from worker to worker; scalars, which reach the controller)
 
 
 @dataclass(frozen=True)
@@ -59,25 +52,3 @@ class Setup:
         """The folder that the critic starts from."""
         models = [r for r in self.rewards if isinstance(r, Path)]
         return models[0] if self.config.critic_init == "reward" else self.policy
-
-
-def timed(method: Callable[..., Answer]) -> Callable[..., Answer]:
-    """A worker's method whose scalars also say when it ran (seconds since the epoch).
-
-    It leaves no memory reserved that an engine on the same GPU needs.
-    """
-
-    @functools.wraps(method)
-    def run(self: Any, *args: Any) -> Answer:
-        begun = time.time()
-        payload, scalars = method(self, *args)
-        if self._setup.colocated:
-            torch.cuda.empty_cache()  # nothing where there is no GPU
-        return payload, {**scalars, "span": (begun, time.time())}
-
-    return run
-
-
-def table(batch: pa.Table, rows: Sequence[int], columns: Mapping[str, pa.Array]) -> pa.Table:
-    """A table of (row, …): what a worker computed for some rows of the table that it was given."""
-    return pa.table({"row": batch["row"].take(pa.array(rows, pa.int32())), **columns})

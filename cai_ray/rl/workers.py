@@ -1,7 +1,5 @@
 """The roles that run the policy's family of models: actor and critic learn, the reference only looks.
 
-Each is a plain class that becomes a Ray actor; each method returns (payload, scalars): the payload, a table, goes from
-worker to worker, only the scalars reach the controller.
 Shapes: N response tokens of a micro-batch.
 """
 
@@ -22,10 +20,10 @@ from cai_ray.config import Learner
 from cai_ray.models.checkpoints import load_causal_lm, load_scalar_model
 from cai_ray.models.tokenization import Tokenizer
 from cai_ray.records import derive_seed
-from cai_ray.rl.batches import Micro, Plan, collate, plan_of, ragged
+from cai_ray.rl.batches import Micro, Plan, collate, plan_of, ragged, table
 from cai_ray.rl.forward import ValueForward
 from cai_ray.rl.losses import actor_columns, actor_loss
-from cai_ray.rl.setup import Answer, Setup, table, timed
+from cai_ray.rl.setup import Setup
 from cai_ray.rl.weight_sync import Engines, Sender
 from cai_ray.rl.worker import Onlooker, Worker, load_to_look
 from cai_ray.training.deepspeed import ShardedModel, sharded_to_train
@@ -61,9 +59,8 @@ class Reference(Onlooker):
             setup, setup.config.actor, lambda dtype: TokenLogprobs(load_causal_lm(setup.policy, dtype))
         )
 
-    @timed
     @torch.no_grad()
-    def logprobs(self, batch: pa.Table, piece: tuple[int, int | None] = (0, None)) -> Answer:
+    def logprobs(self, batch: pa.Table, piece: tuple[int, int | None] = (0, None)) -> pa.Table:
         """Table (row, ref_logprobs) of a piece of the batch: first row and how many."""
 
         def predict(micro: Micro) -> Tensor:
@@ -71,7 +68,7 @@ class Reference(Onlooker):
 
         part, tokens = batch.slice(*piece), self._setup.config.actor.sharding.microbatch_tokens
         plan, _ = plan_of(part, range(len(part)), tokens, *self._share)
-        return _per_token("ref_logprobs", part, plan, self._device, predict), {}
+        return _per_token("ref_logprobs", part, plan, self._device, predict)
 
 
 class _Trained(Worker):
@@ -90,14 +87,13 @@ class _Trained(Worker):
         self._kept: Any = None  # the last forward pass with its graph, for the update to go on from
         self._model: ShardedModel
 
-    def join(self, address: str, port: int, total_steps: int) -> Answer:
+    def join(self, address: str, port: int, total_steps: int) -> None:
         """Joins the group's process group and loads the model; `total_steps` optimizer steps are the whole run."""
         self._meet(address, port)
         seed = derive_seed(self._setup.seed, "lora", self._role)
         self._model = sharded_to_train(self._build, self._learner, self._start, seed, total_steps, self._device)
         if self._setup.colocated:
             self._model.offload()
-        return None, {}
 
     @contextmanager
     def _whole(self) -> Iterator[None]:
@@ -108,20 +104,16 @@ class _Trained(Worker):
         if self._setup.colocated:
             self._model.offload()
 
-    @timed
-    def save(self, folder: Path) -> Answer:
+    def save(self, folder: Path) -> None:
         """Writes weights and optimizer state; ranks share the folder."""
         with self._whole():
             self._model.save(folder)
-        return None, {}
 
-    def load(self, folder: Path) -> Answer:
+    def load(self, folder: Path) -> None:
         """Continues from what `save` wrote."""
         with self._whole():
             self._model.load(folder)
-        return None, {}
 
-    @timed
     def update(
         self,
         batch: pa.Table,
@@ -129,7 +121,7 @@ class _Trained(Worker):
         kl_coef: float,
         sl_steps: Sequence[Sequence[int]] = (),
         sl_rows: pa.Table | None = None,
-    ) -> Answer:
+    ) -> dict[str, Any]:
         """One optimizer step for the rows of each of `steps`; stats are this rank's parts of the sums, averaged.
 
         Each also learns some of the SL rows (prompt_ids, response_ids), where there are any: those of `sl_steps`, at
@@ -158,12 +150,12 @@ class _Trained(Worker):
                 norms.append(self._model.step())
         if not shared:  # else the next step needs as much again, while the other roles have theirs
             give_back()
-        return None, {"sums": dict(sums), "grad_norm": sum(norms) / len(norms), "lr": lr}
+        return {"sums": dict(sums), "grad_norm": sum(norms) / len(norms), "lr": lr}
 
     def _plan(self, batch: pa.Table, rows: Sequence[int]) -> tuple[Plan, int]:
         return plan_of(batch, rows, self._learner.sharding.microbatch_tokens, self._rank, self._ranks)
 
-    def _forward(self, name: str, batch: pa.Table, keep: bool) -> Answer:
+    def _forward(self, name: str, batch: pa.Table, keep: bool) -> pa.Table:
         """Table (row, name) of the first prediction; `keep` holds on to its graph where there is one micro-batch."""
         plan, _ = self._plan(batch, range(len(batch)))
         keep = keep and len(plan) == 1
@@ -174,7 +166,7 @@ class _Trained(Worker):
             return predicted[0]
 
         with torch.set_grad_enabled(keep):
-            return _per_token(name, batch, plan, self._device, first), {}
+            return _per_token(name, batch, plan, self._device, first)
 
 
 class Actor(_Trained):
@@ -197,13 +189,11 @@ class Actor(_Trained):
         logprobs_N, entropy_N = predicted
         return actor_loss(self._setup.config, kl_coef, micro.columns, logprobs_N, entropy_N, micro.mask_N, total)
 
-    @timed
-    def logprobs(self, batch: pa.Table, keep: bool) -> Answer:
+    def logprobs(self, batch: pa.Table, keep: bool) -> pa.Table:
         """Table (row, old_logprobs) of this rank's share; `keep`: what follows is one update with the whole batch."""
         return self._forward("old_logprobs", batch, keep)
 
-    @timed
-    def sync(self, version: int, engines: list[Any] | None, folder: Path) -> Answer:
+    def sync(self, version: int, engines: list[Any] | None, folder: Path) -> None:
         """Sends the weights to the engines, which then hold version `version`; None stands for those of the last time.
 
         Handles of 64 engines for each of 64 ranks would cost the controller more than all else in a step. Adapters that
@@ -220,11 +210,9 @@ class Actor(_Trained):
             self._sender = Sender(self._model, receivers, adapter)
         assert self._sender is not None  # the first call names engines
         self._sender.send(version)
-        return None, {}
 
-    @timed
     @torch.no_grad()
-    def probe(self, batch: pa.Table, rows: list[int]) -> Answer:
+    def probe(self, batch: pa.Table, rows: list[int]) -> dict[str, Any]:
         """Log-probs of some responses at temperature 1, as an engine states them for given tokens.
 
         Also `shift`: mean |log-prob now - old_logprobs| over their tokens, at the sampling temperature.
@@ -233,15 +221,14 @@ class Actor(_Trained):
         logprobs_N = self._predict(micro, 1.0)[0]
         now_N = logprobs_N if self._setup.config.temperature == 1 else self._predict(micro)[0]
         shift = float((now_N - micro.columns["old_logprobs"]).abs().mean())
-        return None, {"logprobs": [part.tolist() for part in logprobs_N.split(micro.lengths)], "shift": shift}
+        return {"logprobs": [part.tolist() for part in logprobs_N.split(micro.lengths)], "shift": shift}
 
-    def export(self, out: Path, adapter: Path | None = None) -> Answer:
+    def export(self, out: Path, adapter: Path | None = None) -> None:
         """Writes the policy in Hugging Face format, with its tokenizer; to `adapter` also the adapters, if any."""
         if adapter and self._learner.lora:
             self._model.export_adapter(adapter)
         tokenizer = Tokenizer.load(self._setup.policy, self._setup.format)
         self._model.export(tokenizer, out)
-        return None, {}
 
 
 class Critic(_Trained):
@@ -259,7 +246,6 @@ class Critic(_Trained):
         old_N, returns_N = (micro.columns[name] for name in self._columns)
         return value_loss(predicted[0], old_N, returns_N, micro.mask_N, self._setup.config.value_clip_range, total)
 
-    @timed
-    def values(self, batch: pa.Table, keep: bool) -> Answer:
+    def values(self, batch: pa.Table, keep: bool) -> pa.Table:
         """Table (row, values), as `Actor.logprobs`."""
         return self._forward("values", batch, keep)

@@ -30,8 +30,8 @@ from cai_ray.config import Cluster, Learner, Optim, PPOConfig, Sharding
 from cai_ray.generation.actor import BAD, SPAN
 from cai_ray.records import to_table
 from cai_ray.rl import roles
+from cai_ray.rl.batches import table
 from cai_ray.rl.rollouts import ROLLOUTS
-from cai_ray.rl.setup import table
 from cai_ray.rl.worker import Worker
 from tests.bench.ppo_work import prompt_rows
 
@@ -43,11 +43,6 @@ def lists(batch: pa.Table, rows: list[int], name: str) -> pa.Table:
     return table(batch, rows, {name: pa.array([[-1.0] * RESPONSE] * len(rows), pa.list_(pa.float32()))})
 
 
-def now() -> dict[str, Any]:
-    """The scalars of a method that took no time."""
-    return {"span": (time.time(), time.time())}
-
-
 class Light(Worker):
     """Answers for any role beside the engines."""
 
@@ -55,47 +50,44 @@ class Light(Worker):
         super().__init__(role, rank, ranks, setup)
         self._engines = list[Any]()
 
-    def join(self, address: str, port: int, total_steps: int) -> tuple[Any, Any]:
+    def join(self, address: str, port: int, total_steps: int) -> None:
         """Nothing to join."""
-        return None, {}
 
-    def score(self, batch: pa.Table, piece: tuple[int, int]) -> tuple[Any, Any]:
+    def score(self, batch: pa.Table, piece: tuple[int, int]) -> pa.Table:
         """A score a row."""
         part = batch.slice(*piece)
         scores = pa.array([float(r) for r in range(len(part))])
-        return table(part, list(range(len(part))), dict.fromkeys(("score", "score_raw"), scores)), now()
+        return table(part, list(range(len(part))), dict.fromkeys(("score", "score_raw"), scores))
 
-    def logprobs(self, batch: pa.Table, what: Any) -> tuple[Any, Any]:
+    def logprobs(self, batch: pa.Table, what: Any) -> pa.Table:
         """The actor's of its share, or the reference's of a piece."""
         if self._role == "reference":
             part = batch.slice(*what)
-            return lists(part, list(range(len(part))), "ref_logprobs"), now()
-        return lists(batch, list(range(self._rank, len(batch), self._ranks)), "old_logprobs"), now()
+            return lists(part, list(range(len(part))), "ref_logprobs")
+        return lists(batch, list(range(self._rank, len(batch), self._ranks)), "old_logprobs")
 
-    def values(self, batch: pa.Table, keep: bool) -> tuple[Any, Any]:
+    def values(self, batch: pa.Table, keep: bool) -> pa.Table:
         """The critic's."""
-        return lists(batch, list(range(self._rank, len(batch), self._ranks)), "values"), now()
+        return lists(batch, list(range(self._rank, len(batch), self._ranks)), "values")
 
-    def update(self, *args: Any) -> tuple[Any, Any]:
+    def update(self, *args: Any) -> dict[str, Any]:
         """Stats of an update."""
-        return None, {"sums": {"loss": 0.0}, "grad_norm": 1.0, "lr": 0.0, **now()}
+        return {"sums": {"loss": 0.0}, "grad_norm": 1.0, "lr": 0.0}
 
-    def sync(self, version: int, engines: list[Any] | None, folder: Path) -> tuple[Any, Any]:
+    def sync(self, version: int, engines: list[Any] | None, folder: Path) -> None:
         """Rank 0 tells the engines their version."""
         import ray
 
         self._engines = engines or self._engines
         if self._rank == 0:
             ray.get([engine.call.remote("finish_weight_update", version) for engine in self._engines])
-        return None, now()
 
-    def probe(self, batch: pa.Table, rows: list[int]) -> tuple[Any, Any]:
+    def probe(self, batch: pa.Table, rows: list[int]) -> dict[str, Any]:
         """What the engines say too."""
-        return None, {"logprobs": [[-1.0] * RESPONSE] * len(rows), "shift": 1.0, **now()}
+        return {"logprobs": [[-1.0] * RESPONSE] * len(rows), "shift": 1.0}
 
-    def export(self, out: Path, adapter: Path | None = None) -> tuple[Any, Any]:
+    def export(self, out: Path, adapter: Path | None = None) -> None:
         """Nothing to write."""
-        return None, {}
 
 
 class LightEngine:

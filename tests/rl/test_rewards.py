@@ -55,13 +55,12 @@ def second(policy, tmp_path_factory):
     return out
 
 
-def scored(policy, rewards, piece=None, heldout=None, **changes):
+def scored(policy, rewards, piece=(0, None), heldout=None, **changes):
     small = {"max_prompt_tokens": 8, "max_new_tokens": 8, "critic_init": "policy"}
     critic = {"optim": {"lr": 1e-3}, "sharding": {"dtype": "float32"}}
     config = PPOConfig(**{**small, "critic": critic, **changes})
     setup = Setup(config, policy, tuple(rewards), heldout, "auto", "cpu", 7, CLUSTER, "float32")
-    answer, _ = Reward("reward", 0, 1, setup).score(BATCH, piece)
-    return answer.sort_by("row").to_pydict()
+    return Reward("reward", 0, 1, setup).score(BATCH, piece).sort_by("row").to_pydict()
 
 
 def alone(folder, policy):
@@ -139,7 +138,7 @@ def test_a_feedback_model_rates_each_response_under_its_principle(policy):
     config = PPOConfig(critic_init="policy", critic={"optim": {"lr": 1e-3}, "sharding": {"dtype": "float32"}})
     judge = Judge(policy, "plain", constitution)
     setup = Setup(config, policy, (judge,), None, "auto", "cpu", 7, CLUSTER, "float32")
-    answer, _ = Reward("reward", 0, 1, setup).score(batch)
+    answer = Reward("reward", 0, 1, setup).score(batch)
     tokenizer, model, expected = Tokenizer.load(policy, "plain"), load_causal_lm(policy, "float32"), []
 
     def after(ids, token):

@@ -83,7 +83,7 @@ def updated(rank, setup, out, spoil):
         worker.join(os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], STEPS)  # the group is up: it stays
         lines = []
         for _ in range(STEPS):
-            _, found = worker.update(batch, [range(ROWS)], 0.1)
+            found = worker.update(batch, [range(ROWS)], 0.1)
             lines.append((found["sums"]["loss"], found["grad_norm"]))
         torch.save(lines, out / f"{role}-{rank}.pt")
         worker._model.export(Tokenizer.load(setup.policy), out / role)
@@ -150,7 +150,7 @@ def mixed_in(rank, setup, out):
     worker = Actor("actor", rank, 1, setup)
     worker.join(os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], 2)
     rows = pa.table({"prompt_ids": [[5, 6], [9]], "response_ids": [[7, 8, 9], [11]]})
-    _, found = worker.update(batch, [[0], [1]], 0.0, [[0, 1], [1, 0]], rows)
+    found = worker.update(batch, [[0], [1]], 0.0, [[0, 1], [1, 0]], rows)
     torch.save(found["sums"], out / "sums.pt")
 
 

@@ -1,0 +1,33 @@
+"""What a worker's methods answer, and what Ray keeps apart of it."""
+
+from pathlib import Path
+
+import pyarrow as pa
+
+from cai_ray.config import PPOConfig
+from cai_ray.rl.setup import Setup
+from cai_ray.rl.worker import Worker
+
+from .conftest import CLUSTER
+
+
+class Busy(Worker):
+    def look(self, batch):
+        return batch
+
+    def learn(self, by):
+        return {"loss": by}
+
+    def save(self):
+        pass
+
+
+def test_tables_go_to_other_workers_and_scalars_to_the_controller():
+    worker = Busy("actor", 0, 1, Setup(PPOConfig(), Path("p"), (), None, "auto", "cpu", 7, CLUSTER, "float32"))
+    batch = pa.table({"row": [0, 1]})
+    payloads, scalars = zip(*(worker.call(*how) for how in (("look", batch), ("learn", 0.5), ("save",))), strict=True)
+    assert payloads == (batch, None, None)
+    spans = [scalars[i].pop("span") for i in range(3)]
+    assert spans == sorted(spans)
+    assert all(begun <= ended for begun, ended in spans)
+    assert scalars == ({}, {"loss": 0.5}, {})
