@@ -7,7 +7,6 @@ for another.
 
 import asyncio
 import contextlib
-import json
 import os
 import sys
 import time
@@ -37,7 +36,6 @@ from cai_ray.generation.ledger import Ledger, RowLog
 from cai_ray.models.tokenization import Tokenizer
 from cai_ray.records import Row, to_table
 
-SPAN = b"span"  # in a table's metadata: when its rows were made, two times as JSON, seconds since the epoch
 BAD = "bad_reason"  # column beside a program's own: why the row is bad, null where it is good
 
 
@@ -149,15 +147,12 @@ class EngineActor:
 
         Returns:
             A table of `program.schema` and the column `bad_reason`, rows in order. A bad row has its id and the reason.
-            Its metadata hold `SPAN`.
 
         Raises:
             Exception: what a program raised that is no CaiError: a bug, not a bad row.
         """
-        begun = time.time()
         rows = await self._rows_of(table.slice(*piece), partial(self._row, program))
-        done = to_table(rows, _with_reason(program))
-        return done.replace_schema_metadata({SPAN: json.dumps([begun, time.time()])})
+        return to_table(rows, _with_reason(program))
 
     async def record(self, program: Program, table: pa.Table, ledger: Ledger) -> int:
         """`run`, with its rows written to a ledger; returns how many there are, once all of them are durable."""
@@ -208,9 +203,16 @@ class EngineActor:
 
     # ---- weights and bookkeeping ----------------------------------------------------------------------------------
 
-    async def call(self, method: str, *args: Any) -> Any:
-        """A method of the `Engine`, such as `load_checkpoint`, `sleep` or `shutdown`, between two of its steps."""
-        return await self._call(getattr(self._engine, method), *args)
+    async def call(self, method: str, *args: Any) -> tuple[Any, Any]:
+        """A method of this actor, or one of the `Engine`, such as `load_checkpoint` or `sleep`, between two of its steps.
+
+        Returns:
+            (a table that it returned, {"span": when it ran, two times in seconds since the epoch}), or (None, anything
+            else): who calls may pass the table on without seeing it.
+        """
+        begun, own = time.time(), getattr(self, method, None)
+        found = await (own(*args) if own else self._call(getattr(self._engine, method), *args))
+        return (found, {"span": (begun, time.time())}) if isinstance(found, pa.Table) else (None, found)
 
     async def info(self) -> dict[str, Any]:
         """Who this is, what weights it holds, and what it has done since the start.

@@ -30,15 +30,11 @@ class EngineDied(StageFailed):
 
 @dataclass(frozen=True)
 class Call:
-    """An answer that is awaited: `done` carries scalars (or the error), `payload` stays where it is.
-
-    Without `fetch` only the end of the call is awaited; whoever uses what it returned finds out how it ended.
-    """
+    """An answer that is awaited: `done` carries scalars (or the error), `payload` stays where it is."""
 
     who: str
     done: Any
     payload: Any = None
-    fetch: bool = True
     lost: type[StageFailed] = WorkerDied  # what to raise when the process is gone
 
 
@@ -64,10 +60,8 @@ def wait(calls: Sequence[Call], timeout_s: float, what: str) -> list[Any]:
             )
         # With all that have answered by now: each look at the list costs as much as it is long.
         for done in ray.wait(list(pending), num_returns=len(pending), timeout=0, fetch_local=False)[0]:
-            call = pending.pop(done)
-            if call.fetch:
-                answers[done] = _answer(call, what, max(1.0, deadline - time.monotonic()))
-    return [answers.get(call.done) for call in calls]
+            answers[done] = _answer(pending.pop(done), what, max(1.0, deadline - time.monotonic()))
+    return [answers[call.done] for call in calls]
 
 
 def _answer(call: Call, what: str, timeout_s: float) -> Any:
@@ -91,10 +85,11 @@ def _answer(call: Call, what: str, timeout_s: float) -> Any:
 
 @dataclass(frozen=True)
 class Group:
-    """The workers of one role: `worker.Worker`s."""
+    """The workers of one role: `worker.Worker`s, or the rollout engines."""
 
     role: str
     workers: list[Any]
+    lost: type[StageFailed] = WorkerDied  # what to raise when one of them is gone
 
     def submit(self, method: str, *args: Any, each: Sequence[tuple] | None = None) -> list[Call]:
         """Calls `method(*args)` on every worker, or `method(*args, *own)` for each `own`, dealt out in turn.
@@ -106,25 +101,13 @@ class Group:
             rank = i % len(self.workers)
             call = self.workers[rank].call.options(num_returns=2, name=f"{self.role.capitalize()}.{method}")
             payload, done = call.remote(method, *args, *own)
-            calls.append(Call(f"{self.role} {rank}", done, payload))
+            calls.append(Call(f"{self.role} {rank}", done, payload, self.lost))
         return calls
 
     def kill(self) -> None:
         """Ends every worker."""
         for worker in self.workers:
             ray.kill(worker)
-
-
-def engine_calls(
-    engines: Sequence[Any], method: str, *args: Any, each: Sequence[tuple] | None = None, fetch: bool = True
-) -> list[Call]:
-    """Calls `method(*args)` on every rollout engine, or `method(*args, *own)` for each `own`, dealt out in turn."""
-    calls = []
-    for i, own in enumerate(each or [()] * len(engines)):
-        number = i % len(engines)
-        done = getattr(engines[number], method).remote(*args, *own)
-        calls.append(Call(f"rollout {number}", done, fetch=fetch, lost=EngineDied))
-    return calls
 
 
 @dataclass(frozen=True)

@@ -24,13 +24,13 @@ from cai_ray.models.tokenization import Tokenizer
 from cai_ray.records import Row, derive_seed
 from cai_ray.rl.checkpoints import commit_checkpoint, go_back, last_checkpoint
 from cai_ray.rl.experience import make_experience
-from cai_ray.rl.groups import Call, EngineDied, Group, WorkerDied, engine_calls, wait
+from cai_ray.rl.groups import Call, EngineDied, Group, WorkerDied, wait
 from cai_ray.rl.guards import Guards, RollBack
 from cai_ray.rl.roles import reserved, started
 from cai_ray.rl.rollouts import prompts_of_steps
-from cai_ray.rl.sampler import LOOKS, TRIES, Sampler
+from cai_ray.rl.sampler import LOOKS, Sampler
 from cai_ray.rl.setup import Setup
-from cai_ray.rl.weight_sync import GAP_LIMITS, check_gap, check_sync, mean_gap
+from cai_ray.rl.weight_sync import check_gap
 from cai_ray.training.batches import step_rows
 
 TRAINER_RESTARTS = 2  # times that lost workers are started again from the same checkpoint
@@ -77,16 +77,18 @@ def run_ppo(
     if not setup.colocated:
         get_engines()  # before the workers, who on few GPUs share what the engines leave
     with reserved(setup) as placement:  # kept over restarts: Ray frees what it held only after a while
-        if setup.colocated:
-            get_engines = partial(get_engines, placement.group)
+        where = [placement.group] if setup.colocated else []
+
+        def rollout_engines() -> Group:
+            return Group("rollout", get_engines(*where), EngineDied)
+
         while True:
             try:
-                engines = get_engines()
+                engines = rollout_engines()
                 if setup.colocated:  # until the workers have loaded what they need
-                    rest = engine_calls(engines, "call", "sleep")
-                    wait(rest, setup.cluster.step_timeout_s, "the rollout engines' rest")
+                    wait(engines.submit("sleep"), setup.cluster.step_timeout_s, "the rollout engines' rest")
                 with started(setup, placement) as groups, progress() as bar:
-                    sampler = Sampler(setup, steps, out, groups, engines, get_engines)
+                    sampler = Sampler(setup, steps, out, groups, engines, rollout_engines)
                     metrics, workers = _Controller(setup, groups, sampler, out, bar, sl_rows).run()
                 break
             except RollBack as e:
@@ -122,10 +124,6 @@ class _Controller:
     def __post_init__(self) -> None:
         config, self.limit = self.setup.config, self.setup.cluster.step_timeout_s
         self.config, self.learners = config, [role for role in ("actor", "critic") if role in self.groups]
-        formats = [self.setup.engine_dtype, config.actor.sharding.dtype]
-        self.gap_limit = max(GAP_LIMITS[name] for name in formats)
-        if self.setup.device == "gpu":
-            self.gap_limit = max(self.gap_limit, GAP_LIMITS["tf32"])
         self.kl: FixedKL = FixedKL(config.kl_coef)
         if config.kl_target:
             self.kl = AdaptiveKL(config.kl_coef, config.kl_target, config.kl_horizon)
@@ -177,7 +175,7 @@ class _Controller:
             for alarm in guards.check(step, metrics):
                 self.out.warn(alarm)
             if seen["versions"] == [step]:  # an older policy's rollouts differ for a better reason
-                check_gap(metrics["rollout/logprob_gap"], self.gap_limit, f"in the rollouts of step {step}")
+                check_gap(metrics["rollout/logprob_gap"], self.sampler.gap_limit, f"in the rollouts of step {step}")
 
             # 7. Update actor and critic, minibatch by minibatch.
             calls = {}
@@ -193,7 +191,7 @@ class _Controller:
             # 8. Send the new weights to the engines, and see that both sides compute the same with them.
             if config.staleness and step + 1 < config.steps:
                 self.sampler.finish(step + 1)
-            metrics["policy/logprob_shift"] = self._sync(experience, seen["probe"], step)
+            metrics["policy/logprob_shift"] = self.sampler.send_weights(experience, seen["probe"])
 
             # 9. Log, checkpoint (whose time shows in the next step's line).
             for role, name in (("actor", "policy"), ("critic", "value")):
@@ -228,8 +226,8 @@ class _Controller:
                 yield batch
 
     def _workers(self) -> dict[str, list[dict[str, Any]]]:
-        found = {r: wait(g.submit("info"), self.limit, f"the {r}'s start") for r, g in self.groups.items()}
-        found["rollout"] = wait(self.sampler.calls("info"), self.limit, "the rollout engines")
+        groups = {**self.groups, "rollout": self.sampler.engines}
+        found = {role: wait(group.submit("info"), self.limit, f"the {role}'s start") for role, group in groups.items()}
         return {role: [{k: info[k] for k in ("pid", "node")} for info in infos] for role, infos in found.items()}
 
     def _resume(self) -> int:
@@ -245,32 +243,6 @@ class _Controller:
         self.sampler.version = step
         self.sampler.sync()
         return step
-
-    def _sync(self, experience: Any, probe: list[tuple[list[int], list[int]]], step: int) -> float:
-        """Sends the weights after a step and probes them, with other engines where some die."""
-        for _ in range(TRIES):
-            try:
-                with self.out.phase("sync"):
-                    self.sampler.sync()
-                with self.out.phase("probe"):
-                    return self._probe(experience, probe, step)
-            except EngineDied as e:
-                self.sampler.replace(e)
-        raise StageFailed(f"weight sync after step {step}: engines died {TRIES} times", "see the engines' logs")
-
-    def _probe(self, experience: Any, probe: list[tuple[list[int], list[int]]], step: int) -> float:
-        """Compares engines and actor on a few of the step's responses; returns how far the update moved them."""
-        # Engines want room for one more token, which the longest response has used up: its last token is left out.
-        room = self.config.max_tokens - 1
-        ids, starts = [(p + r)[:room] for p, r in probe], [len(p) for p, _ in probe]
-        # One rank has all the weights, but under ZeRO-3.
-        ranks = self.groups["actor"].workers[: None if self.config.actor.sharding.zero_stage == 3 else 1]
-        calls = Group("actor", ranks).submit("probe", experience, list(range(len(probe))))
-        calls += self.sampler.calls("prompt_logprobs", ids, starts)
-        actor, *others = wait(calls, self.limit, f"probe after step {step}")
-        for engine in others[len(ranks) - 1 :]:
-            check_sync(mean_gap(actor["logprobs"], engine), actor["shift"], self.gap_limit, step)
-        return actor["shift"]
 
     def _keep(self, step: int, metrics: Mapping[str, float]) -> None:
         """A snapshot, and a checkpoint from which step `step` continues, where they are due."""

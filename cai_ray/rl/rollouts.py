@@ -1,6 +1,5 @@
 """A step's rollouts: which prompts, how they are sampled, and how they are kept."""
 
-import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +13,7 @@ import pyarrow.parquet as pq
 
 from cai_ray.config import PPOConfig
 from cai_ray.errors import DataError, StageFailed
-from cai_ray.generation.actor import BAD, SPAN
+from cai_ray.generation.actor import BAD
 from cai_ray.generation.engine import Request
 from cai_ray.models.tokenization import Tokenizer
 from cai_ray.records import PROMPT, Row, derive_seed, to_table
@@ -164,11 +163,10 @@ def keep_rollouts(path: Path, asked: int, *parts: pa.Table) -> tuple[pa.Table, d
     Raises:
         StageFailed: responses are missing.
     """
-    spans = [json.loads(part.schema.metadata[SPAN]) for part in parts]
     if parts:
         batch = pa.concat_tables(parts)
         reasons = [reason for reason in batch[BAD].to_pylist() if reason]
-        batch = batch.select(ROLLOUTS.names).replace_schema_metadata().sort_by("row")
+        batch = batch.select(ROLLOUTS.names).sort_by("row")
         if reasons or batch["row"].to_pylist() != list(range(asked)):
             raise StageFailed(
                 f"{asked} responses were asked for, {len(batch) - len(reasons)} came; {reasons[0] if reasons else ''}",
@@ -185,7 +183,6 @@ def keep_rollouts(path: Path, asked: int, *parts: pa.Table) -> tuple[pa.Table, d
         "ids": batch["id"].to_pylist(),
         "tokens": prompts + responses,
         "response_tokens": responses,
-        "spans": spans,
         "versions": sorted(set(batch["version"].to_pylist())),
         "probe": [(row["prompt_ids"], row["response_ids"]) for row in probe],
     }

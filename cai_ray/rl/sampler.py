@@ -15,10 +15,11 @@ import ray
 from cai_ray.artifacts import StageDir
 from cai_ray.errors import StageFailed
 from cai_ray.records import Row
-from cai_ray.rl.groups import Call, EngineDied, Group, WorkerDied, engine_calls, wait
+from cai_ray.rl.groups import Call, EngineDied, Group, WorkerDied, wait
 from cai_ray.rl.rollouts import RollOut, keep_rollouts, requests
 from cai_ray.rl.setup import Setup
 from cai_ray.rl.timeline import Timeline
+from cai_ray.rl.weight_sync import check_sync, gap_limit, mean_gap
 
 TRIES = 3  # of a step's rollouts or of a sync, where engines die
 PIECE = 32  # most responses in a piece
@@ -38,6 +39,8 @@ class Sampler:
         get_engines: gives them again, dead ones replaced.
 
     Attributes:
+        engines: those that work now.
+        gap_limit: how far their log-probs may be from the actor's, nats a token on average.
         timeline: when engines, and whoever else adds to it, worked.
         version: updates behind the actor's weights, and so the step that they are for; whoever trains them counts.
     """
@@ -48,14 +51,14 @@ class Sampler:
         steps: list[list[Row]],
         out: StageDir,
         groups: dict[str, Group],
-        engines: list[Any],
-        get_engines: Callable[[], list[Any]],
+        engines: Group,
+        get_engines: Callable[[], Group],
     ):
         self._setup, self._steps, self._out, self._groups = setup, steps, out, groups
         self._get_engines, self._limit = get_engines, setup.cluster.step_timeout_s
-        self._engines, self._fresh = engines, True  # fresh: the actor does not know them yet
+        self.engines, self._fresh = engines, True  # fresh: the actor does not know them yet
         size, ranks = setup.config.rollout_batch_size, setup.config.inference_ranks
-        each = min(PIECE, -(-size // max(ranks, len(self._engines))))
+        each = min(PIECE, -(-size // max(ranks, len(engines.workers))))
         self._pieces = [(first, min(each, size - first)) for first in range(0, size, each)]  # first row, how many
         self._asked: dict[int, list[Call]] = {}  # by step: what the engines work on
         self._early: dict[tuple[int, str], list[Call]] = {}  # by step and phase: who waits for that
@@ -64,30 +67,73 @@ class Sampler:
         self._keep: Any = ray.remote(num_cpus=0, num_returns=2)(keep_rollouts)
         # Each folder's name is new: a network file system may go on showing a node what lay under a known one.
         self._name = f"adapter-{uuid4().hex[:8]}"
-        self.timeline, self.version = Timeline(out.path / "timeline.json"), 0
+        self.timeline, self.version, self.gap_limit = Timeline(out.path / "timeline.json"), 0, gap_limit(setup)
 
-    def calls(self, method: str, *args: Any) -> list[Call]:
-        """Calls a method of every engine."""
-        return engine_calls(self._engines, method, *args)
+    def send_weights(self, experience: Any, probe: list[tuple[list[int], list[int]]]) -> float:
+        """Sends the weights after a step and probes them, with other engines where some die.
+
+        Args:
+            experience: the step's batch.
+            probe: (prompt_ids, response_ids) of its first rows.
+
+        Returns how far the step has moved the actor (`check_sync`).
+
+        Raises:
+            StageFailed: engines and actor do not compute the same.
+        """
+
+        def attempt() -> float:
+            with self._out.phase("sync"):
+                self.sync()
+            with self._out.phase("probe"):
+                return self._probe(experience, probe)
+
+        return self._with_engines(f"weight sync after step {self.version - 1}", attempt)
+
+    def _with_engines(self, what: str, attempt: Callable[[], Any]) -> Any:
+        """Tries again where engines die; the pool replaces them, and ends what the others still do for nobody."""
+        for _ in range(TRIES):
+            try:
+                return attempt()
+            except EngineDied as error:
+                log.warning("%s; starting it again", error.message)
+                self.engines, self._fresh = self._get_engines(), True
+                self._asked, self._early = {}, {}
+        raise StageFailed(f"{what}: engines died {TRIES} times", "see the engines' logs")
+
+    def _senders(self, everyone: bool = False) -> Group:
+        """The actor's ranks that have the weights to give: one has them all, but under ZeRO-3."""
+        everyone = everyone or self._setup.config.actor.sharding.zero_stage == 3
+        return Group("actor", self._groups["actor"].workers[: None if everyone else 1])
+
+    def _probe(self, experience: Any, probe: list[tuple[list[int], list[int]]]) -> float:
+        """Compares engines and actor on a few of the step's responses; returns how far the update moved them."""
+        # Engines want room for one more token, which the longest response has used up: its last token is left out.
+        room, step = self._setup.config.max_tokens - 1, self.version - 1
+        ids, starts = [(p + r)[:room] for p, r in probe], [len(p) for p, _ in probe]
+        ranks = self._senders().submit("probe", experience, list(range(len(probe))))
+        calls = [*ranks, *self.engines.submit("prompt_logprobs", ids, starts)]
+        actor, *others = wait(calls, self._limit, f"probe after step {step}")
+        for engine in others[len(ranks) - 1 :]:
+            check_sync(mean_gap(actor["logprobs"], engine), actor["shift"], self.gap_limit, step)
+        return actor["shift"]
 
     def sync(self) -> None:
         """Sends the actor's weights to idle engines, which then hold `version`.
 
         Raises:
-            EngineDied: one is gone; after `replace` the same call can be made again.
+            EngineDied: one is gone; with others in its place the same call can be made again.
             WorkerDied: one is gone, and the actor's ranks with it.
         """
         what = f"weight sync before step {self.version}"
         self._rest("wake", what, "weights")
-        # One rank has all the weights, but under ZeRO-3; engines that share GPUs are served by the rank beside each.
-        everyone = self._setup.colocated or self._setup.config.actor.sharding.zero_stage == 3
-        senders = self._groups["actor"].workers[: None if everyone else 1]
-        engines, folder = self._engines if self._fresh else None, self._out.checkpoints / f"{self._name}-{self.version}"
-        calls = Group("actor", senders).submit("sync", self.version, engines, folder)
+        senders = self._senders(self._setup.colocated)  # engines that share GPUs are served by the rank beside each
+        engines, folder = self.engines if self._fresh else None, self._out.checkpoints / f"{self._name}-{self.version}"
+        calls = senders.submit("sync", self.version, engines, folder)
         try:
             answers = wait(calls, self._limit, what)
         except EngineDied as e:
-            if self._setup.colocated and len(senders) > 1:  # the other ranks stand in the transfer's own collectives
+            if self._setup.colocated and len(calls) > 1:  # the other ranks stand in the transfer's own collectives
                 raise WorkerDied(e.message, e.fix) from e
             raise
         self._rest("wake", what, "kv_cache")
@@ -98,12 +144,7 @@ class Sampler:
     def _rest(self, method: str, what: str, *args: Any) -> None:
         """Engines that share the workers' GPUs `sleep` or `wake`."""
         if self._setup.colocated:
-            wait(self.calls("call", method, *args), self._limit, what)
-
-    def replace(self, error: EngineDied) -> None:
-        """Starts engines for those that are gone; the pool ends what the others still do for nobody."""
-        log.warning("%s; starting it again", error.message)
-        self._engines, self._fresh = self._get_engines(), True
+            wait(self.engines.submit(method, *args), self._limit, what)
 
     def begin(self, step: int) -> None:
         """Asks for a step's responses, from the weights that the actor has now; `finish` waits for them."""
@@ -120,26 +161,22 @@ class Sampler:
             # Given once: serialised with every call it was a quarter of the controller's own work.
             asked = ray.put(requests(self._steps[step], self._setup.config, self._setup.seed, step))
             pieces = [(piece,) for piece in self._pieces]
-            calls = engine_calls(self._engines, "run", self._program, asked, each=pieces, fetch=False)
+            calls = self.engines.submit("run", self._program, asked, each=pieces)
             if self._setup.side_by_side and not self._setup.colocated:  # else the engines have the room
                 for phase in LOOKS:
-                    self._early[step, phase] = self._look(phase, [(call.done,) for call in calls])
+                    self._early[step, phase] = self._look(phase, [(call.payload,) for call in calls])
         self._asked[step] = calls
 
     def finish(self, step: int) -> None:
         """Waits until a step's responses are on disk; engines that die are replaced and asked again."""
-        for _ in range(TRIES):
-            try:
-                with self._out.phase("rollout"):
-                    self._ask(step)
-                    if step not in self._ready:
-                        self._ready[step] = self._collect(step)
-                return
-            except EngineDied as e:
-                self._asked.pop(step, None)
-                self._early = {key: calls for key, calls in self._early.items() if key[0] != step}
-                self.replace(e)
-        raise StageFailed(f"rollout of step {step}: engines died {TRIES} times", "see the engines' logs")
+
+        def attempt() -> None:
+            with self._out.phase("rollout"):
+                self._ask(step)
+                if step not in self._ready:
+                    self._ready[step] = self._collect(step)
+
+        self._with_engines(f"rollout of step {step}", attempt)
 
     def take(self, step: int) -> tuple[Any, dict[str, Any]]:
         """The reference of a step's rollouts, and what is seen of them (`keep_rollouts`)."""
@@ -162,8 +199,8 @@ class Sampler:
 
     def _collect(self, step: int) -> tuple[Any, dict[str, Any]]:
         size, what, calls = self._setup.config.rollout_batch_size, f"rollout of step {step}", self._asked[step]
-        wait(calls, self._limit, what)
-        rollouts, done = self._keep.remote(self._path(step), size, *[call.done for call in calls])
+        spans = [answer["span"] for answer in wait(calls, self._limit, what)]
+        rollouts, done = self._keep.remote(self._path(step), size, *[call.payload for call in calls])
         (seen,) = wait([Call("an engine", done, lost=EngineDied)], self._limit, what)
         oldest = step - self._setup.config.staleness
         if not all(oldest <= version <= step for version in seen["versions"]):
@@ -172,9 +209,8 @@ class Sampler:
                 f"remove {self._path(step)}",
             )
         del self._asked[step]
-        for call, span in zip(calls, seen["spans"], strict=True):
+        for call, span in zip(calls, spans, strict=True):
             self.timeline.add(call.who, "rollout", step, span)
-        if seen["spans"]:  # else they were on disk already
-            begun, ended = (list(times) for times in zip(*seen["spans"], strict=True))
-            seen["seconds"] = max(ended) - min(begun)
+        if spans:  # else they were on disk already
+            seen["seconds"] = max(ended for _, ended in spans) - min(begun for begun, _ in spans)
         return rollouts, seen

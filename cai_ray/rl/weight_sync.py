@@ -19,7 +19,8 @@ from torch import Tensor
 from cai_ray.errors import StageFailed
 from cai_ray.generation.shared_memory import cleanup, write_bucket
 from cai_ray.models.checkpoints import layer_of
-from cai_ray.rl.groups import engine_calls, free_address, wait
+from cai_ray.rl.groups import Group, free_address, wait
+from cai_ray.rl.setup import Setup
 from cai_ray.training.deepspeed import ShardedModel
 
 BUCKET_BYTES = 256 << 20
@@ -31,25 +32,24 @@ class Engines:
     """The engines' side of a transfer, as vLLM's trainer classes expect it: each call goes to all engines at once.
 
     Args:
-        handles: of the rollout engines.
+        group: the rollout engines.
         gpus: GPUs, and so receiving processes, of each engine; 0 on CPU.
         timeout_s: longest wait for one answer.
         colocated: each on the GPU of an actor's rank.
     """
 
-    def __init__(self, handles: list[Any], gpus: int, timeout_s: float, colocated: bool = False):
-        self.handles, self.gpus, self._timeout_s, self.colocated = handles, gpus, timeout_s, colocated
+    def __init__(self, group: Group, gpus: int, timeout_s: float, colocated: bool = False):
+        self.group, self.gpus, self._timeout_s, self.colocated = group, gpus, timeout_s, colocated
         self.version = 0
         self.give_up: Callable[[], None] = lambda: None  # ends the sender's side of a transfer
 
     def _all(self, method: str, *args: Any, each: list[tuple] | None = None) -> None:
-        calls = engine_calls(self.handles, "call", method, *args, each=each)
-        wait(calls, self._timeout_s, f"weight sync ({method})")
+        wait(self.group.submit(method, *args, each=each), self._timeout_s, f"weight sync ({method})")
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         """With NCCL each engine's processes get ranks of their own behind the sender's rank 0."""
         nccl = self.gpus and not self.colocated
-        ranks = [{"rank_offset": 1 + i * self.gpus} if nccl else {} for i in range(len(self.handles))]
+        ranks = [{"rank_offset": 1 + i * self.gpus} if nccl else {} for i in range(len(self.group.workers))]
         self._all("init_weight_transfer", each=[({**init_info, **own},) for own in ranks])
 
     def start_weight_update(self) -> None:
@@ -175,9 +175,15 @@ def _gpu_trainer(model: ShardedModel, engines: Engines) -> Any:
         info = IPCTrainerInitInfo(rank=model.rank, packed=True, packed_buffer_size_bytes=size)
         return IPCTrainerWeightTransferEngine.trainer_init(info, client=engines, source=Source())
     address, port = free_address()
-    world = 1 + len(engines.handles) * engines.gpus
+    world = 1 + len(engines.group.workers) * engines.gpus
     info = NCCLTrainerInitInfo(master_address=address, master_port=port, world_size=world, rank=model.rank)
     return NCCLTrainerWeightTransferEngine.trainer_init(info, client=engines, source=Source())
+
+
+def gap_limit(setup: Setup) -> float:
+    """What engine and actor may differ by, nats a token on average: what the coarser of their precisions allows."""
+    formats = [setup.engine_dtype, setup.config.actor.sharding.dtype, *(["tf32"] if setup.device == "gpu" else [])]
+    return max(GAP_LIMITS[name] for name in formats)
 
 
 def mean_gap(actor: list[list[float]], engine: list[list[float]]) -> float:

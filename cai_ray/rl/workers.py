@@ -22,6 +22,7 @@ from cai_ray.models.tokenization import Tokenizer
 from cai_ray.records import derive_seed
 from cai_ray.rl.batches import Micro, Plan, collate, plan_of, ragged, table
 from cai_ray.rl.forward import ValueForward
+from cai_ray.rl.groups import Group
 from cai_ray.rl.losses import actor_columns, actor_loss
 from cai_ray.rl.setup import Setup
 from cai_ray.rl.weight_sync import Engines, Sender
@@ -193,7 +194,7 @@ class Actor(_Trained):
         """Table (row, old_logprobs) of this rank's share; `keep`: what follows is one update with the whole batch."""
         return self._forward("old_logprobs", batch, keep)
 
-    def sync(self, version: int, engines: list[Any] | None, folder: Path) -> None:
+    def sync(self, version: int, engines: Group | None, folder: Path) -> None:
         """Sends the weights to the engines, which then hold version `version`; None stands for those of the last time.
 
         Handles of 64 engines for each of 64 ranks would cost the controller more than all else in a step. Adapters that

@@ -27,10 +27,11 @@ import pyarrow as pa
 
 from cai_ray.artifacts import StageDir
 from cai_ray.config import Cluster, Learner, Optim, PPOConfig, Sharding
-from cai_ray.generation.actor import BAD, SPAN
+from cai_ray.generation.actor import BAD
 from cai_ray.records import to_table
 from cai_ray.rl import roles
 from cai_ray.rl.batches import table
+from cai_ray.rl.groups import Group
 from cai_ray.rl.rollouts import ROLLOUTS
 from cai_ray.rl.worker import Worker
 from tests.bench.ppo_work import prompt_rows
@@ -74,11 +75,11 @@ class Light(Worker):
         """Stats of an update."""
         return {"sums": {"loss": 0.0}, "grad_norm": 1.0, "lr": 0.0}
 
-    def sync(self, version: int, engines: list[Any] | None, folder: Path) -> None:
+    def sync(self, version: int, engines: Group | None, folder: Path) -> None:
         """Rank 0 tells the engines their version."""
         import ray
 
-        self._engines = engines or self._engines
+        self._engines = engines.workers if engines else self._engines
         if self._rank == 0:
             ray.get([engine.call.remote("finish_weight_update", version) for engine in self._engines])
 
@@ -95,6 +96,12 @@ class LightEngine:
 
     def __init__(self) -> None:
         self._version = 0
+
+    def call(self, method: str, *args: Any) -> tuple[Any, Any]:
+        """As an `EngineActor`'s."""
+        begun = time.time()
+        found = getattr(self, method)(*args)
+        return (found, {"span": (begun, time.time())}) if isinstance(found, pa.Table) else (None, found)
 
     def info(self) -> dict[str, Any]:
         """Who this is."""
@@ -120,8 +127,7 @@ class LightEngine:
             "version": self._version,
         }
         rows = [{**row, **same} for row in asked.slice(*piece).select(["row", "id", "kind"]).to_pylist()]
-        done = to_table(rows, ROLLOUTS.append(pa.field(BAD, pa.string())))
-        return done.replace_schema_metadata({SPAN: json.dumps([time.time(), time.time()])})
+        return to_table(rows, ROLLOUTS.append(pa.field(BAD, pa.string())))
 
 
 def run(ranks: int, steps: int, folder: Path) -> tuple[float, float, list[float]]:

@@ -25,13 +25,14 @@ TODAY = int(os.environ.get("CAI_RAY_KILL_SEED") or date.today().toordinal())  # 
 
 
 def workers_of(role):
+    names = (role, "Rollout") if role == "EngineActor" else (role,)  # what it is called while it works for PPO
     found = []
     for process in psutil.Process().children(recursive=True):
         try:
             name = (process.cmdline() or [""])[0]
         except psutil.Error:
             continue
-        if name == f"ray::{role}" or name.startswith(f"ray::{role}."):
+        if name.startswith("ray::") and name.removeprefix("ray::").partition(".")[0] in names:
             found.append(process.pid)
     return found
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from cai_ray.errors import StageFailed
 from cai_ray.rl import weight_sync
-from cai_ray.rl.groups import EngineDied
+from cai_ray.rl.groups import EngineDied, Group
 from cai_ray.rl.weight_sync import Engines, Sender
 
 LAYERS = 6
@@ -74,9 +74,8 @@ def test_a_sender_that_waits_for_an_engine_that_is_gone_is_released(monkeypatch)
     def gone(*_, **__):
         raise EngineDied("engine-1 is gone")
 
-    monkeypatch.setattr(weight_sync, "engine_calls", lambda *_, **__: [])
     monkeypatch.setattr(weight_sync, "wait", gone)
-    engines, released = Engines(["engine-1"], 1, 1.0), []
+    engines, released = Engines(Group("rollout", []), 1, 1.0), []
     engines.give_up = lambda: released.append(True)
     with pytest.raises(EngineDied):
         engines.update_weights({})

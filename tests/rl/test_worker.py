@@ -1,10 +1,12 @@
-"""What a worker's methods answer, and what Ray keeps apart of it."""
+"""What methods of workers and engines answer, and what Ray keeps apart of it."""
 
+import asyncio
 from pathlib import Path
 
 import pyarrow as pa
 
 from cai_ray.config import PPOConfig
+from cai_ray.generation.actor import EngineActor
 from cai_ray.rl.setup import Setup
 from cai_ray.rl.worker import Worker
 
@@ -31,3 +33,23 @@ def test_tables_go_to_other_workers_and_scalars_to_the_controller():
     assert spans == sorted(spans)
     assert all(begun <= ended for begun, ended in spans)
     assert scalars == ({}, {"loss": 0.5}, {})
+
+
+class Rolling(EngineActor):
+    def __init__(self):
+        pass
+
+    async def run(self, rows):
+        return rows
+
+    async def prompt_logprobs(self, ids, starts):
+        return [[-1.0]]
+
+
+def test_an_engine_s_rows_are_kept_apart_too():
+    rows = pa.table({"row": [0]})
+    payload, answer = asyncio.run(Rolling().call("run", rows))
+    assert payload is rows
+    begun, ended = answer["span"]
+    assert begun <= ended
+    assert asyncio.run(Rolling().call("prompt_logprobs", [[1, 2]], [1])) == (None, [[-1.0]])
