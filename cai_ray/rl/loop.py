@@ -123,7 +123,7 @@ class _Controller:
 
     def __post_init__(self) -> None:
         config, self.limit = self.setup.config, self.setup.cluster.step_timeout_s
-        self.config, self.learners = config, [role for role in ("actor", "critic") if role in self.groups]
+        self.config, self.learners = config, list(config.learners)
         self.kl: FixedKL = FixedKL(config.kl_coef)
         if config.kl_target:
             self.kl = AdaptiveKL(config.kl_coef, config.kl_target, config.kl_horizon)

@@ -13,11 +13,8 @@ from cai_ray.algo.masking import partial_mean, zero_masked
 from cai_ray.algo.ppo import Stats, importance_weights, policy_loss
 from cai_ray.config import PPOConfig
 
-
-def actor_columns(config: PPOConfig) -> tuple[str, ...]:
-    """What `actor_loss` reads besides the actor's own forward pass."""
-    kl = () if config.kl_penalty == "reward" else ("ref_logprobs",)
-    return "old_logprobs", "advantages", *kl, *(("rollout_logprobs",) if config.staleness else ())
+# What `actor_loss` reads besides the actor's own forward pass; the last two only with some options.
+ACTOR_COLUMNS = ("old_logprobs", "advantages", "ref_logprobs", "rollout_logprobs")
 
 
 def actor_loss(

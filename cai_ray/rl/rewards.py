@@ -3,11 +3,11 @@
 Shapes: B sequences.
 """
 
-import importlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import pyarrow as pa
@@ -137,12 +137,9 @@ class Function:
     mean, std = 0.0, 1.0
 
     def __init__(self, name: str):
-        module, _, function = name.partition(":")
         try:
-            self._function: Callable[[list[str], list[str]], Sequence[float]] = getattr(
-                importlib.import_module(module), function
-            )
-        except (ImportError, AttributeError) as error:
+            self._function: Callable[[list[str], list[str]], Sequence[float]] = resolve_name(name)
+        except (ImportError, AttributeError, ValueError) as error:  # ValueError: no name that Python could import
             raise ConfigError(
                 f"ppo.reward {name} cannot be imported: {error}",
                 "give module:function, with the module on PYTHONPATH of every node",

@@ -18,10 +18,8 @@ def reserved(setup: Setup) -> AbstractContextManager[Placement]:
     Raises:
         ResourceError: the cluster cannot hold them.
     """
-    config = setup.config
-    critic = {"critic": config.critic.sharding.ranks} if config.has_critic else {}
-    ranks = {"actor": config.actor.sharding.ranks, **critic}
-    ranks |= dict.fromkeys(("reward", "reference"), config.inference_ranks)
+    ranks = {role: learner.sharding.ranks for role, learner in setup.config.learners.items()}
+    ranks |= dict.fromkeys(("reward", "reference"), setup.config.inference_ranks)
     return placed(ranks, setup.device, setup.cluster.start_timeout_s, setup.colocated)
 
 

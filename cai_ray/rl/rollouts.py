@@ -88,17 +88,14 @@ def prompts_of_steps(
     limit = config.max_prompt_tokens
     reasons: dict[str, str] = {}
 
-    def reason(row: Row) -> str:
-        try:
-            size = len(tokenizer.prompt(row["messages"]))
-        except DataError as e:
-            return e.message
-        return f"the prompt has {size} tokens, more than {limit}" if size > limit else ""
-
     def fits(row: Row) -> bool:
-        if row["id"] not in reasons:
-            reasons[row["id"]] = reason(row)
-        return not reasons[row["id"]]
+        if (key := row["id"]) not in reasons:
+            try:
+                size = len(tokenizer.prompt(row["messages"]))
+                reasons[key] = f"the prompt has {size} tokens, more than {limit}" if size > limit else ""
+            except DataError as e:
+                reasons[key] = e.message
+        return not reasons[key]
 
     steps = list(islice(prompt_steps(prompts, config, seed, fits), config.steps))
     return steps, [{"id": key, "reason": why} for key, why in sorted(reasons.items()) if why], len(reasons)

@@ -23,7 +23,7 @@ from cai_ray.records import derive_seed
 from cai_ray.rl.batches import Micro, Plan, collate, plan_of, ragged, table
 from cai_ray.rl.forward import ValueForward
 from cai_ray.rl.groups import Group
-from cai_ray.rl.losses import actor_columns, actor_loss
+from cai_ray.rl.losses import ACTOR_COLUMNS, actor_loss
 from cai_ray.rl.setup import Setup
 from cai_ray.rl.weight_sync import Engines, Sender
 from cai_ray.rl.worker import Onlooker, Worker, load_to_look
@@ -173,14 +173,11 @@ class _Trained(Worker):
 class Actor(_Trained):
     """The policy under training."""
 
+    _columns = ACTOR_COLUMNS
     _sender: Sender | None = None
 
     def _build(self) -> TokenLogprobs:
         return TokenLogprobs(load_causal_lm(self._start, self._learner.sharding.dtype))
-
-    @property
-    def _columns(self) -> tuple[str, ...]:
-        return actor_columns(self._setup.config)
 
     def _predict(self, micro: Micro, temperature: float | None = None) -> tuple[Tensor, Tensor]:
         temperature = temperature or self._setup.config.temperature

@@ -109,7 +109,7 @@ def test_a_function_scores_responses(policy):
 
 
 def test_a_function_that_is_not_there_or_answers_badly_is_an_error():
-    for name in ("no.such.module:f", f"{__name__}:nothing"):
+    for name in ("no.such.module:f", "no..module:f", f"{__name__}:nothing"):
         with pytest.raises(ConfigError, match=r"cannot be imported"):
             Function(name)
     for name, words in (("too_few", "1 scores for 3"), ("not_finite", "3 of them not finite")):

@@ -48,6 +48,7 @@ def rollouts():
         ("advantages", -1, 1),
         ("values", -1, 1),
         ("returns", -1, 1),
+        ("rollout_logprobs", -6, -4),
     ):
         columns[name] = each(low, high).cast(pa.list_(pa.float32()))
     return pa.table(columns), lengths
