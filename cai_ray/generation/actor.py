@@ -204,7 +204,7 @@ class EngineActor:
     # ---- weights and bookkeeping ----------------------------------------------------------------------------------
 
     async def call(self, method: str, *args: Any) -> tuple[Any, Any]:
-        """A method of this actor, or one of the `Engine`, such as `load_checkpoint` or `sleep`, between two of its steps.
+        """A method of this actor, or one of the `Engine` (`load_checkpoint`, `sleep`) between two of its steps.
 
         Returns:
             (a table that it returned, {"span": when it ran, two times in seconds since the epoch}), or (None, anything

@@ -107,8 +107,8 @@ class LightEngine:
         """Who this is."""
         return {"pid": os.getpid(), "node": os.uname().nodename, "version": self._version}
 
-    def call(self, method: str, version: int) -> None:
-        """`finish_weight_update`: takes the version."""
+    def finish_weight_update(self, version: int) -> None:
+        """Takes the version."""
         self._version = version
 
     def prompt_logprobs(self, ids: list[list[int]], starts: list[int]) -> list[list[float]]:
