@@ -23,4 +23,4 @@ fi
 .venv/bin/ruff format --check .
 .venv/bin/pyright
 # Two at a time: while Ray and vLLM start, which most of the time goes to, a second core has nothing to do.
-.venv/bin/python -m pytest "${selection[@]}" -n 2 --dist loadgroup --no-loadscope-reorder "$@"
+.venv/bin/python -m pytest "${selection[@]}" -n 2 --no-loadscope-reorder "$@"

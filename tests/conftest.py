@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -17,12 +18,17 @@ os.environ.setdefault("RAY_enable_worker_prestart", "0")
 os.environ.setdefault("RAY_worker_niceness", "0")
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Workers take the tests file by file; all that read the one run of `tiny` go to the worker that has it."""
-    for item in items:
-        shares_run = "tiny_run" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("tiny" if shares_run else str(item.path)))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Workers take the tests file by file; the files that read the one run of `tiny` go to one worker together."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByFile(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "tiny" if file.endswith(("e2e/test_tiny.py", "e2e/test_variants.py")) else file
+
+    return ByFile(config, log)
 
 
 ROOT = Path(__file__).resolve().parent.parent
