@@ -16,6 +16,7 @@ from cai_ray.errors import ResourceError
 
 LOGICAL_CPUS = 32  # more slots than cores: on a small machine roles take turns, and slots must never deadlock
 STOP_GRACE_S = 5.0
+_END = "from cai_ray.cluster import end_children; end_children(); raise SystemExit(130)"
 
 
 def start_ray(config: Config) -> None:
@@ -76,11 +77,13 @@ def stops_on_interrupt(farewell: Callable[[], None]) -> Iterator[None]:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         try:
-            end_children()
-            farewell()
-            sys.stdout.flush()
-            sys.stderr.flush()
-        finally:  # also when nobody reads any more: Ctrl-C has ended the `tee` behind us too
+            with suppress(OSError, SystemExit):  # nobody reads any more: Ctrl-C has ended the `tee` behind us too
+                farewell()
+                sys.stdout.flush()
+                sys.stderr.flush()
+            # As another program: a thread of Ray's in this one ends it, with exit code 1, once it misses the raylet.
+            os.execv(sys.executable, [sys.executable, "-c", _END])
+        finally:
             os._exit(130)
 
     previous = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 
+import psutil
 import pytest
 
 from cai_ray.cluster import start_ray
@@ -29,10 +30,22 @@ def test_ray_s_start_leaves_our_handler_of_sigterm(monkeypatch: pytest.MonkeyPat
         signal.signal(signal.SIGTERM, before)
 
 
-def test_an_interrupt_ends_the_process_though_nobody_reads_its_farewell() -> None:
-    code = (
-        "import os, signal, time; from cai_ray.cluster import stops_on_interrupt\n"
-        "def farewell(): raise BrokenPipeError\n"
-        "with stops_on_interrupt(farewell): os.kill(os.getpid(), signal.SIGTERM); time.sleep(20)"
-    )
-    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 130
+@pytest.mark.parametrize("farewell", ["raise BrokenPipeError", "sys.exit(1)", "print('the same command continues')"])
+def test_an_interrupt_ends_children_and_process_whatever_happens_meanwhile(farewell: str) -> None:
+    """Nobody may read the farewell; and a thread such as Ray's ends the process when a child is gone."""
+    code = f"""
+import os, signal, subprocess, sys, threading, time
+from cai_ray.cluster import stops_on_interrupt
+def farewell(): {farewell}
+raylet = subprocess.Popen(["sleep", "60"])
+slow = subprocess.Popen(["bash", "-c", "trap 'sleep 1; exit' TERM; echo ready; while :; do sleep 0.1; done"], stdout=-1)
+slow.stdout.readline()
+print(raylet.pid, slow.pid, flush=True)
+threading.Thread(target=lambda: (raylet.wait(), os._exit(1)), daemon=True).start()
+with stops_on_interrupt(farewell):
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(20)
+"""
+    done = subprocess.run([sys.executable, "-c", code], timeout=60, check=False, capture_output=True, text=True)
+    assert done.returncode == 130, done.stderr
+    assert not any(psutil.pid_exists(int(pid)) for pid in done.stdout.splitlines()[0].split())
