@@ -9,17 +9,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from cai_ray.config import Config
 from cai_ray.errors import ResourceError
+
+if TYPE_CHECKING:  # this module is imported anew when an interrupt is to end all, at once
+    from cai_ray.config import Config
 
 LOGICAL_CPUS = 32  # more slots than cores: on a small machine roles take turns, and slots must never deadlock
 STOP_GRACE_S = 5.0
 _END = "from cai_ray.cluster import end_children; end_children(); raise SystemExit(130)"
 
 
-def start_ray(config: Config) -> None:
+def start_ray(config: "Config") -> None:
     """Joins `cluster.address` or RAY_ADDRESS; without either starts a cluster of this process's own.
 
     A cluster that happens to run on this machine is left alone.

@@ -46,6 +46,6 @@ with stops_on_interrupt(farewell):
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(20)
 """
-    done = subprocess.run([sys.executable, "-c", code], timeout=60, check=False, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], timeout=180, check=False, capture_output=True, text=True)
     assert done.returncode == 130, done.stderr
     assert not any(psutil.pid_exists(int(pid)) for pid in done.stdout.splitlines()[0].split())

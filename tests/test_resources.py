@@ -403,4 +403,4 @@ def test_estimating_imports_neither_torch_nor_ray() -> None:
         "estimate(load_config('tiny'), 'cpu'); check_here(load_config('70b_multinode')); "
         "sys.exit(bool({'torch', 'ray', 'transformers', 'datasets'} & sys.modules.keys()))"
     )
-    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], timeout=180, check=False).returncode == 0

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 KILL_AFTER = ("revise", "label")  # SIGKILL of the driver as soon as these stages have committed
-LIMIT_S = 480
+LIMIT_S = 900
 
 
 def cli(*arguments: str, cwd: Path, env: dict[str, str] | None = None) -> subprocess.Popen[str]:

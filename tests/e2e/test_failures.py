@@ -23,7 +23,7 @@ def test_malformed_rows_are_counted_and_too_many_fail_the_stage(tmp_path: Path) 
     rows[5], rows[6], rows[7] = "[]", json.dumps({"text": "no such column"}), json.dumps({"prompt": "null \x00 byte"})
     (tmp_path / "mine.jsonl").write_text("\n".join(rows), "utf-8")
     command = ("run", "tiny", "prompts.harmful=[mine.jsonl]", "--only", "prompts")
-    output = finish(cli(*command, cwd=tmp_path), tmp_path, expect=3, limit_s=120)
+    output = finish(cli(*command, cwd=tmp_path), tmp_path, expect=3, limit_s=300)
     run = tmp_path / "runs" / "tiny"
     assert "prompts: 5 of" in output
     assert "quarantine.jsonl" in output
@@ -32,7 +32,7 @@ def test_malformed_rows_are_counted_and_too_many_fail_the_stage(tmp_path: Path) 
     assert not (run / "prompts" / "manifest.json").exists()
 
     (tmp_path / "out.log").unlink()
-    finish(cli(*command, "run.max_bad_fraction=0.1", cwd=tmp_path), tmp_path, limit_s=120)
+    finish(cli(*command, "run.max_bad_fraction=0.1", cwd=tmp_path), tmp_path, limit_s=300)
     metrics = manifest(run, "prompts")["metrics"]
     bad = [json.loads(x) for x in (run / "prompts" / "quarantine.jsonl").read_text("utf-8").splitlines()]
     assert (metrics["quarantined"], len(bad)) == (5, 5)
@@ -64,7 +64,7 @@ def test_a_disk_that_fills_up_stops_the_stage_and_harms_nothing(tmp_path: Path, 
         os.posix_fallocate(f.fileno(), 0, (os.statvfs(small_disk).f_bavail - 1) * os.statvfs(small_disk).f_frsize)
     with (small_disk / "rest").open("wb") as f:
         f.write(b"x" * os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize)
-    output = finish(process, tmp_path, expect=3, limit_s=120)
+    output = finish(process, tmp_path, expect=3, limit_s=300)
     assert "the disk is full" in output
     assert "free some space" in output
     assert "the same command continues" in output
@@ -73,5 +73,5 @@ def test_a_disk_that_fills_up_stops_the_stage_and_harms_nothing(tmp_path: Path, 
 
     filler.unlink()
     (small_disk / "rest").unlink()
-    finish(cli(*command, cwd=tmp_path), tmp_path, limit_s=120)
+    finish(cli(*command, cwd=tmp_path), tmp_path, limit_s=300)
     assert manifest(run, "prompts")["metrics"]["rows"] == 36
