@@ -22,5 +22,5 @@ fi
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/pyright
-# Two at a time: while Ray and vLLM start, which most of the time goes to, a second core has nothing to do.
+# Two at a time: alone, a test leaves a second core idle while one process after the other starts.
 .venv/bin/python -m pytest "${selection[@]}" -n 2 --no-loadscope-reorder "$@"
