@@ -91,6 +91,11 @@ class Group:
     workers: list[Any]
     lost: type[StageFailed] = WorkerDied  # what to raise when one of them is gone
 
+    @property
+    def first(self) -> "Group":
+        """Its rank 0 alone."""
+        return Group(self.role, self.workers[:1], self.lost)
+
     def submit(self, method: str, *args: Any, each: Sequence[tuple] | None = None) -> list[Call]:
         """Calls `method(*args)` on every worker, or `method(*args, *own)` for each `own`, dealt out in turn.
 

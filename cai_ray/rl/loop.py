@@ -23,7 +23,6 @@ from cai_ray.errors import StageFailed
 from cai_ray.models.tokenization import Tokenizer
 from cai_ray.records import Row, derive_seed
 from cai_ray.rl.checkpoints import commit_checkpoint, go_back, last_checkpoint
-from cai_ray.rl.experience import make_experience
 from cai_ray.rl.groups import Call, EngineDied, Group, WorkerDied, wait
 from cai_ray.rl.guards import Guards, RollBack
 from cai_ray.rl.roles import reserved, started
@@ -128,7 +127,6 @@ class _Controller:
         if config.kl_target:
             self.kl = AdaptiveKL(config.kl_coef, config.kl_target, config.kl_horizon)
         self.sl_ref = None if self.sl_rows is None else ray.put(self.sl_rows)
-        self.shape: Any = ray.remote(num_cpus=0, num_returns=2)(make_experience)
 
     def run(self) -> tuple[dict[str, float], dict[str, list[dict[str, Any]]]]:
         """Runs every step that no checkpoint covers and exports the policy; the last metrics, and who worked.
@@ -166,12 +164,12 @@ class _Controller:
                 forwards[method] = partial(self.groups[role].submit, method, rollouts, keep)
             parts = self._phases(step, forwards)
 
-            # 4., 5., 6. Shape rewards, estimate advantages, whiten them over the whole batch: one task, which has it.
-            with self.out.phase("advantages"):
-                payloads = [call.payload for calls, _ in parts.values() for call in calls]
-                experience, done = self.shape.remote(config, self.kl.coef, rollouts, *payloads)
-                (shaped,) = wait([Call("the advantage task", done)], self.limit, f"advantages of step {step}")
-            metrics = shaped["metrics"]
+            # 4., 5., 6. Shape rewards, estimate advantages, whiten them: in one place, which has the whole batch.
+            payloads = [call.payload for calls, _ in parts.values() for call in calls]
+            how = ("experience", config, self.kl.coef, rollouts, *payloads)
+            shape = {"advantages": partial(self.groups["actor"].first.submit, *how)}
+            ((shapes,), (shaped,)) = self._phases(step, shape)["advantages"]
+            experience, metrics = shapes.payload, shaped["metrics"]
             for alarm in guards.check(step, metrics):
                 self.out.warn(alarm)
             if seen["versions"] == [step]:  # an older policy's rollouts differ for a better reason

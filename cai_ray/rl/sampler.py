@@ -16,7 +16,7 @@ from cai_ray.artifacts import StageDir
 from cai_ray.errors import StageFailed
 from cai_ray.records import Row
 from cai_ray.rl.groups import Call, EngineDied, Group, WorkerDied, wait
-from cai_ray.rl.rollouts import RollOut, keep_rollouts, requests
+from cai_ray.rl.rollouts import RollOut, requests
 from cai_ray.rl.setup import Setup
 from cai_ray.rl.timeline import Timeline
 from cai_ray.rl.weight_sync import check_sync, gap_limit, mean_gap
@@ -64,7 +64,6 @@ class Sampler:
         self._early: dict[tuple[int, str], list[Call]] = {}  # by step and phase: who waits for that
         self._ready: dict[int, tuple[Any, dict[str, Any]]] = {}  # by step: what is on disk and not yet taken
         self._program: Any = ray.put(RollOut(setup.config))
-        self._keep: Any = ray.remote(num_cpus=0, num_returns=2)(keep_rollouts)
         # Each folder's name is new: a network file system may go on showing a node what lay under a known one.
         self._name = f"adapter-{uuid4().hex[:8]}"
         self.timeline, self.version, self.gap_limit = Timeline(out.path / "timeline.json"), 0, gap_limit(setup)
@@ -103,18 +102,18 @@ class Sampler:
 
     def _senders(self, everyone: bool = False) -> Group:
         """The actor's ranks that have the weights to give: one has them all, but under ZeRO-3."""
-        everyone = everyone or self._setup.config.actor.sharding.zero_stage == 3
-        return Group("actor", self._groups["actor"].workers[: None if everyone else 1])
+        actor = self._groups["actor"]
+        return actor if everyone or self._setup.config.actor.sharding.zero_stage == 3 else actor.first
 
     def _probe(self, experience: Any, probe: list[tuple[list[int], list[int]]]) -> float:
         """Compares engines and actor on a few of the step's responses; returns how far the update moved them."""
         # Engines want room for one more token, which the longest response has used up: its last token is left out.
         room, step = self._setup.config.max_tokens - 1, self.version - 1
         ids, starts = [(p + r)[:room] for p, r in probe], [len(p) for p, _ in probe]
-        ranks = self._senders().submit("probe", experience, list(range(len(probe))))
-        calls = [*ranks, *self.engines.submit("prompt_logprobs", ids, starts)]
-        actor, *others = wait(calls, self._limit, f"probe after step {step}")
-        for engine in others[len(ranks) - 1 :]:
+        what, rows = f"probe after step {step}", list(range(len(probe)))
+        # In turn: on a CPU both at once take more than twice as long, spinning for cores that the other one has.
+        actor, *_ = wait(self._senders().submit("probe", experience, rows), self._limit, what)
+        for engine in wait(self.engines.submit("prompt_logprobs", ids, starts), self._limit, what):
             check_sync(mean_gap(actor["logprobs"], engine), actor["shift"], self.gap_limit, step)
         return actor["shift"]
 
@@ -200,8 +199,8 @@ class Sampler:
     def _collect(self, step: int) -> tuple[Any, dict[str, Any]]:
         size, what, calls = self._setup.config.rollout_batch_size, f"rollout of step {step}", self._asked[step]
         spans = [answer["span"] for answer in wait(calls, self._limit, what)]
-        rollouts, done = self._keep.remote(self._path(step), size, *[call.payload for call in calls])
-        (seen,) = wait([Call("an engine", done, lost=EngineDied)], self._limit, what)
+        (kept,) = self._groups["actor"].first.submit("keep", self._path(step), size, *[c.payload for c in calls])
+        (seen,) = wait([kept], self._limit, what)
         oldest = step - self._setup.config.staleness
         if not all(oldest <= version <= step for version in seen["versions"]):
             raise StageFailed(
@@ -213,4 +212,4 @@ class Sampler:
             self.timeline.add(call.who, "rollout", step, span)
         if spans:  # else they were on disk already
             seen["seconds"] = max(ended for _, ended in spans) - min(begun for begun, _ in spans)
-        return rollouts, seen
+        return kept.payload, seen

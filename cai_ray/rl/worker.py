@@ -22,7 +22,7 @@ from cai_ray.training.deepspeed import init_distributed, loading, sharded_to_loo
 class Worker:
     """One rank of a role, a plain class that becomes a Ray actor.
 
-    Its methods return a table, scalars by name, or nothing; the controller calls them through `call`.
+    Its methods return a table, scalars by name, both or nothing; the controller calls them through `call`.
     """
 
     def __init__(self, role: str, rank: int, ranks: int, setup: Setup):
@@ -39,7 +39,9 @@ class Worker:
         found = getattr(self, method)(*args)
         if self._setup.colocated:
             torch.cuda.empty_cache()  # nothing where there is no GPU
-        payload, scalars = (found, {}) if isinstance(found, pa.Table) else (None, found or {})
+        if not isinstance(found, tuple):
+            found = (found, {}) if isinstance(found, pa.Table) else (None, found or {})
+        payload, scalars = found
         return payload, {**scalars, "span": (begun, time.time())}
 
     def info(self) -> dict[str, Any]:

@@ -21,9 +21,11 @@ from cai_ray.models.checkpoints import load_causal_lm, load_scalar_model
 from cai_ray.models.tokenization import Tokenizer
 from cai_ray.records import derive_seed
 from cai_ray.rl.batches import Micro, Plan, collate, plan_of, ragged, table
+from cai_ray.rl.experience import make_experience
 from cai_ray.rl.forward import ValueForward
 from cai_ray.rl.groups import Group
 from cai_ray.rl.losses import ACTOR_COLUMNS, actor_loss
+from cai_ray.rl.rollouts import keep_rollouts
 from cai_ray.rl.setup import Setup
 from cai_ray.rl.weight_sync import Engines, Sender
 from cai_ray.rl.worker import Onlooker, Worker, load_to_look
@@ -175,6 +177,9 @@ class Actor(_Trained):
 
     _columns = ACTOR_COLUMNS
     _sender: Sender | None = None
+    # What takes a whole batch and no model is rank 0's too: a process of its own would cost seconds a step to start, or
+    # memory to keep.
+    keep, experience = staticmethod(keep_rollouts), staticmethod(make_experience)
 
     def _build(self) -> TokenLogprobs:
         return TokenLogprobs(load_causal_lm(self._start, self._learner.sharding.dtype))

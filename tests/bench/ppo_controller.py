@@ -3,7 +3,7 @@
     python -m tests.bench.ppo_controller [--steps 500]
 
 Every role but the controller is a stand-in: its methods return tables and scalars of the right form without computing.
-The loop, the groups, the sampler, the advantage task, rollouts on disk and the metrics are the real ones. A step with 2
+The loop, the groups, the sampler, the advantages, rollouts on disk and the metrics are the real ones. A step with 2
 and with 8 workers a role (8 responses a worker) gives what one more worker of each role costs, and so 64: of the step's
 time, in which all stand-ins share the cores of this machine, and of the CPU time of the driver itself, which is what a
 cluster cannot take over. The driver's memory is read over the steps with 8 workers, its first 50 left out.
@@ -34,6 +34,7 @@ from cai_ray.rl.batches import table
 from cai_ray.rl.groups import Group
 from cai_ray.rl.rollouts import ROLLOUTS
 from cai_ray.rl.worker import Worker
+from cai_ray.rl.workers import Actor
 from tests.bench.ppo_work import prompt_rows
 
 RESPONSE, EACH, SKIP = 8, 8, 50  # tokens; responses of a worker; steps that warm up
@@ -46,6 +47,8 @@ def lists(batch: pa.Table, rows: list[int], name: str) -> pa.Table:
 
 class Light(Worker):
     """Answers for any role beside the engines."""
+
+    keep, experience = Actor.keep, Actor.experience
 
     def __init__(self, role: str, rank: int, ranks: int, setup: Any):
         super().__init__(role, rank, ranks, setup)

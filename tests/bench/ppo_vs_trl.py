@@ -104,9 +104,10 @@ def ours(size: Size, folder: Path) -> dict[str, Any]:
 
 def train(size: Size, policy: Path, reward: Path, rows: list[Any], out: StageDir) -> None:
     """A whole run; Ray ends with it."""
-    os.environ.update(dict.fromkeys(("RAY_usage_stats_enabled", "RAY_worker_niceness"), "0"))
     import ray
 
+    from cai_ray.cluster import start_ray
+    from cai_ray.config_files import load_config
     from cai_ray.generation.pool import EnginePool
     from cai_ray.rl.loop import run_ppo
     from cai_ray.rl.setup import Setup
@@ -124,7 +125,7 @@ def train(size: Size, policy: Path, reward: Path, rows: list[Any], out: StageDir
         cluster=cluster,
         engine_dtype="float32",
     )
-    ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False)
+    start_ray(load_config("quickstart"))
     try:
         pool = EnginePool(cluster, "cpu", out.logs)
 
