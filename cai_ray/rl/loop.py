@@ -1,6 +1,6 @@
 """PPO's controller: a loop that moves references, never tensors.
 
-A batch is what a task or an actor's method returned; it goes from worker to worker through Ray's object store. Only
+A batch is what an actor's method returned; it goes from worker to worker through Ray's object store. Only
 scalars, ids, a few samples and the probe's few sequences come here.
 """
 
