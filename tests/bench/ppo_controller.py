@@ -48,7 +48,7 @@ def lists(batch: pa.Table, rows: list[int], name: str) -> pa.Table:
 class Light(Worker):
     """Answers for any role beside the engines."""
 
-    keep, experience = Actor.keep, Actor.experience
+    keep, experience = staticmethod(Actor.keep), staticmethod(Actor.experience)
 
     def __init__(self, role: str, rank: int, ranks: int, setup: Any):
         super().__init__(role, rank, ranks, setup)
