@@ -3,7 +3,7 @@
 import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -18,6 +18,7 @@ from cai_ray.generation.pool import SHARED_GPU
 
 CPU_SHARE = 0.1  # logical CPUs of a worker: roles take turns, threads are set apart from this
 RETRIES = 3  # of a call to a stateless worker that dies; Ray starts it again as often as it takes
+SETTLE_S = 10.0  # until Ray has told of a process's end, and counts as free what it held
 
 
 class WorkerDied(StageFailed):
@@ -46,22 +47,24 @@ def wait(calls: Sequence[Call], timeout_s: float, what: str) -> list[Any]:
         WorkerDied, EngineDied: a process is gone.
         CaiError: what a worker raised.
     """
-    deadline = time.monotonic() + timeout_s
-    pending = {call.done: call for call in calls}
-    answers: dict[Any, Any] = {}
-    while pending:
-        left = max(0.0, deadline - time.monotonic())
-        ready, _ = ray.wait(list(pending), num_returns=1, timeout=left, fetch_local=False)
-        if not ready:
-            names = ", ".join(call.who for call in pending.values())
-            raise StageFailed(
-                f"{what}: no answer within {timeout_s:g} s from {names}",
-                "see whether that process works or hangs (ray stack); cluster.step_timeout_s sets the limit",
-            )
-        # With all that have answered by now: each look at the list costs as much as it is long.
-        for done in ray.wait(list(pending), num_returns=len(pending), timeout=0, fetch_local=False)[0]:
-            answers[done] = _answer(pending.pop(done), what, max(1.0, deadline - time.monotonic()))
-    return [answers[call.done] for call in calls]
+    asked = [call.done for call in calls]
+    with suppress(RayError):  # all in one look; who failed or did not answer is found below
+        return ray.get(asked, timeout=timeout_s)
+    ready = set(ray.wait(asked, num_returns=len(asked), timeout=SETTLE_S, fetch_local=False)[0])
+    answers, errors = list[Any](), list[CaiError]()
+    for call in (call for call in calls if call.done in ready):
+        try:
+            answers.append(_answer(call, what, timeout_s))
+        except CaiError as e:
+            errors.append(e)
+    if errors:  # a death before what its peers say of it: their collectives end with errors of their own
+        raise min(errors, key=lambda e: not isinstance(e, WorkerDied | EngineDied))
+    if silent := ", ".join(call.who for call in calls if call.done not in ready):
+        raise StageFailed(
+            f"{what}: no answer within {timeout_s:g} s from {silent}",
+            "see whether that process works or hangs (ray stack); cluster.step_timeout_s sets the limit",
+        )
+    return answers
 
 
 def _answer(call: Call, what: str, timeout_s: float) -> Any:
@@ -151,6 +154,14 @@ def free_address() -> tuple[str, int]:
         return ray.util.get_node_ip_address(), s.getsockname()[1]
 
 
+def _free(kind: str, wanted: float) -> float:
+    """How much of a resource is free; an earlier stage's engines may have ended just now."""
+    deadline, wanted = time.monotonic() + SETTLE_S, min(wanted, ray.cluster_resources().get(kind, 0.0))
+    while (have := ray.available_resources().get(kind, 0.0)) + 1e-6 < wanted and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return have
+
+
 @contextmanager
 def placed(ranks: Mapping[str, int], device: str, timeout_s: float, colocated: bool = False) -> Iterator[Placement]:
     """Reserves room for `ranks` workers of each role, until the block ends.
@@ -164,7 +175,7 @@ def placed(ranks: Mapping[str, int], device: str, timeout_s: float, colocated: b
     total, together = sum(ranks.values()), max(ranks.values())
     wanted = " + ".join(f"{role} {n}" for role, n in ranks.items())
     kind, own = ("GPU", {"GPU": 1.0, "CPU": 1.0}) if device == "gpu" else ("CPU", {"CPU": CPU_SHARE})
-    have = ray.available_resources().get(kind, 0.0)
+    have = _free(kind, (together if colocated else total) * own[kind])
     shared = colocated or (device == "gpu" and have < total)
     bundle = {**own, "CPU": own["CPU"] + colocated}
     bundles = [bundle] * (together if shared else total)

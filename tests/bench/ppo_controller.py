@@ -26,7 +26,9 @@ import psutil
 import pyarrow as pa
 
 from cai_ray.artifacts import StageDir
+from cai_ray.cluster import start_ray
 from cai_ray.config import Cluster, Learner, Optim, PPOConfig, Sharding
+from cai_ray.config_files import load_config
 from cai_ray.generation.actor import BAD
 from cai_ray.records import to_table
 from cai_ray.rl import roles
@@ -178,10 +180,8 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=500)
     told = parser.parse_args()
-    import ray
-
     roles.CLASSES.update(dict.fromkeys(roles.CLASSES, Light))
-    ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    start_ray(load_config("quickstart"))
     with tempfile.TemporaryDirectory() as temporary:
         small, small_cpu, _ = run(2, max(20, told.steps // 5), Path(temporary))
         large, large_cpu, memory = run(8, told.steps, Path(temporary))

@@ -125,6 +125,15 @@ def test_engines_drop_what_nobody_waits_for(roles, count, changes, train, tmp_pa
     assert [line["step"] for line in lines(tmp_path)] == list(range(12))
 
 
+def test_ranks_that_a_death_leaves_alone_start_again(train, tmp_path):
+    """They say at once that their peer is gone, before Ray says that it died."""
+    killer = Killer(TODAY, ("Actor", "Critic"), TRAINER_RESTARTS, 1.0)
+    train(tmp_path, config(ranks=2, steps=12, checkpoint_every=2), progress=killer.progress)
+    killer.end()
+    assert killer.killed, f"seed {TODAY} killed nobody"
+    assert [line["step"] for line in lines(tmp_path)] == list(range(12))
+
+
 def test_a_hung_worker_is_named_within_the_limit(train, tmp_path):
     stopped = []
 

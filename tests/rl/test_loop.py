@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 from contextlib import contextmanager
 
 import psutil
@@ -15,7 +16,7 @@ from cai_ray.algo.ppo import logprobs_from_logits
 from cai_ray.artifacts import StageDir
 from cai_ray.errors import DataError, StageFailed
 from cai_ray.models.checkpoints import load_causal_lm
-from cai_ray.rl.groups import Call, wait
+from cai_ray.rl.groups import Call, WorkerDied, wait
 from cai_ray.rl.sampler import Sampler
 from cai_ray.rl.weight_sync import check_gap, check_sync, mean_gap
 
@@ -160,3 +161,20 @@ def test_a_worker_that_cannot_start_says_why_and_is_no_lost_process(pool):
     with pytest.raises(StageFailed, match=r"reward 0 could not start: DataError: config\.json has no scale") as error:
         wait([call], 60, "start of PPO's workers")
     assert "train it with cai-ray" in error.value.message
+
+
+def test_a_death_counts_before_what_it_does_to_the_others(pool):
+    class Rank:
+        def work(self, rank):
+            if rank == 1:
+                time.sleep(1)
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise RuntimeError("connection closed by peer")
+
+    ranks = [ray.remote(num_cpus=0)(Rank).remote() for _ in range(3)]
+    calls = [Call(f"actor {i}", rank.work.remote(i)) for i, rank in enumerate(ranks)]
+    with pytest.raises(WorkerDied, match="an update: actor 1 is gone"):
+        wait(calls, 60, "an update")
+    with pytest.raises(StageFailed, match="an update: actor 0 failed with RuntimeError: connection") as error:
+        wait(calls[::2], 60, "an update")
+    assert not isinstance(error.value, WorkerDied)
