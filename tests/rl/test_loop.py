@@ -172,6 +172,7 @@ def test_a_death_counts_before_what_it_does_to_the_others(pool):
             raise RuntimeError("connection closed by peer")
 
     ranks = [ray.remote(num_cpus=0)(Rank).remote() for _ in range(3)]
+    ray.get([rank.__ray_ready__.remote() for rank in ranks], timeout=300)  # a loaded machine takes its time to start
     calls = [Call(f"actor {i}", rank.work.remote(i)) for i, rank in enumerate(ranks)]
     with pytest.raises(WorkerDied, match="an update: actor 1 is gone"):
         wait(calls, 60, "an update")
