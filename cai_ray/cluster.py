@@ -1,10 +1,12 @@
 """Joins the Ray cluster that was named, or starts one here; and ends what it started, whatever happens."""
 
+import logging
 import os
 import shutil
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -43,6 +45,7 @@ def start_ray(config: "Config") -> None:
     os.environ.setdefault("RAY_enable_metrics_collection", "0")
     os.environ.setdefault("RAY_event_stats", "0")
     import ray
+    import ray.data
 
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
     how: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
@@ -60,6 +63,11 @@ def start_ray(config: "Config") -> None:
     finally:
         if threading.current_thread() is threading.main_thread():  # Ray's own handler exits with 15: back to ours
             signal.signal(signal.SIGTERM, handler)
+    ray.data.DataContext.get_current().enable_progress_bars = False  # our own tell of rows, not of its operators
+    for handler in logging.getLogger("ray.data").handlers:  # its log file, in Ray's session folder, has all it says
+        if isinstance(handler, logging.StreamHandler):
+            handler.setLevel(logging.CRITICAL + 1)
+    warnings.filterwarnings("ignore", "`ray_remote_args` is")  # max_restarts, for which Ray Data has no other place
     if not address:
         # Nobody reads what it would pass on, and reading every worker's log ten times a second takes 1% of a core.
         ray._private.worker._global_node.kill_log_monitor(check_alive=False)  # type: ignore[union-attr]

@@ -9,11 +9,10 @@ import asyncio
 import contextlib
 import logging
 import time
-import warnings
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -34,7 +33,7 @@ from cai_ray.generation.ledger import Ledger
 from cai_ray.generation.pool import DATA_CPUS, EngineHandle
 from cai_ray.records import Row
 
-RESTARTS = 2  # times that a stage goes on after an engine, or the actor that feeds them, died
+RESTARTS = 2  # times that a stage goes on after an engine, or what feeds them, died of no row that is found out
 POLL_S = 1.0
 ANSWER_S = 30.0
 PART_ROWS = 10_000
@@ -91,7 +90,8 @@ def map_rows(
     distinct = len(expected.unique())
     if distinct < len(expected):
         raise DataError(f"{inputs} holds {len(expected)} rows but {distinct} ids", "make the ids unique")
-    ledger = Ledger(out.checkpoints.resolve()).make()
+    out.checkpoints.mkdir(parents=True, exist_ok=True)
+    ledger = Ledger(out.checkpoints.resolve())
     if set(expected.to_pylist()) - ledger.ids():
         _generate(inputs, ledger, program, get_engines, expected, settings)
     return _publish(ledger, program.schema, expected, out, settings.max_bad_fraction)
@@ -108,28 +108,34 @@ def _generate(
     expected: pa.Array,
     settings: MapSettings,
 ) -> None:
-    """Fills the ledger with every missing row."""
-    for attempt in range(RESTARTS + 1):
+    """Fills the ledger with every missing row.
+
+    Rows that were in an engine when it died are suspects, and run one at a time from then on. When engines go on dying,
+    suspects go first and without company: the one that the next death finds there is a culprit.
+    """
+    ids, deaths = frozenset(expected.to_pylist()), 0
+    while True:
         crew = _Crew(get_engines(), settings.joining())  # idle: nothing is added to the ledger meanwhile
-        missing = frozenset(expected.to_pylist()) - ledger.ids()
+        missing = ids - ledger.ids()
+        wanted = (missing & ledger.suspects if deaths > 1 else missing) or missing
         try:
-            job = _feed(inputs, missing, program, crew, ledger, settings)
-            _run(job, crew, len(expected) - len(missing), len(expected), settings)
-            return
+            job = _feed(inputs, wanted, program, crew, ledger, settings)
+            _run(job, crew, len(ids) - len(missing), len(ids), settings)
+            if wanted == missing:
+                return
         except RayError as error:
             dead = [name for name, info in crew.infos().items() if not info]
             if not dead and not isinstance(error, RayActorError):
                 raise  # a bug in the program, or in Ray Data
-            held = frozenset[str]().union(*map(ledger.held_by, dead))
-            if attempt == RESTARTS:
+            held, deaths = frozenset[str]().union(*map(ledger.held_by, dead)), deaths + 1
+            found = ledger.culprits | (held if wanted <= ledger.suspects else frozenset())
+            if deaths - len(found) > RESTARTS or len(found) > max(RESTARTS, settings.max_bad_fraction * len(ids)):
                 raise StageFailed(
-                    f"engines died {RESTARTS + 1} times, the last with {len(held)} rows: "
+                    f"engines died {deaths} times, the last with {len(held)} rows: "
                     f"{', '.join(dead) or 'what feeds them'}",
                     "read the engines' logs, then continue with the same command",
                 ) from None
-            ledger = replace(
-                ledger, suspects=ledger.suspects | held, culprits=ledger.culprits | (ledger.suspects & held)
-            )
+            ledger = replace(ledger, suspects=ledger.suspects | held, culprits=found)
 
 
 class _Crew:
@@ -202,9 +208,8 @@ def _feed(
     def job() -> None:
         context = ray.data.DataContext.get_current().copy()
         context.execution_options.resource_limits = ExecutionResources(cpu=DATA_CPUS)
-        context.enable_progress_bars = False
         context.execution_no_progress_timeout_s = -1  # it counts blocks, which may take long; _run watches tokens
-        with ray.data.DataContext.current(context), quiet():
+        with ray.data.DataContext.current(context):
             rows = ray.data.read_parquet(str(inputs), partitioning=None)
             rows = rows.map_batches(partial(_among, wanted), batch_size=None, batch_format="pyarrow")
             done = rows.repartition(target_num_rows_per_block=settings.rows_per_block).map_batches(
@@ -258,22 +263,6 @@ def _run(job: Callable[[], None], crew: _Crew, before: int, total: int, settings
         future.result()
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keeps Ray Data's words off the terminal; its log file, in Ray's session folder, has them all."""
-    handlers = [h for h in logging.getLogger("ray.data").handlers if isinstance(h, logging.StreamHandler)]
-    levels = [h.level for h in handlers]
-    for h in handlers:
-        h.setLevel(logging.CRITICAL + 1)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for h, level in zip(handlers, levels, strict=True):
-            h.setLevel(level)
-
-
 # ---- publishing -----------------------------------------------------------------------------------------------------
 
 
@@ -289,10 +278,11 @@ def _publish(
         out: the stage's directory.
         max_bad_fraction: as in `MapSettings`.
     """
+    out.data.mkdir(parents=True, exist_ok=True)
     for old in out.data.glob("part-*.parquet"):
         old.unlink()
     bad: list[Row] = []
-    with TemporaryDirectory(dir=out.checkpoints) as folder:
+    with TemporaryDirectory(dir=ledger.folder) as folder:
         parts = _split(ledger, schema.append(pa.field(BAD, pa.string())), expected, Path(folder))
         for number, part in enumerate(parts):
             table = _first_of_each(pa.ipc.open_stream(part).read_all()).sort_by("id")

@@ -27,35 +27,20 @@ class Ledger:
     """The folder of an unfinished stage's notes, and what they tell of rows that kill their engine.
 
     Attributes:
-        folder: shared by all engines.
-        suspects: ids that were in an engine when it died; they run one at a time, beside the others.
-        culprits: ids that were there twice; they are bad rows.
+        folder: shared by all engines. `*.arrows` are the finished rows, one or more streams of each engine; `*.held`,
+            one of each engine, has an id when a row begins, and again when it ends.
+        suspects: ids that were in an engine when it died; each engine runs one of them at a time.
+        culprits: suspects that were there again, without company; they are bad rows.
     """
 
     folder: Path
     suspects: frozenset[str] = field(default_factory=frozenset)
     culprits: frozenset[str] = field(default_factory=frozenset)
 
-    @property
-    def rows(self) -> Path:
-        """Folder of the finished rows: Arrow streams, one or more of each engine."""
-        return self.folder / "rows"
-
-    @property
-    def held(self) -> Path:
-        """Folder of text files, one of each engine: an id when a row begins, and again when it ends."""
-        return self.folder / "held"
-
-    def make(self) -> "Ledger":
-        """Makes the folders; returns itself."""
-        for folder in (self.rows, self.held):
-            folder.mkdir(parents=True, exist_ok=True)
-        return self
-
     @contextlib.contextmanager
     def hold(self, engine: str, row: str) -> Iterator[None]:
         """Notes that an engine holds a row."""
-        with (self.held / engine).open("a") as notes:
+        with (self.folder / f"{engine}.held").open("a") as notes:
             print(row, file=notes, flush=True)
             try:
                 yield
@@ -64,13 +49,13 @@ class Ledger:
 
     def held_by(self, engine: str) -> frozenset[str]:
         """Ids of the rows that an engine had begun and not ended."""
-        path = self.held / engine
+        path = self.folder / f"{engine}.held"
         notes = path.read_text("utf-8").split() if path.is_file() else []
         return frozenset(row for row, times in Counter(notes).items() if times % 2)
 
     def finished(self) -> Iterator[pa.RecordBatch]:
         """All durable rows, in batches; one that a death cut short is left out."""
-        for path in sorted(self.rows.glob("*.arrows")):
+        for path in sorted(self.folder.glob("*.arrows")):
             if path.stat().st_size:  # an empty file cannot be mapped
                 with pa.memory_map(str(path)) as file:
                     yield from _whole_batches(file)
@@ -119,7 +104,7 @@ class RowLog:
             return
         try:
             if self._stream is None:
-                self._file = pa.OSFile(str(self.ledger.rows / f"{self.engine}-{uuid4().hex[:8]}.arrows"), "wb")
+                self._file = pa.OSFile(str(self.ledger.folder / f"{self.engine}-{uuid4().hex[:8]}.arrows"), "wb")
                 self._stream = pa.ipc.new_stream(self._file, self.schema)
             self._stream.write_table(to_table(self._waiting, self.schema))
             os.fsync(self._file.fileno())  # on NFS also what makes it visible to other nodes

@@ -11,7 +11,7 @@ from cai_ray.artifacts import Manifest, StageDir
 from cai_ray.config import EvaluateConfig
 from cai_ray.errors import DataError
 from cai_ray.evaluation.answers import ANSWER, SCORED, Scorer, summary, wins
-from cai_ray.generation.data_plane import map_rows, quiet
+from cai_ray.generation.data_plane import map_rows
 from cai_ray.records import PROMPT, Row
 from cai_ray.stages.shared import StageInputs, ask, read_rows, write_rows
 
@@ -85,15 +85,14 @@ class Answer:
 def _score(inputs: StageInputs, folders: list[Path], out: StageDir) -> list[Row]:
     *order, scorer = inputs.models
     gpu = inputs.device == "gpu"
-    with quiet():
-        scored = ray.data.read_parquet([str(f) for f in folders]).map_batches(
-            Scorer,
-            fn_constructor_args=(str(inputs.models[scorer].model), gpu),
-            batch_format="pyarrow",
-            batch_size=64,
-            concurrency=1,
-            max_restarts=0,  # Ray warns of a restart that may fail; this way the same command is the restart
-            num_gpus=1 if gpu else 0,
-            runtime_env={"env_vars": {"OMP_NUM_THREADS": str(inputs.threads)}},
-        )
+    scored = ray.data.read_parquet([str(f) for f in folders]).map_batches(
+        Scorer,
+        fn_constructor_args=(str(inputs.models[scorer].model), gpu),
+        batch_format="pyarrow",
+        batch_size=64,
+        compute=ray.data.ActorPoolStrategy(size=1),
+        max_restarts=0,  # Ray warns of a restart that may fail; this way the same command is the restart
+        num_gpus=1 if gpu else 0,
+        runtime_env={"env_vars": {"OMP_NUM_THREADS": str(inputs.threads)}},
+    )
     return sorted(scored.take_all(), key=lambda r: (r["id"], order.index(r["model"])))

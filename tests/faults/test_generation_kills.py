@@ -86,7 +86,7 @@ class Killer(threading.Thread):
         pid, name = self.random.choice(candidates)
         self.at = time.time()
         os.kill(pid, signal.SIGKILL)
-        self.files = {f: f.read_bytes() for f in self.job.ledger.rows.iterdir()}
+        self.files = {f: f.read_bytes() for f in self.job.ledger.folder.glob("*.arrows")}
         self.kept = self.job.durable()
         self.story += f"; {name} died, {len(self.kept)} rows were durable"
 

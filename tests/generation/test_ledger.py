@@ -28,7 +28,7 @@ def finished(ledger):
 
 @pytest.fixture
 def ledger(tmp_path):
-    return Ledger(tmp_path).make()
+    return Ledger(tmp_path)
 
 
 @contextmanager
@@ -46,7 +46,7 @@ def test_a_row_is_durable_within_a_second_of_its_end_and_no_file_is_made_for_non
     async def check():
         log = RowLog(ledger, "engine", SCHEMA)
         log.flush()
-        assert not list(ledger.rows.iterdir())
+        assert finished(ledger) == list(ledger.folder.iterdir()) == []
         log.append(*rows(1))
         await asyncio.sleep(0.1)
         log.append(*rows(2))
@@ -62,8 +62,8 @@ def test_a_file_cut_at_any_byte_gives_its_whole_batches(ledger):
     (sizes, written) = [], [(1, 2, 3), (4,), (5, 6)]
     for numbers in written:
         asyncio.run(write(log, *numbers))
-        sizes.append(next(ledger.rows.iterdir()).stat().st_size)
-    (path,) = ledger.rows.iterdir()
+        sizes.append(next(ledger.folder.glob("*.arrows")).stat().st_size)
+    (path,) = ledger.folder.glob("*.arrows")
     data = path.read_bytes()
     assert len(data) == sizes[-1]
     for end in range(len(data)):
@@ -76,7 +76,7 @@ def test_a_file_cut_at_any_byte_gives_its_whole_batches(ledger):
 def test_a_disk_that_takes_no_more_is_reported_and_loses_nothing(ledger):
     log = RowLog(ledger, "engine", SCHEMA)
     asyncio.run(write(log, 1, 2))
-    (path,) = ledger.rows.iterdir()
+    (path,) = ledger.folder.glob("*.arrows")
     with no_file_above(path.stat().st_size + 100), pytest.raises(OSError, match="File too large"):
         asyncio.run(write(log, 3))
     assert finished(ledger) == rows(1, 2)

@@ -29,9 +29,9 @@ def counts(rows_in, rows_out, quarantined):
 
 def ledger_of(root, rows, engines=3):
     """A ledger in which engines wrote rows, seven at a time."""
-    ledger, schema = Ledger(root / "ledger").make(), SCHEMA.append(pa.field(BAD, pa.string()))
+    ledger, schema = Ledger(root), SCHEMA.append(pa.field(BAD, pa.string()))
     for engine in range(engines):
-        with pa.ipc.new_stream(str(ledger.rows / f"engine-{engine}.arrows"), schema) as stream:
+        with pa.ipc.new_stream(str(ledger.folder / f"engine-{engine}.arrows"), schema) as stream:
             for first in range(7 * engine, len(rows), 7 * engines):
                 stream.write_table(to_table(rows[first : first + 7], schema))
     return ledger
@@ -44,6 +44,7 @@ def test_parts_hold_fifty_ids_each_in_order_without_the_bad_ones(small_parts, tm
     ids = sorted(r["id"] for r in rows)
     random.Random(0).shuffle(rows)
     ledger, out = ledger_of(tmp_path, rows), StageDir(tmp_path / "stage")
+    out.data.mkdir(parents=True)
     (out.data / "part-00009.parquet").write_bytes(b"of an earlier call")
     assert _publish(ledger, SCHEMA, pa.array(ids), out, 0.05) == counts(203, 193, 10)
 
@@ -58,7 +59,7 @@ def test_parts_hold_fifty_ids_each_in_order_without_the_bad_ones(small_parts, tm
     assert all(r["tags"] == tags[r["id"]] for r in pq.read_table(out.data).to_pylist())
     lines = [json.loads(line) for line in out.quarantine_path.read_text().splitlines()]
     assert lines == [{"id": i, "reason": "odd"} for i in sorted(bad)]
-    assert not list(out.checkpoints.iterdir())  # what the sorting needed is gone
+    assert {path.suffix for path in ledger.folder.iterdir()} == {".arrows", ""}  # what the sorting needed is gone
 
 
 def test_of_a_row_that_two_engines_ended_one_is_kept(small_parts, tmp_path):
@@ -80,5 +81,5 @@ def test_a_row_that_is_not_there_or_unasked_stops_the_stage(fault, small_parts, 
 
 def test_no_rows_are_one_empty_part(tmp_path):
     out = StageDir(tmp_path / "stage")
-    assert _publish(Ledger(tmp_path / "ledger").make(), SCHEMA, pa.array([], pa.string()), out, 0.0) == counts(0, 0, 0)
+    assert _publish(Ledger(tmp_path), SCHEMA, pa.array([], pa.string()), out, 0.0) == counts(0, 0, 0)
     assert pq.read_table(out.data / "part-00000.parquet").schema == SCHEMA
