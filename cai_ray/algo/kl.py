@@ -40,14 +40,6 @@ class FixedKL:
     def update(self, kl: float, n: int) -> None:
         """Take note of nothing."""
 
-    def state_dict(self) -> dict[str, float]:
-        """What a checkpoint has to keep."""
-        return {"coef": self.coef}
-
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        """Continue from `state_dict()` of an earlier run."""
-        self.coef = float(state["coef"])
-
 
 class AdaptiveKL(FixedKL):
     """A KL coefficient steered towards `target` nats per response (Ziegler et al. 2019, arXiv 1909.08593, section 2.2).

@@ -3,9 +3,9 @@
 import copy
 import hashlib
 import json
-import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +19,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 _MIB = 1 << 20
-_SAFETENSORS = {  # torch's names of types, and safetensors'
-    **{f"torch.float{bits}": f"F{bits}" for bits in (16, 32, 64)},
-    **{f"torch.int{bits}": f"I{bits}" for bits in (8, 16, 32, 64)},
-    **{"torch.bfloat16": "BF16", "torch.uint8": "U8", "torch.bool": "BOOL"},
-}
+SHARD_BYTES = 1 << 30  # of one file of weights, about
 _HASHED = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
@@ -156,12 +152,20 @@ def layer_of(name: str) -> str:
     return numbered[0] if numbered else name
 
 
+def buckets(parameters: "Iterable[tuple[str, torch.Tensor]]", limit: int) -> "Iterator[dict[str, torch.Tensor]]":
+    """Groups parameters into buckets of about `limit` bytes, cut between layers: vLLM loads whole layers."""
+    bucket: dict[str, torch.Tensor] = {}
+    for _, layer in groupby(parameters, lambda item: layer_of(item[0])):
+        bucket.update(layer)
+        if sum(t.nbytes for t in bucket.values()) >= limit:
+            yield bucket
+            bucket = {}
+    if bucket:
+        yield bucket
+
+
 def save_pretrained(
-    state: "Mapping[str, torch.Tensor]",
-    config: "PretrainedConfig",
-    tokenizer: Tokenizer,
-    out: Path,
-    tensors: "Iterable[tuple[str, torch.Tensor]] | None" = None,
+    tensors: "Iterable[tuple[str, torch.Tensor]]", config: "PretrainedConfig", tokenizer: Tokenizer, out: Path
 ) -> None:
     """Writes a model folder: configuration, generation configuration, tokenizer, chat template, safetensors.
 
@@ -169,21 +173,17 @@ def save_pretrained(
     (temperature 1, top_p 1, no top-k), as everywhere here.
 
     Args:
-        state: full weights under transformers' names, on any device; only their shapes and dtypes where `tensors` is
-            given.
+        tensors: full weights under transformers' names, on any device. A file is written as soon as it is full, so that
+            a model larger than memory can be saved.
         config: the model's; `architectures` must name its class.
         tokenizer: saved beside it.
-        out: the folder; shards are at most 5 GB.
-        tensors: the weights of `state` in any order, each written before the next is asked for: a model larger than
-            memory can be saved.
+        out: the folder.
     """
     from transformers import GenerationConfig
 
     config = copy.deepcopy(config)
     config.use_cache = True
     tied = {"lm_head.weight"} if config.get_text_config().tie_word_embeddings else set()
-    shapes = {name: tensor.detach().to("meta") for name, tensor in state.items() if name not in tied}
-    config.dtype = next(t.dtype for t in shapes.values() if t.is_floating_point())
     pad_id = tokenizer.spare_id()
     config.get_text_config().pad_token_id = pad_id
     ids = {"eos_token_id": sorted(tokenizer.eos_ids), "pad_token_id": pad_id}
@@ -192,42 +192,23 @@ def save_pretrained(
         tokenizer.save(folder)
         config.save_pretrained(folder)
         generation.save_pretrained(folder)
-        _write_weights(shapes, state.items() if tensors is None else tensors, folder)
+        _write_weights(((name, t.detach().cpu()) for name, t in tensors if name not in tied), folder)
 
 
-def _write_weights(
-    shapes: "Mapping[str, torch.Tensor]", tensors: "Iterable[tuple[str, torch.Tensor]]", folder: Path
-) -> None:
-    """Safetensors files (8 bytes of header length, a JSON header, the bytes) with each tensor written as it comes.
+def _write_weights(tensors: "Iterable[tuple[str, torch.Tensor]]", folder: Path) -> None:
+    from safetensors.torch import save_file
 
-    The libraries' own writers want all tensors of a file at once.
-    """
-    import torch
-    from huggingface_hub import split_torch_state_dict_into_shards
-
-    plan = split_torch_state_dict_into_shards(dict(shapes), max_shard_size="5GB")
-    places: dict[str, tuple[Path, int]] = {}
-    for file, names in plan.filename_to_tensors.items():
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        end = 0
-        for name in names:
-            begin, end = end, end + shapes[name].nbytes
-            dtype = _SAFETENSORS[str(shapes[name].dtype)]
-            header[name] = {"dtype": dtype, "shape": list(shapes[name].shape), "data_offsets": [begin, end]}
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
-        (folder / file).write_bytes(len(text).to_bytes(8, "little") + text)
-        os.truncate(folder / file, 8 + len(text) + end)
-        places |= {name: (folder / file, 8 + len(text) + header[name]["data_offsets"][0]) for name in names}
-    if plan.is_sharded:
-        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+    shards: list[list[str]] = []
+    size = 0
+    for bucket in buckets(tensors, SHARD_BYTES):
+        save_file({n: t.contiguous() for n, t in bucket.items()}, folder / f"{len(shards)}", {"format": "pt"})
+        shards.append(list(bucket))
+        size += sum(t.nbytes for t in bucket.values())
+    files: dict[str, str] = {}
+    for number, names in enumerate(shards):
+        file = f"model-{number + 1:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
+        (folder / f"{number}").rename(folder / file)
+        files |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": size}, "weight_map": files}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), "utf-8")
-    for name, tensor in tensors:
-        if name in shapes:
-            path, at = places.pop(name)
-            content: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-            with path.open("r+b") as shard:
-                shard.seek(at)
-                shard.write(content)
-    if places:
-        raise ValueError(f"{len(places)} weights did not come, such as {next(iter(places))}")

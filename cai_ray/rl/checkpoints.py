@@ -44,7 +44,7 @@ def go_back(checkpoints: Path, step: int) -> bool:
     folder, state = found
     # Rollouts come first: whoever dies here must not find, beside the older policy, rollouts of the one that is left.
     _remove(path for path in sorted(checkpoints.iterdir()) if _step_of(path) > state["step"])
-    state["kl"]["coef"] *= 2
+    state["kl_coef"] *= 2
     write_atomic(folder / "manifest.json", json.dumps(state))
     return True
 

@@ -51,12 +51,7 @@ def wait(calls: Sequence[Call], timeout_s: float, what: str) -> list[Any]:
     with suppress(RayError):  # all in one look; who failed or did not answer is found below
         return ray.get(asked, timeout=timeout_s)
     ready = set(ray.wait(asked, num_returns=len(asked), timeout=SETTLE_S, fetch_local=False)[0])
-    answers, errors = list[Any](), list[CaiError]()
-    for call in (call for call in calls if call.done in ready):
-        try:
-            answers.append(_answer(call, what, timeout_s))
-        except CaiError as e:
-            errors.append(e)
+    errors = [error for call in calls if call.done in ready and (error := _error(call, what))]
     if errors:  # a death before what its peers say of it: their collectives end with errors of their own
         raise min(errors, key=lambda e: not isinstance(e, WorkerDied | EngineDied))
     if silent := ", ".join(call.who for call in calls if call.done not in ready):
@@ -64,26 +59,27 @@ def wait(calls: Sequence[Call], timeout_s: float, what: str) -> list[Any]:
             f"{what}: no answer within {timeout_s:g} s from {silent}",
             "see whether that process works or hangs (ray stack); cluster.step_timeout_s sets the limit",
         )
-    return answers
+    return ray.get(asked, timeout=SETTLE_S)  # the last came just now
 
 
-def _answer(call: Call, what: str, timeout_s: float) -> Any:
+def _error(call: Call, what: str) -> CaiError | None:
+    """What to raise for an answer that is there, if it is an error."""
     try:
-        return ray.get(call.done, timeout=timeout_s)
+        ray.get(call.done, timeout=SETTLE_S)
     except RayTaskError as e:  # first: where the cause is a lost process, Ray raises a class that is both
-        cause = e.cause
-        if isinstance(cause, RayActorError):
-            raise call.lost(f"{what}: {call.who} lost a process that it reads from") from e
-        if isinstance(cause, CaiError):
-            raise cause from e
-        raise StageFailed(f"{what}: {call.who} failed with {type(cause).__name__}: {cause}") from e
+        if isinstance(e.cause, RayActorError):
+            return call.lost(f"{what}: {call.who} lost a process that it reads from")
+        if isinstance(e.cause, CaiError):
+            return e.cause
+        return StageFailed(f"{what}: {call.who} failed with {type(e.cause).__name__}: {e.cause}")
     except RayActorError as e:
         if e.actor_init_failed:
             # Of an error of ours its message and how to mend it; of another one all that Ray tells.
-            raise StageFailed(f"{what}: {call.who} could not start: {str(e).rpartition('cai_ray.errors.')[2]}") from e
-        raise call.lost(f"{what}: {call.who} is gone", "see its log, and the machine's memory") from e
+            return StageFailed(f"{what}: {call.who} could not start: {str(e).rpartition('cai_ray.errors.')[2]}")
+        return call.lost(f"{what}: {call.who} is gone", "see its log, and the machine's memory")
     except RayError as e:
-        raise StageFailed(f"{what}: {call.who} failed: {type(e).__name__}", "see Ray's logs") from e
+        return StageFailed(f"{what}: {call.who} failed: {type(e).__name__}", "see Ray's logs")
+    return None
 
 
 @dataclass(frozen=True)

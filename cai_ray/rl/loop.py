@@ -69,7 +69,7 @@ def run_ppo(
     config = setup.config
     tokenizer = Tokenizer.load(setup.policy, setup.format)
     steps, too_long, looked_at = prompts_of_steps(prompts, config, setup.seed, tokenizer)
-    out.path.mkdir(parents=True, exist_ok=True)
+    out.checkpoints.mkdir(parents=True, exist_ok=True)
     out.quarantine(too_long, looked_at, max_bad_fraction)
     failures: Counter[int] = Counter()  # by the step that the last checkpoint continues from
     roll_backs = 0
@@ -141,15 +141,16 @@ class _Controller:
         return metrics, workers
 
     def _train(self, first: int) -> dict[str, float]:
-        config, metrics = self.config, {}
+        config, metrics, taken = self.config, {}, None
         guards, sl_batches = Guards(config, self.out.path / "metrics.jsonl"), self._sl_batches(first)
         self.out.warnings += [text for text in guards.earlier if text not in self.out.warnings]
         self.begun, self.before = time.monotonic(), dict(self.out.phases)
         for step in range(first, config.steps):
             # 1. Roll out on the engines, which hold the actor's weights; kept on disk before anything else happens.
             # With staleness the next step's rollouts begin here, and this step trains meanwhile.
-            rollouts, seen = self.sampler.take(step)
-            if config.staleness and step + 1 < config.steps:
+            rollouts, seen = taken or self.sampler.take(step)
+            ahead = config.staleness and step + 1 < config.steps
+            if ahead:
                 self.sampler.begin(step + 1)
             ids = seen["ids"]
 
@@ -187,8 +188,7 @@ class _Controller:
                 self.kl.update(metrics["objective/kl"], len(ids))
 
             # 8. Send the new weights to the engines, and see that both sides compute the same with them.
-            if config.staleness and step + 1 < config.steps:
-                self.sampler.finish(step + 1)
+            taken = self.sampler.take(step + 1) if ahead else None
             metrics["policy/logprob_shift"] = self.sampler.send_weights(experience, seen["probe"])
 
             # 9. Log, checkpoint (whose time shows in the next step's line).
@@ -236,7 +236,7 @@ class _Controller:
             loads = [c for role in self.learners for c in self.groups[role].submit("load", folder / role)]
             wait(loads, self.limit, f"loading {folder.name}")
             step = state["step"]
-            self.kl.load_state_dict(state["kl"])
+            self.kl.coef = state["kl_coef"]
         self.out.forget_from(step)
         self.sampler.version = step
         self.sampler.sync()
@@ -258,7 +258,7 @@ class _Controller:
                 saves = [c for role in self.learners for c in self.groups[role].submit("save", folder / role)]
                 wait(saves, self.limit, f"checkpoint {folder.name}")
                 keep = 2 if config.on_kl_limit == "roll_back" else 1
-                commit_checkpoint(folder, {"step": step, "kl": self.kl.state_dict()}, keep)
+                commit_checkpoint(folder, {"step": step, "kl_coef": self.kl.coef}, keep)
 
     def _log(self, step: int, metrics: dict[str, float], samples: list[Row], seen: dict[str, Any]) -> None:
         wall, tokens, before = time.monotonic() - self.begun, seen["tokens"], self.before

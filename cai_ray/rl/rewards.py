@@ -25,7 +25,7 @@ from cai_ray.rl.batches import plan_of, table
 from cai_ray.rl.forward import ScoreForward
 from cai_ray.rl.setup import Judge, Setup
 from cai_ray.rl.worker import Onlooker, load_to_look
-from cai_ray.templates import SCORES, score_prompt, score_prompt_messages
+from cai_ray.templates import SCORE, SCORES
 
 
 class Reward(Onlooker):
@@ -111,7 +111,7 @@ class Feedback:
         return scores
 
     def _plan(self, row: Row, principle: Principle) -> ChoicePlan:
-        build: Any = score_prompt if self._tokenizer.format == "plain" else score_prompt_messages
+        build = SCORE.of(self._tokenizer.format)
         prompt = build(row["messages"], principle.preference_question, row["response"], (), self._language)
         return plan_choices(encode(self._tokenizer, prompt), encode_choices(self._tokenizer, prompt, SCORES))
 

@@ -6,7 +6,6 @@ too: where roles work side by side, while others still arrive.
 
 import logging
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any
 from uuid import uuid4
 
@@ -62,7 +61,6 @@ class Sampler:
         self._pieces = [(first, min(each, size - first)) for first in range(0, size, each)]  # first row, how many
         self._asked: dict[int, list[Call]] = {}  # by step: what the engines work on
         self._early: dict[tuple[int, str], list[Call]] = {}  # by step and phase: who waits for that
-        self._ready: dict[int, tuple[Any, dict[str, Any]]] = {}  # by step: what is on disk and not yet taken
         self._program: Any = ray.put(RollOut(setup.config))
         # Each folder's name is new: a network file system may go on showing a node what lay under a known one.
         self._name = f"adapter-{uuid4().hex[:8]}"
@@ -146,12 +144,8 @@ class Sampler:
             wait(self.engines.submit(method, *args), self._limit, what)
 
     def begin(self, step: int) -> None:
-        """Asks for a step's responses, from the weights that the actor has now; `finish` waits for them."""
-        with suppress(EngineDied):  # `finish` finds out and asks again
-            self._ask(step)
-
-    def _ask(self, step: int) -> None:
-        if step in self._asked or step in self._ready:
+        """Asks for a step's responses, from the weights that the actor has now; `take` waits for them."""
+        if step in self._asked:
             return
         calls = []
         if not self._path(step).is_file():
@@ -166,22 +160,20 @@ class Sampler:
                     self._early[step, phase] = self._look(phase, [(call.payload,) for call in calls])
         self._asked[step] = calls
 
-    def finish(self, step: int) -> None:
-        """Waits until a step's responses are on disk; engines that die are replaced and asked again."""
-
-        def attempt() -> None:
-            with self._out.phase("rollout"):
-                self._ask(step)
-                if step not in self._ready:
-                    self._ready[step] = self._collect(step)
-
-        self._with_engines(f"rollout of step {step}", attempt)
-
     def take(self, step: int) -> tuple[Any, dict[str, Any]]:
-        """The reference of a step's rollouts, and what is seen of them (`keep_rollouts`)."""
-        self.finish(step)
+        """The reference of a step's rollouts, once they are on disk, and what is seen of them (`keep_rollouts`).
+
+        Engines that die are replaced and asked again.
+        """
+
+        def attempt() -> tuple[Any, dict[str, Any]]:
+            with self._out.phase("rollout"):
+                self.begin(step)
+                return self._collect(step)
+
+        taken = self._with_engines(f"rollout of step {step}", attempt)
         self._rest("sleep", f"rest after the rollout of step {step}")
-        return self._ready.pop(step)
+        return taken
 
     def look(self, phase: str, step: int, rollouts: Any) -> list[Call]:
         """Calls of the workers that a phase of `LOOKS` takes, over what `take` gave; some may have answered already."""

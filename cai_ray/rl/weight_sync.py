@@ -10,7 +10,6 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from cai_ray.errors import StageFailed
 from cai_ray.generation.shared_memory import cleanup, write_bucket
-from cai_ray.models.checkpoints import layer_of
+from cai_ray.models.checkpoints import buckets
 from cai_ray.rl.groups import Group, free_address, wait
 from cai_ray.rl.setup import Setup
 from cai_ray.training.deepspeed import ShardedModel
@@ -48,8 +47,7 @@ class Engines:
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         """With NCCL each engine's processes get ranks of their own behind the sender's rank 0."""
-        nccl = self.gpus and not self.colocated
-        ranks = [{"rank_offset": 1 + i * self.gpus} if nccl else {} for i in range(len(self.group.workers))]
+        ranks = [{} if self.colocated else {"rank_offset": 1 + i * self.gpus} for i in range(len(self.group.workers))]
         self._all("init_weight_transfer", each=[({**init_info, **own},) for own in ranks])
 
     def start_weight_update(self) -> None:
@@ -79,24 +77,27 @@ class Sender:
     Args:
         model: source of the weights.
         engines: the receiving side.
-        adapter: where only adapters are sent: a folder that sender and engines share.
     """
 
-    def __init__(self, model: ShardedModel, engines: Engines, adapter: Path | None = None):
-        self._model, self._engines, self._adapter = model, engines, adapter
-        self._link: Any = None  # from the first transfer on: on GPUs vLLM's sending side, on CPU True
+    def __init__(self, model: ShardedModel, engines: Engines):
+        self._model, self._engines = model, engines
+        self._link: Any = None  # on GPUs vLLM's sending side, from the first transfer on
 
-    def send(self, version: int) -> None:
-        """Returns when all engines hold the weights as `version`.
+    def send(self, version: int, adapter: Path | None = None) -> None:
+        """Returns when all engines hold the weights as `version`; after an error another sender takes its place.
+
+        Args:
+            version: what the engines call them.
+            adapter: where only adapters are sent: a new folder that sender and engines share.
 
         Raises:
             StageFailed: an engine did not answer.
         """
         self._engines.version = version
-        if self._adapter:
-            self._model.export_adapter(self._adapter)
+        if adapter:
+            self._model.export_adapter(adapter)
             if self._model.rank == 0:
-                self._engines.load_adapter(self._adapter)
+                self._engines.load_adapter(adapter)
             return
         parameters = self._model.merged_parameters()
         try:
@@ -107,9 +108,6 @@ class Sender:
                 self._link.send_weights()
             elif self._model.rank == 0:
                 self._pass_on(parameters)
-        except BaseException:
-            self._link = None
-            raise
         finally:  # the other ranks gather all of them, also when an engine dies
             deque(parameters, maxlen=0)
 
@@ -118,9 +116,6 @@ class Sender:
         self._engines.give_up()
 
     def _pass_on(self, parameters: Iterator[tuple[str, Tensor]]) -> None:
-        if not self._link:
-            self._engines.init_weight_transfer_engine({})
-            self._link = True
         self._engines.start_weight_update()
         taken: Future[None] = Future()  # the engines have taken in the bucket before the one that is being written
         taken.set_result(None)
@@ -140,18 +135,6 @@ class Sender:
             self._engines.update_weights(info)
         finally:
             cleanup(name)
-
-
-def buckets(parameters: Iterator[tuple[str, Tensor]], limit: int) -> Iterator[dict[str, Tensor]]:
-    """Groups parameters into buckets of about `limit` bytes, cut between layers: vLLM loads whole layers."""
-    bucket: dict[str, Tensor] = {}
-    for _, layer in groupby(parameters, lambda item: layer_of(item[0])):
-        bucket.update(layer)
-        if sum(t.nbytes for t in bucket.values()) >= limit:
-            yield bucket
-            bucket = {}
-    if bucket:
-        yield bucket
 
 
 def _gpu_trainer(model: ShardedModel, engines: Engines) -> Any:

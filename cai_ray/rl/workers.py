@@ -207,12 +207,11 @@ class Actor(_Trained):
             gpus = cluster.tensor_parallel_size if self._setup.device == "gpu" else 0
             # Half of what the controller waits for this: an engine that hangs is named before the actor is.
             receivers = Engines(engines, gpus, cluster.step_timeout_s / 2, self._setup.colocated)
-            adapter = folder if self._setup.config.adapter_rank else None
             if self._sender:
                 self._sender.close()
-            self._sender = Sender(self._model, receivers, adapter)
+            self._sender = Sender(self._model, receivers)
         assert self._sender is not None  # the first call names engines
-        self._sender.send(version)
+        self._sender.send(version, folder if self._setup.config.adapter_rank else None)
 
     @torch.no_grad()
     def probe(self, batch: pa.Table, rows: list[int]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from cai_ray.artifacts import write_atomic
-from cai_ray.config import Learner, Optim, Sharding, Training
+from cai_ray.config import Learner, Optim, Sharding
 from cai_ray.errors import CaiError, StageFailed
 from cai_ray.models.activations import keep_activations
 from cai_ray.models.checkpoints import layer_of, save_pretrained
@@ -343,7 +343,7 @@ class ShardedModel:
         }
 
     def export(self, tokenizer: "Tokenizer", out: Path, config_updates: Mapping[str, Any] | None = None) -> None:
-        """Writes a folder in Hugging Face format from rank 0, layer by layer; all ranks return when it is complete.
+        """Writes a folder in Hugging Face format from rank 0, file by file; all ranks return when it is complete.
 
         Args:
             tokenizer: saved beside the weights.
@@ -356,9 +356,7 @@ class ShardedModel:
             buffers = {name: b for name, b in self.hf.named_buffers() if name in persistent}
             config = copy.deepcopy(self.hf.config)
             config.update(config_updates or {})
-            save_pretrained(
-                self.merged_shapes() | buffers, config, tokenizer, out, itertools.chain(buffers.items(), tensors)
-            )
+            save_pretrained(itertools.chain(buffers.items(), tensors), config, tokenizer, out)
         deque(tensors, maxlen=0)  # on the other ranks; on rank 0 nothing is left
         dist.barrier()
 
@@ -373,7 +371,7 @@ class ShardedModel:
 
 
 def sharded_to_train(
-    load: Callable[[], Any], config: Training | Learner, base: Path, seed: int, total_steps: int, device: torch.device
+    load: Callable[[], Any], config: Learner, base: Path, seed: int, total_steps: int, device: torch.device
 ) -> ShardedModel:
     """A model as its training begins, with adapters where `config` asks for them; all ranks call it.
 

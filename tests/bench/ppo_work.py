@@ -67,7 +67,7 @@ def models(root: Path, name: str) -> tuple[Path, Path]:
     model, tokenizer = load_scalar_model(policy, "float32", seed=1), Tokenizer.load(policy)
     assert tokenizer.eos_ids == {hf.eos_token_id}
     model.config.reward_mean, model.config.reward_std = 0.25, 2.0
-    save_pretrained(model.state_dict(), model.config, tokenizer, reward)
+    save_pretrained(model.state_dict().items(), model.config, tokenizer, reward)
     return policy, reward
 
 

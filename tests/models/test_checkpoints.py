@@ -218,7 +218,7 @@ def test_a_model_without_a_spare_token_cannot_score(tmp_path, write_json, tiny, 
 def test_a_saved_language_model_is_what_it_was(tiny, tmp_path):
     tok, out = Tokenizer.load(tiny), tmp_path / "deep" / "model"
     model = load_causal_lm(tiny, "float32")
-    save_pretrained(model.state_dict(), model.config, tok, out)
+    save_pretrained(model.state_dict().items(), model.config, tok, out)
     again = AutoModelForCausalLM.from_pretrained(out)
     assert {k: v.shape for k, v in again.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in again.state_dict().items())
@@ -238,7 +238,7 @@ def test_a_saved_language_model_is_what_it_was(tiny, tmp_path):
 
 def test_a_saved_scalar_model_keeps_its_head(tiny, tmp_path):
     model = load_scalar_model(tiny, "float32", seed=7)
-    save_pretrained(model.state_dict(), model.config, Tokenizer.load(tiny), tmp_path / "pm")
+    save_pretrained(model.state_dict().items(), model.config, Tokenizer.load(tiny), tmp_path / "pm")
     again = load_scalar_model(tmp_path / "pm", "float32", seed=8)
     assert torch.equal(again.score.weight, model.score.weight)
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "pm")
@@ -253,17 +253,32 @@ def test_saving_replaces_a_folder_whole_or_not_at_all(tiny, tmp_path, monkeypatc
     (out / "stale.txt").write_text("old")
     monkeypatch.setattr(tok, "save", lambda folder: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
-        save_pretrained(model.state_dict(), model.config, tok, out)
+        save_pretrained(model.state_dict().items(), model.config, tok, out)
     assert [p.name for p in tmp_path.rglob("*")] == ["model", "stale.txt"]
     monkeypatch.undo()
-    save_pretrained(model.state_dict(), model.config, tok, out)
+    save_pretrained(model.state_dict().items(), model.config, tok, out)
     assert not (out / "stale.txt").exists()
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
+def test_a_large_model_is_saved_in_files_of_whole_layers(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "SHARD_BYTES", 1000)
+    model = load_causal_lm(tiny, "float32")
+    save_pretrained(model.state_dict().items(), model.config, Tokenizer.load(tiny), tmp_path / "model")
+    placed = json.loads((tmp_path / "model" / "model.safetensors.index.json").read_text())["weight_map"]
+    files = {path.name for path in (tmp_path / "model").glob("*.safetensors")}
+    assert files == {f"model-{n:05}-of-{len(files):05}.safetensors" for n in range(1, len(files) + 1)}
+    assert files == {*placed.values()}
+    assert len({(checkpoints.layer_of(name), file) for name, file in placed.items()}) == len(
+        {checkpoints.layer_of(name) for name in placed}
+    )
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "model").state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in model.state_dict().items())
+
+
 def test_weights_are_saved_in_the_dtype_they_have(tiny, tmp_path):
     model = load_causal_lm(tiny, torch.bfloat16)
-    save_pretrained(model.state_dict(), model.config, Tokenizer.load(tiny), tmp_path / "model")
+    save_pretrained(model.state_dict().items(), model.config, Tokenizer.load(tiny), tmp_path / "model")
     assert json.loads((tmp_path / "model" / "config.json").read_text())["dtype"] == "bfloat16"
     assert {t.dtype for t in load_file(tmp_path / "model" / "model.safetensors").values()} == {torch.bfloat16}
 

@@ -43,7 +43,7 @@ def in_a_row(model, rows):
 
 @torch.no_grad()
 def test_scores_equal_transformers_logits_padded_either_way(scalar, rows, tiny, tmp_path):
-    save_pretrained(scalar.state_dict(), scalar.config, Tokenizer.load(tiny), tmp_path / "pm")
+    save_pretrained(scalar.state_dict().items(), scalar.config, Tokenizer.load(tiny), tmp_path / "pm")
     theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / "pm").eval()
     scores = in_a_row(scalar, rows)
     assert scores.dtype == torch.float32

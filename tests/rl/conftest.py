@@ -49,7 +49,7 @@ def reward_model(policy, tmp_path_factory):
     model = load_scalar_model(policy, "float32", seed=1)
     model.config.reward_mean, model.config.reward_std = 0.25, 2.0
     out = tmp_path_factory.mktemp("models") / "reward"
-    save_pretrained(model.state_dict(), model.config, Tokenizer.load(policy), out)
+    save_pretrained(model.state_dict().items(), model.config, Tokenizer.load(policy), out)
     return out
 
 

@@ -37,14 +37,14 @@ def test_a_checkpoint_with_a_cut_or_missing_file_does_not_count(tmp_path):
 
 
 def test_a_new_checkpoint_removes_older_ones_and_used_rollouts_only(tmp_path):
-    commit_checkpoint(fill(tmp_path / "step-2"), {"step": 2, "kl": {"coef": 0.5}})
+    commit_checkpoint(fill(tmp_path / "step-2"), {"step": 2, "kl_coef": 0.5})
     for step in (2, 3, 4):
         (tmp_path / f"rollouts-{step}.parquet").write_text("")
     for step in (3, 4):  # what engines were sent
         (tmp_path / f"adapter-5ee0a1b2-{step}").mkdir()
-    commit_checkpoint(fill(tmp_path / "step-4"), {"step": 4, "kl": {"coef": 0.5}})
+    commit_checkpoint(fill(tmp_path / "step-4"), {"step": 4, "kl_coef": 0.5})
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter-5ee0a1b2-4", "rollouts-4.parquet", "step-4"]
-    assert last_checkpoint(tmp_path)[1]["kl"] == {"coef": 0.5}
+    assert last_checkpoint(tmp_path)[1]["kl_coef"] == 0.5
 
 
 def test_lines_of_steps_that_are_taken_again_are_dropped(tmp_path):
@@ -58,7 +58,7 @@ def test_lines_of_steps_that_are_taken_again_are_dropped(tmp_path):
 def test_the_checkpoint_before_can_be_kept_and_gone_back_to(tmp_path):
     for step in (2, 4, 6):
         (tmp_path / f"rollouts-{step}.parquet").write_text("rows")
-        commit_checkpoint(fill(tmp_path / f"step-{step}"), {"step": step, "kl": {"coef": 0.25}}, keep=2)
+        commit_checkpoint(fill(tmp_path / f"step-{step}"), {"step": step, "kl_coef": 0.25}, keep=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         *("rollouts-4.parquet", "rollouts-6.parquet", "step-4", "step-6"),
     ]
@@ -66,7 +66,7 @@ def test_the_checkpoint_before_can_be_kept_and_gone_back_to(tmp_path):
     assert last_checkpoint(tmp_path)[1]["step"] == 6  # nothing was lost by asking
     assert go_back(tmp_path, 6)
     folder, state = last_checkpoint(tmp_path)
-    assert (folder.name, state["step"], state["kl"]) == ("step-4", 4, {"coef": 0.5})
+    assert (folder.name, state["step"], state["kl_coef"]) == ("step-4", 4, 0.5)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["rollouts-4.parquet", "step-4"]
 
 

@@ -150,6 +150,9 @@ def test_adapters_are_trained_and_reach_the_engines(train, policy, tmp_path, how
     sharding = Sharding(dtype="float32", zero_stage=3)
     learner = Learner(optim=Optim(lr=1e-2), sharding=sharding, lora=Lora(rank=4))
     train(tmp_path, config(steps=3, checkpoint_every=2, actor=learner, critic=learner, lora_sync=how))
+    # Each version under a name of its own; those before the last checkpoint are gone.
+    sent = {path.name.rpartition("-")[2] for path in (tmp_path / "checkpoints").glob("adapter-*")}
+    assert sent == ({"2", "3"} if how == "adapter" else set())
     steps = lines(tmp_path)
     assert max(step["rollout/logprob_gap"] for step in steps) < 5e-5
     assert min(step["policy/logprob_shift"] for step in steps) > 1e-3  # the engines follow a policy that moves

@@ -51,7 +51,7 @@ def second(policy, tmp_path_factory):
     model = load_scalar_model(policy, "float32", seed=2)
     model.config.reward_mean, model.config.reward_std = -1.0, 0.5
     out = tmp_path_factory.mktemp("models") / "second"
-    save_pretrained(model.state_dict(), model.config, Tokenizer.load(policy), out)
+    save_pretrained(model.state_dict().items(), model.config, Tokenizer.load(policy), out)
     return out
 
 
