@@ -251,21 +251,26 @@ class ReviseConfig(Answering):
         return self.max_prompt_tokens + max(self.max_new_tokens, self.max_critique_tokens)
 
 
-class Training(Section):
-    """What `sft` and `preference_model` share."""
+class Learner(Section):
+    """How a model is trained: `sft`, `preference_model`, and each trained role of PPO."""
 
-    epochs: PositiveFloat = 1.0
-    """Passes over the training rows."""
-    batch_size: PositiveInt
-    """Rows of one optimizer step over all ranks."""
-    max_tokens: Annotated[int, Field(ge=16)] = 2048
-    """Longest row, tokens; longer ones lose the prompt's left end, and are counted."""
     optim: Optim
     """Optimizer and schedule."""
     sharding: Op[Sharding] = Sharding()
     """Layout over ranks."""
     lora: Lora | None = None
     """Train low-rank adapters; the model that is written has them merged, and they lie beside it in adapter/."""
+
+
+class Training(Learner):
+    """What `sft` and `preference_model` share."""
+
+    epochs: PositiveFloat = 1.0
+    """Passes over the training rows."""
+    batch_size: PositiveInt = 32
+    """Rows, or pairs, of one optimizer step over all ranks."""
+    max_tokens: Annotated[int, Field(ge=16)] = 2048
+    """Longest row, tokens; longer ones lose the prompt's left end, and are counted."""
     checkpoint_every: Op[PositiveInt] = 100
     """Optimizer steps between checkpoints."""
     checkpoint_minutes: Op[PositiveFloat] = 15.0
@@ -282,7 +287,7 @@ class Training(Section):
 class Mix(Section):
     """How often a row is trained on in an epoch: 2 is twice, 0.5 takes half of all rows, by a hash of their ids."""
 
-    revisions: NonNegativeFloat | tuple[NonNegativeFloat, ...] = 1.0
+    revisions: NonNegativeFloat | Annotated[tuple[NonNegativeFloat, ...], Field(min_length=1)] = 1.0
     """Weight of the revisions, or one for each round; rounds beyond take the last."""
     helpful: NonNegativeFloat = 1.0
     """Weight of the helpful samples."""
@@ -299,8 +304,6 @@ class SftConfig(Training):
     """Weights of revisions and helpful samples."""
     packing: Op[bool] = True
     """Rows of a micro-batch stand in one row without padding, and none sees another; false pads rows of like length."""
-    batch_size: PositiveInt = 32
-    """Rows of one optimizer step over all ranks."""
     optim: Optim = Optim(lr=1e-5, schedule="cosine", warmup_fraction=0.03)
     """Optimizer and schedule."""
 
@@ -386,25 +389,12 @@ class PreferenceModelConfig(Training):
     """`auto` is models.preference_base, else the SL model; or a key of `models`, or a path."""
     data: tuple[ComparisonsItem, ...] = (Comparisons(path="label"), Comparisons(path="starter:helpful_comparisons"))
     """`label` and files of comparisons."""
-    batch_size: PositiveInt = 32
-    """Pairs of one optimizer step over all ranks."""
     center_coef: NonNegativeFloat = 0.0
     """Weight of the squared sum of a pair's scores, which keeps scores near 0."""
     margin: NonNegativeFloat = 0.0
     """Lead of the better answer's score that the loss asks for."""
     optim: Optim = Optim(lr=1e-5, schedule="linear", warmup_fraction=0.03)
     """Optimizer and schedule."""
-
-
-class Learner(Section):
-    """One trained role of PPO."""
-
-    optim: Optim
-    """Optimizer and schedule."""
-    sharding: Op[Sharding] = Sharding()
-    """Layout over ranks."""
-    lora: Lora | None = None
-    """Train low-rank adapters; the model is written with them merged."""
 
 
 class PPOConfig(Sampling):

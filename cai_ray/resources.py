@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from cai_ray import doctor, pipeline
 from cai_ray.cluster import LOGICAL_CPUS
-from cai_ray.config import Config, Learner, Sharding, Source, Training
+from cai_ray.config import Config, Learner, Sharding, Source
 from cai_ray.errors import DataError, ResourceError
 from cai_ray.models.shapes import LIBRARIES_GIB, WIDTH, Part, Shape, find_shape, memory_sum, training_memory
 from cai_ray.pipeline import GENERATING, Stage, model_spec, needed
@@ -70,7 +70,10 @@ class Role:
 
 
 def _engine(config: Config, stage: Stage, device: str) -> Role:
-    name, own = "ppo" if stage.name == "evaluate" else stage.models(config)[0], config.cluster
+    names, own = stage.models(config), config.cluster
+    if stage.name != "prompts":  # which has a model for each kind; elsewhere the first one answers
+        names = pipeline.evaluated(config) if stage.name == "evaluate" else names[:1]
+    name = max(names, key=lambda name: model_shape(config, name).parameters)  # engines hold one after the other
     shape, width = model_shape(config, name), WIDTH[model_spec(config, name).dtype]
     tp, count = own.tensor_parallel_size if device == "gpu" else 1, (config.ppo if stage.name == "ppo" else own).engines
     parts: list[Part] = [("weights", shape.gib(width), tp), ("libraries", LIBRARIES_GIB[device], 1)]
@@ -82,7 +85,7 @@ def _engine(config: Config, stage: Stage, device: str) -> Role:
     return Role("engine", count, tp if device == "gpu" else 0, 1, 2 * shape.parameters, tuple(parts))
 
 
-def _trainer(config: Config, role: str, name: str, how: Training | Learner, device: str, passes: float) -> Role:
+def _trainer(config: Config, role: str, name: str, how: Learner, device: str, passes: float) -> Role:
     """A model under training; `passes` updates see each token."""
     shape, sharding = model_shape(config, name), how.sharding
     parts, host = training_memory(shape, sharding, device, how.lora)

@@ -8,6 +8,8 @@ from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveFloat, Po
 
 from cai_ray.config_base import Fraction, Op, Section
 
+_Decay = Annotated[float, Field(ge=0, lt=1)]
+
 
 def read_options(given: Any) -> Any:
     """A mapping as it is, a path as what the file holds; values that are `auto` are left out: ours stand.
@@ -36,7 +38,7 @@ class Optim(Section):
     """Share of steps over which the rate rises from 0."""
     weight_decay: NonNegativeFloat = 0.0
     """Decoupled weight decay."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[_Decay, _Decay] = (0.9, 0.95)
     """AdamW moment decay rates."""
     max_grad_norm: PositiveFloat = 1.0
     """Global gradient norm is clipped to this."""

@@ -13,7 +13,7 @@ import ray
 from ray.exceptions import RayError
 
 from cai_ray.artifacts import Bar, StageDir, print_to
-from cai_ray.errors import CaiError, ResourceError, StageFailed
+from cai_ray.errors import CaiError, StageFailed
 from cai_ray.models.shapes import find_shape, memory_sum, training_memory
 from cai_ray.training.checkpoints import RECORD, RUN_NAME, SCORE
 from cai_ray.training.liveness import Watch, rank_log
@@ -48,17 +48,9 @@ def run_training(job: Job, out: StageDir, on_progress: Bar | None = None) -> dic
         Counts, the last held-out metrics, and for a preference model `reward_mean` and `reward_std`.
 
     Raises:
-        ResourceError: the cluster cannot ever hold the ranks.
         StageFailed: a rank did not answer in time, training diverged, or it failed more often than it is restarted.
         CaiError: rows, model or configuration cannot be used.
     """
-    ranks, have = job.config.sharding.ranks, ray.cluster_resources()
-    for name, each in job.resources.items():
-        if ranks * each > have.get(name, 0):
-            raise ResourceError(
-                f"training needs {ranks * each} {name}s ({ranks} ranks of {each}), there are {have.get(name, 0):g}",
-                "lower sharding.ranks or sharding.cpus_per_rank, or add machines",
-            )
     nodes = _nodes()
     try:
         return _run(job, out, on_progress)

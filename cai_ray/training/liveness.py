@@ -33,16 +33,17 @@ def own_log(path: Path, limit_s: float) -> Callable[[], None]:
     """
     print_to(path)
     os.utime(path)
-    last, notes = time.monotonic(), stacks(path).open("w")
-    faulthandler.dump_traceback_later(0.8 * limit_s, file=notes)
+    last, notes = -PULSE_S, stacks(path).open("a")
 
     def pulse() -> None:
         nonlocal last
         if time.monotonic() - last > PULSE_S:  # each row and micro-batch calls this; the watchdog is a new thread
             os.utime(path)
+            notes.truncate(0)  # of an earlier wait, which came to its end
             faulthandler.dump_traceback_later(0.8 * limit_s, file=notes)
             last = time.monotonic()
 
+    pulse()
     return pulse
 
 

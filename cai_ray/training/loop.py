@@ -93,7 +93,7 @@ def _train(job: Job) -> dict[str, float]:
         print(f"continues after step {model.steps_done}", flush=True)
     if main:
         out.forget_from(model.steps_done)
-    passes = _Passes(job, task, tokenizer.pad_id, model, pulse)
+    passes = _Passes(job, task, model, pulse)
 
     # 4. Held-out rows before the first step, or as the checkpoint saw them: the line of metrics was just dropped.
     if model.steps_done == 0 or config.keep_checkpoints > 1:
@@ -164,7 +164,6 @@ class _Passes:
 
     job: Job
     task: ModuleType  # training.sft or training.preference
-    pad_id: int
     model: "ShardedModel"
     pulse: Callable[[], None]
     evaluated: tuple[int, Any] | None = None  # after how many steps, and what came of it
@@ -176,7 +175,7 @@ class _Passes:
         for micro in layout(range(len(batch)), lengths, self.model.world_size, most, packed)[self.model.rank]:
             self.pulse()
             chosen = [batch[i] for i in micro]
-            yield micro, chosen, self.task.collate(chosen, self.pad_id, self.model.device, self.job.config)
+            yield micro, chosen, self.task.collate(chosen, self.model.device, self.job.config)
 
     def scores(self, batch: Sequence[Any]) -> list[Any]:
         """`task.score` of every example, on every rank."""

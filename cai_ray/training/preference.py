@@ -99,12 +99,12 @@ def examples(row: Row, tokenizer: Tokenizer, config: PreferenceModelConfig) -> l
     return [Example(row["id"], prompt_T, a_T, b_T, row["label_prob"], row["source"], cut, weight)]
 
 
-def collate(batch: Sequence[Example], pad_id: int, device: torch.device, config: PreferenceModelConfig) -> Batch:
+def collate(batch: Sequence[Example], device: torch.device, config: PreferenceModelConfig) -> Batch:
     """A micro-batch as one row of prompt, first and second answer, pair after pair, and the lengths of the three.
 
-    An empty one becomes a pair of single padding tokens.
+    An empty one becomes a pair of any single tokens, which does not count.
     """
-    pairs = [(e.prompt_T, e.a_T, e.b_T) for e in batch] or [np.full((3, 1), pad_id, np.int32)]
+    pairs = [(e.prompt_T, e.a_T, e.b_T) for e in batch] or [np.zeros((3, 1), np.int32)]
     ids_T = torch.from_numpy(np.concatenate([x for pair in pairs for x in pair])).long()
     return {"ids_1T": ids_T[None].to(device), "parts": [tuple(map(len, pair)) for pair in pairs]}
 

@@ -100,9 +100,9 @@ def examples(row: Row, tokenizer: Tokenizer, config: SftConfig) -> list[Example]
     return out
 
 
-def collate(batch: Sequence[Example], pad_id: int, device: torch.device, config: SftConfig) -> Batch:
-    """What `TokenLogprobs` reads of a micro-batch; an empty one becomes two tokens of padding without loss."""
-    ids = [torch.from_numpy(e.ids_T) for e in batch] or [torch.full((2,), pad_id)]
+def collate(batch: Sequence[Example], device: torch.device, config: SftConfig) -> Batch:
+    """What `TokenLogprobs` reads of a micro-batch; an empty one becomes any two tokens without loss."""
+    ids = [torch.from_numpy(e.ids_T) for e in batch] or [torch.zeros(2)]
     wanted = [torch.from_numpy(e.loss_mask_T) for e in batch] or [torch.tensor([False, True])]
     row = {"ids_1T": torch.cat(ids)[None].long().to(device), "wanted_1T": torch.cat(wanted)[None].to(device)}
     return {**row, "documents": [len(x) for x in ids], "packed": config.packing}

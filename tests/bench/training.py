@@ -270,7 +270,7 @@ def bare(arm: str, folder: Path) -> dict[str, float]:
     examples, marks = examples_of(arm), []
     for done, (_, step) in enumerate(step_rows([e.id for e in examples], SEED, 1, LOOP_BATCH), 1):
         batch = [examples[i] for i in step]
-        tensors = sft.collate(batch, 0, torch.device("cpu"), config)
+        tensors = sft.collate(batch, torch.device("cpu"), config)
         sft.loss(module, batch, tensors, config, sum(e.units for e in batch)).backward()
         torch.nn.utils.clip_grad_norm_(module.parameters(), OPTIM["max_grad_norm"])
         adamw.step()

@@ -89,7 +89,7 @@ def test_turns_that_cannot_be_used_are_errors(tokenizer: Any, messages: Any) -> 
 def test_sft_log_probs_are_those_of_the_answer(tiny: Path, tokenizer: Any, packing: bool) -> None:
     examples = [e for i in range(3) for e in sft.examples(revision(i), tokenizer, SftConfig())]
     module = sft.load(tiny, "float32", 0)
-    tensors = sft.collate(examples, tokenizer.pad_id, CPU, SftConfig(packing=packing))
+    tensors = sft.collate(examples, CPU, SftConfig(packing=packing))
     lengths = [e.tokens for e in examples]
     read: list[Any] = []
     module.hf.base_model.register_forward_pre_hook(lambda _, args, how: read.append(how["input_ids"]), with_kwargs=True)
@@ -109,7 +109,7 @@ def test_no_loss_in_a_pack_moves_with_another_document(tiny: Path, tokenizer: An
     changed = replace(examples[1], ids_T=np.full_like(examples[1].ids_T, 7))
     with torch.no_grad():
         before, after = (
-            [logprob for logprob, _ in sft.score(module, batch, sft.collate(batch, tokenizer.pad_id, CPU, config))]
+            [logprob for logprob, _ in sft.score(module, batch, sft.collate(batch, CPU, config))]
             for batch in (examples, [examples[0], changed, *examples[2:]])
         )
     assert [a == b for a, b in zip(before, after, strict=True)] == [True, False, True, True]
@@ -122,7 +122,7 @@ def test_no_loss_in_a_pack_moves_with_another_document(tiny: Path, tokenizer: An
 )
 def test_an_empty_micro_batch_has_no_loss_and_no_gradient(task: Any, config: Any, tiny: Path, tokenizer: Any) -> None:
     module = task.load(tiny, "float32", 0)
-    tensors = task.collate([], tokenizer.pad_id, CPU, config)
+    tensors = task.collate([], CPU, config)
     assert task.score(module, [], tensors) == []
     loss = task.loss(module, [], tensors, config, 5)
     loss.backward()

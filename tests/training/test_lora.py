@@ -31,7 +31,7 @@ def train(task: Any, stage: int, lora: Lora, base: Path, tokenizer: Any, out: Pa
         add_adapters(module.hf, lora, base, 6)
     model = ShardedModel(module, optim, sharding, 2, CPU)
     for _ in range(2):
-        tensors = task.collate(batch, tokenizer.pad_id, CPU, config)
+        tensors = task.collate(batch, CPU, config)
         model.backward(task.loss(model.module, batch, tensors, config, sum(e.units for e in batch)))
         model.step()
     model.export_adapter(out / "adapter")

@@ -109,7 +109,7 @@ def test_the_scores_of_a_pair_are_those_that_ppo_and_evaluation_give(
 ) -> None:
     from cai_ray.models.tokenization import preference_input
 
-    found = preference.score(module, batch, preference.collate(batch, tokenizer.pad_id, CPU, CONFIG))
+    found = preference.score(module, batch, preference.collate(batch, CPU, CONFIG))
     for row, scores in zip(map(pair, range(6)), found, strict=True):
         for name, score in zip(("response_a", "response_b"), scores, strict=True):
             prompt, response = tokenizer.prompt(row["messages"]), tokenizer.response(row[name])
@@ -121,7 +121,7 @@ def test_the_scores_of_a_pair_are_those_that_ppo_and_evaluation_give(
 def test_margin_and_centering_reach_the_loss(
     module: preference.PairScores, batch: list[preference.Example], tokenizer: Any
 ) -> None:
-    tensors = preference.collate(batch, tokenizer.pad_id, CPU, CONFIG)
+    tensors = preference.collate(batch, CPU, CONFIG)
     a, b = np.array(preference.score(module, batch, tensors)).T
     p = np.array([e.prob for e in batch])
 

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from cai_ray.artifacts import StageDir
 from cai_ray.config import Lora, Mix, Optim, PreferenceModelConfig, SftConfig, Sharding
-from cai_ray.errors import ConfigError, DataError, ResourceError, StageFailed
+from cai_ray.errors import ConfigError, DataError, StageFailed
 from cai_ray.models.checkpoints import load_causal_lm, save_pretrained
 from cai_ray.models.tokenization import Tokenizer
 from cai_ray.records import Row, answers, stored_rows
@@ -228,7 +229,7 @@ def test_a_rank_that_dies_amid_its_checkpoint_leaves_none_that_is_loaded(moment:
     config = sft_config(2, 2, 256, checkpoint_every=4, epochs=5)
     reference, _ = run("whole", config.model_copy(update={"checkpoint_every": 1000}))
     out = stage_dir(reference.path.parent / "killed")
-    scratch = Checkpoints(out.path, 0, config)._scratch / "8"
+    scratch = Path(tempfile.gettempdir()) / f"{Checkpoints(out.path, 0, config)._scratch}8"
     cut, ended = [], threading.Event()
 
     def watch() -> None:
@@ -370,11 +371,6 @@ def test_ranks_and_stage_do_not_change_a_preference_model(
     assert found[1][2:] == pytest.approx(found[0][2:], rel=1e-3)
 
 
-def test_what_can_never_run_is_refused_before_it_starts(run: Any) -> None:
-    with pytest.raises(ResourceError, match=r"training needs 1000 CPUs \(1000 ranks"):
-        run("huge", sft_config(ranks=1000))
-
-
 def test_rows_without_a_train_split_are_an_error_that_is_not_retried(
     ray_cluster: None, write_rows: Write, tiny: Path, tmp_path: Path
 ) -> None:
@@ -446,7 +442,7 @@ def test_a_rank_that_runs_out_of_memory_says_so(
     model = load_causal_lm(tiny, "float32")
     model.config.intermediate_size = 8192  # 134 MB for each of the MLP's results over 4,000 tokens
     model = type(model)(model.config)
-    save_pretrained(model.state_dict(), model.config, Tokenizer.load(tiny), tmp_path / "wide")
+    save_pretrained(model.state_dict().items(), model.config, Tokenizer.load(tiny), tmp_path / "wide")
     rows = [{**revision(i), "split": "train"} for i in range(400)]
     of = {name: row for row in rows for name, *_ in answers(row, "last")}
     ids, out, limited = sorted(of), stage_dir(tmp_path / "sft"), []
