@@ -91,7 +91,7 @@ def test_scores_equal_an_independent_forward_pass(
     constitution, choices = load_constitution("default"), [engine.tokenizer.text(text) for text in SCORES]
     program = LabelPair(LabelConfig(format="score"), constitution, seed=3)
     questions = {p.id: p.preference_question for p in constitution.principles}
-    for row in pairs[:12]:
+    for row in pairs[:5]:
         (vote,) = asyncio.run(program({**row, "flags": []}, engine))["votes"]
         for side in ("a", "b"):
             asked = (row["messages"], questions[vote["principle_id"]], row[f"response_{side}"])
