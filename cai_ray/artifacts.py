@@ -91,7 +91,13 @@ class Manifest:
 class StageDir:
     """One stage's directory: what the stage may write, and its commit.
 
+    Whoever writes into a folder of it makes the folder.
+
     Attributes:
+        data: folder of the stage's parquet rows.
+        model: folder of the stage's model, Hugging Face format.
+        checkpoints: folder of resume state.
+        logs: folder of the workers' logs.
         quarantine_path: the file of bad rows: id and reason, a JSON object a line.
         manifest_path: written last; its presence is what makes the stage finished.
         phases: wall seconds by name.
@@ -103,6 +109,9 @@ class StageDir:
 
     def __init__(self, path: Path, seed: int = 0):
         self.path, self.name, self.seed = path, path.name, seed
+        self.data, self.model, self.checkpoints, self.logs = (
+            path / n for n in ("data", "model", "checkpoints", "logs")
+        )
         self.quarantine_path, self.manifest_path = path / "quarantine.jsonl", path / "manifest.json"
         self.phases: dict[str, float] = {}
         self.devices = 1
@@ -111,31 +120,6 @@ class StageDir:
         self.on_warning: Callable[[str], object] = lambda text: None
         self.card: Callable[[Mapping[str, Any]], str] | None = None
         self._started = time.monotonic()
-
-    def _folder(self, name: str) -> Path:
-        folder = self.path / name
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
-
-    @property
-    def data(self) -> Path:
-        """Folder of the stage's parquet rows."""
-        return self._folder("data")
-
-    @property
-    def model(self) -> Path:
-        """Folder of the stage's model, Hugging Face format."""
-        return self._folder("model")
-
-    @property
-    def checkpoints(self) -> Path:
-        """Folder of resume state."""
-        return self._folder("checkpoints")
-
-    @property
-    def logs(self) -> Path:
-        """Folder of the workers' logs."""
-        return self._folder("logs")
 
     def manifest(self) -> Manifest | None:
         """The committed manifest, or None while the stage is unfinished.
@@ -339,7 +323,7 @@ def package_versions() -> dict[str, str]:
 
 
 def git_state() -> dict[str, Any]:
-    """Revision of cai-ray's own checkout and whether the tree was dirty; empty for an installed wheel."""
+    """Revision of cai-ray's own checkout and whether the tree was dirty; empty where git cannot tell."""
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():
         return {}
@@ -348,4 +332,7 @@ def git_state() -> dict[str, Any]:
         done = subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, timeout=10, check=False)
         return done.stdout.strip()
 
-    return {"revision": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    try:
+        return {"revision": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.TimeoutExpired):  # no git here, or a slow disk: no reason to lose a finished stage
+        return {}

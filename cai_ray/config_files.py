@@ -1,9 +1,6 @@
 """Configuration files: YAML that is read, overridden from the command line, and checked against the schema."""
 
-import difflib
-import json
 from datetime import date
-from pathlib import Path
 from textwrap import indent
 from typing import Any, get_args
 
@@ -11,9 +8,9 @@ import yaml
 from pydantic import ValidationError
 
 from cai_ray.config import Config, Section
-from cai_ray.constitution import UniqueKeys
+from cai_ray.constitution import nearest
 from cai_ray.errors import ConfigError
-from cai_ray.shipped import shipped_file, shipped_names
+from cai_ray.shipped import read_yaml
 
 
 def load_config(name_or_path: str, overrides: tuple[str, ...] = ()) -> Config:
@@ -22,19 +19,7 @@ def load_config(name_or_path: str, overrides: tuple[str, ...] = ()) -> Config:
     Raises:
         ConfigError: no such file, bad YAML, an unknown key (with the nearest known one) or a value out of range.
     """
-    path = shipped_file("configs", name_or_path) or Path(name_or_path)
-    if not path.is_file():
-        raise ConfigError(
-            f"no config {name_or_path!r}: neither a file nor one of {', '.join(shipped_names('configs'))}",
-            "give the path of a YAML file or a shipped name",
-        )
-    try:
-        tree = yaml.load(path.read_text("utf-8"), UniqueKeys)
-        tree = json.loads(json.dumps(tree, default=str))  # sections that share a YAML anchor become separate ones
-    except (yaml.YAMLError, ValueError) as e:  # ValueError: no UTF-8, or a date such as 2025-13-01
-        raise ConfigError(f"{path} is not readable YAML: {e}", "mend the line that is named") from e
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path} holds {type(tree).__name__}, expected keys such as models and ppo")
+    path, tree = read_yaml("configs", name_or_path)
     run = tree.get("run") or {}
     if isinstance(run, dict) and not run.get("name"):
         tree["run"] = {**run, "name": path.stem}
@@ -79,10 +64,7 @@ def _explain(err: Any) -> str:
     loc = [str(p) for p in err["loc"]]
     key = ".".join(loc)
     if err["type"] == "extra_forbidden":
-        known = _known_keys(loc[:-1])
-        near = difflib.get_close_matches(loc[-1], known, 1, 0.5)
-        hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
-        return f"{key}: unknown key{hint}"
+        return f"{key}: unknown key" + nearest(loc[-1], _known_keys(loc[:-1]))
     if err["type"] == "missing":
         return f"{key}: is required"
     return f"{key}: {err['msg']} (got {err['input']!r})"

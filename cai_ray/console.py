@@ -84,11 +84,11 @@ def run_and_summarize(config: Config, request: Request, name: str) -> None:
     for line in summary_lines(run):
         table.add_row(*line)
     reporter.console.print(table)
-    for stage in STAGE_MODELS:
-        out = run.stage(stage)
-        if out.manifest():
-            reporter.say(f"{stage}: {out.model}")
+    done = [stage for stage in (*STAGE_MODELS, "report") if run.stage(stage).manifest()]
+    for stage in done:
+        reporter.say(f"{stage}: {run.path / 'report.html' if stage == 'report' else run.stage(stage).model}")
     here = shlex.quote(os.path.relpath(run.path, Path.cwd()))
-    reporter.say(f"report: {run.path / 'report.html'}\nnext:")
-    for words in (f"chat {here}", f"run {shlex.quote(name)} ppo.kl_coef=0.1 --name b --reuse {here}", f"report {here}"):
+    chat = [f"chat {here}"] if {"sft", "ppo"} & {*done} else []
+    reporter.say("next:")
+    for words in (*chat, f"run {shlex.quote(name)} ppo.kl_coef=0.1 --name b --reuse {here}", f"report {here}"):
         reporter.say(f"  cai-ray {words}")

@@ -20,7 +20,7 @@ from pydantic_core import ErrorDetails
 from cai_ray.errors import ConfigError, DataError
 from cai_ray.published import read_published
 from cai_ray.records import Message, check_messages, derive_seed
-from cai_ray.shipped import shipped_file, shipped_names
+from cai_ray.shipped import read_yaml
 
 Language = Literal["en", "zh"]
 OPTIONS = {"en": " Options:", "zh": "选项："}  # how a preference question ends: the two options follow it
@@ -134,12 +134,6 @@ class Constitution(_Strict):
     feedback_few_shots: tuple[FeedbackFewShot, ...] = ()
     cot_few_shots: tuple[CotFewShot, ...] = ()
     source: str = ""  # where it was read from; not content, so not hashed
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if problems := _inconsistencies(self):
-            raise ValueError("\n  ".join(problems))
-        return self
 
     @property
     def sha256(self) -> str:
@@ -262,19 +256,6 @@ def with_balanced_answers(shots: Sequence[Shot], seed: int) -> tuple[Shot, ...]:
     return tuple(shot if shot.answer == wanted[i] else shot.turned() for i, shot in enumerate(shots))
 
 
-class UniqueKeys(yaml.SafeLoader):
-    """YAML lets a later key replace an earlier one: a forgotten `- id` would swallow the principle before it."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """A mapping; raises MarkedYAMLError for a key that stands there twice."""
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} is given twice", problem_mark=key.start_mark)
-            seen.add(str(key.value))
-        return super().construct_mapping(node, deep)
-
-
 def load_constitution(path_or_name: str | Path) -> Constitution:
     """Reads and checks a constitution.
 
@@ -293,19 +274,10 @@ def read_constitution(path_or_name: str | Path) -> dict[str, Any]:
     Raises:
         ConfigError: no such file, or it is not readable or holds no principles.
     """
-    path = Path(path_or_name)
-    if path.parent == Path() and not path.suffix:
-        path = shipped_file("constitutions", path.name) or path
-    if path.is_dir():
-        return read_published(path)
-    if not path.is_file():
-        shipped = ", ".join(shipped_names("constitutions"))
-        raise ConfigError(f"no constitution at {str(path_or_name)!r}", f"give a YAML file or a shipped name: {shipped}")
-    try:
-        data = yaml.load(path.read_text(encoding="utf-8"), UniqueKeys)
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: no UTF-8, or a date such as 2025-13-01
-        raise ConfigError(f"{path} is not readable as YAML in UTF-8: {error}", "mend the file there") from None
-    if not isinstance(data, dict) or not data.get("principles"):
+    if Path(path_or_name).is_dir():
+        return read_published(Path(path_or_name))
+    path, data = read_yaml("constitutions", str(path_or_name))
+    if not data.get("principles"):
         raise ConfigError(
             f"{path} holds no principles", "give it name, version and a list `principles`, as in the shipped ones"
         )
@@ -337,7 +309,8 @@ def _checked(data: dict[str, Any]) -> Constitution:
 def examine(data: dict[str, Any]) -> tuple[Constitution, list[str]]:
     """What of `data` can be read as a constitution, and everything that keeps it from being one."""
     try:
-        return Constitution.model_validate(data), []
+        found = Constitution.model_validate(data)
+        return found, _inconsistencies(found)
     except ValidationError as error:
         mistakes = error.errors(include_url=False, include_input=False)
     bad, parts = {mistake["loc"][:2] for mistake in mistakes}, {}
@@ -348,8 +321,7 @@ def examine(data: dict[str, Any]) -> tuple[Constitution, list[str]]:
     language = data["language"] if str(data.get("language")) in OPTIONS else "en"
     partial = Constitution.model_construct(None, **head, language=language, **parts)
     mistakes.sort(key=lambda mistake: len(mistake["loc"]) > 1)  # those of the whole come first
-    lines = [_line(mistake) for mistake in mistakes if mistake["loc"]]  # without a place it is of those below
-    return partial, lines + _inconsistencies(partial)
+    return partial, [*map(_line, mistakes), *_inconsistencies(partial)]
 
 
 def _line(mistake: ErrorDetails) -> str:

@@ -63,7 +63,6 @@ def run_pipeline(config: Config, request: Request, reporter: Reporter) -> None:
         preflight(config, waiting)
         for name in doomed:  # only now: what would stop the run must not cost finished work
             run.discard(name)
-        _take_over(config, request, run, reporter)
         write_atomic(run.path / "config.yaml", to_yaml(config))
         execution = Execution(config, run, reporter, stack, [s.name for s in waiting], request.rebuild)
         for number, stage in enumerate(chosen, 1):
@@ -255,9 +254,7 @@ class Execution:
         """What a stage's function is given besides its section: what its line of the table names."""
         config, name = self.config, stage.name
         if name == "report":
-            from cai_ray.stages.report import ReportInputs
-
-            return ReportInputs(key, self.run)
+            return key
         device = self.device  # Ray must run
         from cai_ray.generation.data_plane import MapSettings
         from cai_ray.stages.shared import EngineSetup, StageInputs

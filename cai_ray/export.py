@@ -20,7 +20,7 @@ from cai_ray.config import Config, Principles
 from cai_ray.config_files import load_config
 from cai_ray.constitution import Constitution, Principle
 from cai_ray.errors import ConfigError, DataError
-from cai_ray.pipeline import STAGES, Stage, constitution_of
+from cai_ray.pipeline import STAGES, Stage, constitution_of, needed
 from cai_ray.records import PROMPT, Row, answers, to_table
 from cai_ray.report.collect import cautions, collect
 from cai_ray.templates import render_turns
@@ -262,8 +262,8 @@ def provenance(stage: Stage, run: RunDir, config: Config, key: StageKey | None =
         config: the run's.
         key: of the stage, while it is not finished.
     """
-    names = [*before(config, stage), stage.name]
-    made = {name: (m.parts, m.packages) for name in names if (m := run.stage(name).manifest())}
+    stages = needed(config, stage.name)
+    made = {s.name: (m.parts, m.packages) for s in stages if (m := run.stage(s.name).manifest())}
     if key:
         made[stage.name] = (key.parts, package_versions())
     rows: list[list[str]] = []
@@ -276,12 +276,6 @@ def provenance(stage: Stage, run: RunDir, config: Config, key: StageKey | None =
         rows.append([name, models, constitution, str(parts["seed"]), packages.get("cai-ray", "")])
     made_by = "## Where it comes from\n\nMade by cai-ray (Constitutional AI, Bai et al. 2022, arXiv 2212.08073).\n\n"
     return made_by + table(["stage", "models", "constitution", "seed", "cai-ray"], rows)
-
-
-def before(config: Config, stage: Stage) -> list[str]:
-    """Every stage that had a part in what this one reads, in order."""
-    found = [name for read in stage.reads(config) for name in (*before(config, BY_NAME[read]), read)]
-    return [name for name in BY_NAME if name in found]
 
 
 def numbers(title: str, metrics: Mapping[str, Any]) -> str:

@@ -97,9 +97,9 @@ STAGES = (
 NAMES = tuple(s.name for s in STAGES)
 
 
-def needed(config: Config) -> tuple[Stage, ...]:
-    """The stages that this configuration needs, in order; one that nothing reads is left out."""
-    wanted = {"report"}
+def needed(config: Config, last: str = "report") -> tuple[Stage, ...]:
+    """The stages that have a part in the last one, itself included, in order; one that nothing reads is left out."""
+    wanted = {last}
     for stage in reversed(STAGES):
         if stage.name in wanted:
             wanted |= set(stage.reads(config))

@@ -11,6 +11,7 @@ from cai_ray.artifacts import RunDir
 from cai_ray.config import Cluster, ModelSpec, ReviseConfig, Sampling
 from cai_ray.constitution import load_constitution
 from cai_ray.errors import ConfigError
+from cai_ray.models.shapes import find_shape
 from cai_ray.models.tokenization import Tokenizer
 from cai_ray.records import Message, check_messages, row_id
 from cai_ray.sources import prompt_row
@@ -19,7 +20,11 @@ CONTEXT_TOKENS = 2048
 
 
 class LocalEngine:
-    """An engine in this process with the face that the stages' programs expect of an engine actor."""
+    """An engine in this process with the face that the stages' programs expect of an engine actor.
+
+    Attributes:
+        max_tokens: prompt and response together.
+    """
 
     def __init__(self, folder: Path):
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # people talk here
@@ -28,12 +33,13 @@ class LocalEngine:
         from cai_ray.generation.engine import Engine
 
         gpu = torch.cuda.is_available()
+        self.max_tokens = int(min(CONTEXT_TOKENS, find_shape(str(folder)).max_positions))
         self.tokenizer = Tokenizer.load(folder)
         self._engine = Engine(
             folder,
             Cluster(max_num_seqs=4),
             dtype="bfloat16" if gpu else "float32",
-            max_model_len=CONTEXT_TOKENS,
+            max_model_len=self.max_tokens,
             device="gpu" if gpu else "cpu",
         )
 
@@ -71,13 +77,14 @@ def chat_loop(model: str, max_new_tokens: int, temperature: float, seed: int) ->
     print(f"loading {folder} …", file=sys.stderr)
     engine = LocalEngine(folder)
     limits = Sampling.model_construct(  # unchecked, for 0 is a temperature here
-        max_prompt_tokens=CONTEXT_TOKENS, max_new_tokens=max_new_tokens, temperature=temperature
+        max_prompt_tokens=engine.max_tokens, max_new_tokens=max_new_tokens, temperature=temperature
     )
     messages: list[Message] = []
     while text := _read_turn():
-        messages = check_messages([*messages, {"role": "user", "content": text}])
-        if len(engine.tokenizer.prompt(messages)) + max_new_tokens > CONTEXT_TOKENS:
-            print(f"the conversation has reached {CONTEXT_TOKENS} tokens; start again", file=sys.stderr)
+        # The new turn alone: the model may have answered nothing, and the conversation goes on.
+        messages = [*messages, *check_messages([{"role": "user", "content": text}])]
+        if len(engine.tokenizer.prompt(messages)) + max_new_tokens > engine.max_tokens:
+            print(f"the conversation has reached {engine.max_tokens} tokens; start again", file=sys.stderr)
             return
         done = asyncio.run(ask(engine, messages, {"id": row_id(messages)}, "chat", seed, limits))
         print(done.text, flush=True)

@@ -1,6 +1,10 @@
-"""Where the files that come with cai-ray lie: beside the package in a checkout, inside it in a wheel."""
+"""The files that come with cai-ray, beside the package in a checkout, inside it in a wheel; or a user's own instead."""
 
+import json
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from cai_ray.errors import ConfigError
 
@@ -23,23 +27,43 @@ def shipped_names(folder: str) -> list[str]:
     return sorted(path.stem for path in (_root() / folder).glob("*.yaml"))
 
 
-def asset_path(name: str) -> Path:
-    """The path of a file under `cai_ray/assets`.
-
-    Raises:
-        ConfigError: there is no such file.
-    """
-    path = _PACKAGE / "assets" / name
-    if not path.is_file():
-        raise ConfigError(f"cai_ray/assets holds no file {name!r}", "install cai-ray again: its package is incomplete")
-    return path
-
-
 def source_path(path: str) -> Path:
-    """Where a source lies if it is local: the shipped rows of `starter:NAME`, a file or a folder.
+    """Where a source would lie if it is local: the shipped rows of `starter:NAME`, a file or a folder."""
+    starter = path.removeprefix("starter:")
+    return Path(path).expanduser() if starter == path else _PACKAGE / "assets" / f"{starter}.jsonl"
+
+
+def read_yaml(folder: str, name_or_path: str) -> tuple[Path, dict[str, Any]]:
+    """A file that is shipped in `folder`, by name, or a user's own by path: where it lies, and what it holds.
 
     Raises:
-        ConfigError: nothing that is shipped has that name.
+        ConfigError: no such file, or it is not readable.
     """
-    starter = path.removeprefix("starter:")
-    return Path(path).expanduser() if starter == path else asset_path(f"{starter}.jsonl")
+    path = shipped_file(folder, name_or_path) or Path(name_or_path)
+    if not path.is_file():
+        known = ", ".join(shipped_names(folder))
+        raise ConfigError(
+            f"{name_or_path!r} is neither a file nor one of the shipped {folder}: {known}",
+            "give the path of a YAML file or a shipped name",
+        )
+    try:
+        tree = yaml.load(path.read_text("utf-8"), _UniqueKeys)
+        tree = json.loads(json.dumps(tree, default=str))  # sections that share a YAML anchor become separate ones
+    except (yaml.YAMLError, ValueError) as e:  # ValueError: no UTF-8, or a date such as 2025-13-01
+        raise ConfigError(f"{path} is not readable as YAML in UTF-8: {e}", "mend the line that is named") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} holds {type(tree).__name__}, expected keys and values, as in the shipped {folder}")
+    return path, tree
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML lets a later key replace an earlier one: a forgotten `- id` would swallow the principle before it."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A mapping; raises MarkedYAMLError for a key that stands there twice."""
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} is given twice", problem_mark=key.start_mark)
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)

@@ -72,7 +72,8 @@ def data_files(path: str) -> list[Path]:
     if not here.is_file():
         raise DataError(
             f"no data at {path!r}: not a file or folder here",
-            "give an existing path, `starter:red_team`, `starter:helpful`, `starter:helpful_comparisons` or `hf:NAME`",
+            "give an existing path, `hf:NAME`, `starter:red_team`, `starter:helpful`, `starter:helpful_comparisons` or "
+            "`starter:judge_gold`",
         )
     return [here]
 
@@ -270,18 +271,19 @@ def _reply(value: Any) -> str:
     return value.strip()
 
 
-def read_comparisons(source: Source) -> tuple[list[Row], list[Row], int]:
-    """A source's comparisons up to its limit, duplicates once; its bad rows ({id, reason}); how many rows were read."""
+def read_comparisons(source: Source) -> tuple[list[Row], list[Row], int, int]:
+    """A source's comparisons up to its limit, each once; its bad rows ({id, reason}); rows read; rows repeated."""
     good: dict[str, Row] = {}
     bad: list[Row] = []
-    number = 0
+    number = repeated = 0
     for number, raw in enumerate(read_rows(source), 1):
         try:
             if isinstance(raw, DataError):
                 raise raw
             row = to_comparison(raw, source)
+            repeated += row["id"] in good
             good.setdefault(row["id"], row)
         except DataError as e:
             bad.append({"id": f"{Path(source.path).name}:{number}", "reason": e.message})
     rows = sorted(good.values(), key=lambda r: r["id"])
-    return list(islice(rows, source.limit)), bad, number
+    return list(islice(rows, source.limit)), bad, number, repeated

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import NamedTuple, ParamSpec
+from typing import Generic, NamedTuple, ParamSpec
 
 from cai_ray.constitution import OPTIONS, CotFewShot, CritiqueFewShot, FeedbackFewShot, Shot
 from cai_ray.records import Message
@@ -190,7 +190,18 @@ class Part(NamedTuple):
 P = ParamSpec("P")
 
 
-def _both_formats(build: Callable[P, list[Part]]) -> tuple[Callable[P, str], Callable[P, list[Message]]]:
+class Forms(NamedTuple, Generic[P]):
+    """A prompt's plain and its chat form."""
+
+    plain: Callable[P, str]
+    chat: Callable[P, list[Message]]
+
+    def of(self, format: str) -> Callable[P, str | list[Message]]:
+        """The one for a tokenizer's format."""
+        return self.plain if format == "plain" else self.chat
+
+
+def _both_formats(build: Callable[P, list[Part]]) -> Forms[P]:
     """The plain and the chat form of a prompt.
 
     Plain puts an empty line before each part. Chat makes a turn of neighbours of one role; a system turn moves to the
@@ -209,7 +220,7 @@ def _both_formats(build: Callable[P, list[Part]]) -> tuple[Callable[P, str], Cal
         return turns
 
     plain.__doc__ = chat.__doc__ = build.__doc__
-    return plain, chat
+    return Forms(plain, chat)
 
 
 # ---- critique and revision ----------------------------------------------------------------------------------------
@@ -260,9 +271,9 @@ def _revising(
     return parts
 
 
-critique_prompt, critique_prompt_messages = _both_formats(_critique)
-revision_prompt, revision_prompt_messages = _both_formats(_revision)
-direct_revision_prompt, direct_revision_prompt_messages = _both_formats(_direct_revision)
+critique_prompt, critique_prompt_messages = CRITIQUE = _both_formats(_critique)
+revision_prompt, revision_prompt_messages = REVISION = _both_formats(_revision)
+direct_revision_prompt, direct_revision_prompt_messages = DIRECT_REVISION = _both_formats(_direct_revision)
 
 
 # ---- new prompts ---------------------------------------------------------------------------------------------------
@@ -314,8 +325,8 @@ def _thought(
     return parts
 
 
-feedback_prompt, feedback_prompt_messages = _both_formats(_multiple_choice)
-rationale_prompt, rationale_prompt_messages = _both_formats(_thought)
+feedback_prompt, feedback_prompt_messages = FEEDBACK = _both_formats(_multiple_choice)
+rationale_prompt, rationale_prompt_messages = RATIONALE = _both_formats(_thought)
 
 
 def verdict_prompt(rationale_prompt: str, rationale: str, language: str = "en") -> str:
@@ -327,6 +338,9 @@ def verdict_prompt_messages(opened: Sequence[Message], rationale: str, language:
     """Second half as chat: the assistant's own turn goes on from its rationale to `So the answer is:`."""
     *before, last = opened
     return [*before, _assistant(f"{last['content']}{_continued(rationale)}\n\n{FRAMES[language].verdict}")]
+
+
+VERDICT = Forms(verdict_prompt, verdict_prompt_messages)  # pyright: ignore[reportArgumentType]  each takes its own
 
 
 # ---- the formats of RLAIF (Lee et al. 2023, arXiv 2309.00267): their structure, our words --------------------------
@@ -368,7 +382,7 @@ def _numbered(
     return [*parts, Part("assistant", frame.reasoning if think else frame.chosen)]
 
 
-rlaif_prompt, rlaif_prompt_messages = _both_formats(_numbered)
+rlaif_prompt, rlaif_prompt_messages = RLAIF = _both_formats(_numbered)
 
 
 def rlaif_verdict_prompt(rationale_prompt: str, rationale: str, language: str = "en") -> str:
@@ -381,6 +395,9 @@ def rlaif_verdict_prompt_messages(opened: Sequence[Message], rationale: str, lan
     """The same as chat: the assistant's own turn goes on from its rationale to `Chosen response:`."""
     *before, last = opened
     return [*before, _assistant(f"{last['content']}{_reasoned(FRAMES[language], rationale)}")]
+
+
+RLAIF_VERDICT = Forms(rlaif_verdict_prompt, rlaif_verdict_prompt_messages)  # pyright: ignore[reportArgumentType]
 
 
 def _scored(
@@ -401,7 +418,7 @@ def _scored(
     return parts
 
 
-score_prompt, score_prompt_messages = _both_formats(_scored)
+score_prompt, score_prompt_messages = SCORE = _both_formats(_scored)
 
 
 def _reasoned(frame: Frame, rationale: str) -> str:

@@ -9,6 +9,7 @@ from uuid import uuid4
 
 from cai_ray.artifacts import Manifest, StageDir
 from cai_ray.config import Config, Tracking
+from cai_ray.errors import ConfigError
 from cai_ray.report.collect import json_lines
 
 
@@ -23,6 +24,9 @@ class StageTracker:
     """One W&B run for one stage.
 
     Its id is kept in the stage's directory: a resumed stage continues its own curve.
+
+    Raises:
+        ConfigError: W&B is wanted, and there is no key, no network or no such entity.
     """
 
     def __init__(self, config: Config, out: StageDir, run_path: Path):
@@ -36,18 +40,22 @@ class StageTracker:
         identity = json.loads(known.read_text("utf-8")) if known.is_file() else {"id": uuid4().hex[:8]}
         out.path.mkdir(parents=True, exist_ok=True)
         known.write_text(json.dumps(identity), "utf-8")
-        self._run = wandb.init(
-            project=config.tracking.project,
-            entity=config.tracking.entity,
-            group=config.run.name,
-            name=f"{config.run.name}/{out.name}",
-            job_type=out.name,
-            id=identity["id"],
-            resume="allow",
-            dir=str(run_path),
-            config=config.model_dump(mode="json"),
-            settings=wandb.Settings(console="off", silent=True),
-        )
+        try:
+            self._run = wandb.init(
+                project=config.tracking.project,
+                entity=config.tracking.entity,
+                group=config.run.name,
+                name=f"{config.run.name}/{out.name}",
+                job_type=out.name,
+                id=identity["id"],
+                resume="allow",
+                dir=str(run_path),
+                config=config.model_dump(mode="json"),
+                settings=wandb.Settings(console="off", silent=True),
+            )
+        except wandb.Error as e:
+            fix = "log in with `wandb login` or WANDB_API_KEY, or set WANDB_MODE=offline or tracking.wandb=off"
+            raise ConfigError(f"W&B does not take the run: {e}", fix) from None
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Passes on one line of metrics; `step` becomes the metric `STAGE/step`."""

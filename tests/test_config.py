@@ -45,7 +45,7 @@ def test_override_of_a_short_form_keeps_what_it_named() -> None:
         ("ppo.kl_coeff=1", "did you mean 'kl_coef'"),
         ("models.helpfull=x", "did you mean 'helpful'"),
         ("sft.optim.lrr=1", "did you mean 'lr'"),
-        ("qqqq.x=1", "known: run, models"),
+        ("qqqq.x=1", "known: cluster, constitution"),
         ("ppo.clip_range=-1", "greater than 0"),
         ("ppo.minibatch_size=3", "no multiple"),
         ("ppo.advantage=rloo", "rloo compares samples of a prompt: set samples_per_prompt to 2 or more"),
@@ -124,11 +124,11 @@ def test_a_missing_file_is_answered_with_the_shipped_names() -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("models: [", "not readable YAML"),
+        ("models: [", "not readable as YAML"),
         ("- 1", "holds list"),
         ("run: {name: x}", "models: is required"),
         ("run: {seed: 1}\nmodels: {}\nrun: {seed: 2}", "the key 'run' is given twice"),
-        ("run: {name: 2025-13-01}", "not readable YAML: month"),
+        ("run: {name: 2025-13-01}", "not readable as YAML in UTF-8: month"),
         ("run: mine", r"run: .*got 'mine'"),
     ],
 )

@@ -26,7 +26,7 @@ from cai_ray.constitution import (
 )
 from cai_ray.errors import ConfigError
 from cai_ray.published import _FILES
-from cai_ray.shipped import asset_path, shipped_file, shipped_names
+from cai_ray.shipped import shipped_file, shipped_names
 from cai_ray.templates import ASSISTANT, FRAMES, critique_prompt, rationale_prompt, render_turns, revision_prompt
 
 WIFI = [{"role": "user", "content": "Help me get into my neighbour's wifi."}]
@@ -135,10 +135,10 @@ def test_a_missing_file_lists_the_shipped_names():
 
 def test_unreadable_files(tmp_path):
     path = tmp_path / "c.yaml"
-    path.write_text("")
+    path.write_text("name: c")
     fails(path, "no principles")
     path.write_text("- just\n- a list\n")
-    fails(path, "no principles")
+    fails(path, "holds list", "shipped constitutions")
     path.write_text("name: [")
     fails(path, "not readable as YAML", "line 1")
     path.write_text("version: 2025-13-01")
@@ -421,11 +421,6 @@ def test_shipped_files_are_found_in_a_checkout_and_in_a_wheel(tmp_path, monkeypa
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / f"{folder.split('/')[1]}.yaml").touch()
     assert shipped_names("constitutions") == ["cai_ray"]
-    (tmp_path / "site-packages/cai_ray/assets").mkdir()
-    (tmp_path / "site-packages/cai_ray/assets/a.txt").touch()
-    assert asset_path("a.txt").is_file()
-    with pytest.raises(ConfigError, match=r"b\.txt"):
-        asset_path("b.txt")
 
 
 def test_imports_are_light():

@@ -68,7 +68,7 @@ def commit(
     run: RunDir, stage: str, files: list[list[Row]], schema: Any, metrics: Row | None = None, **parts: Any
 ) -> None:
     out = run.stage(stage, 7)
-    out.path.mkdir(parents=True)
+    out.data.mkdir(parents=True)
     for number, rows in enumerate(files):
         pq.write_table(to_table(rows, schema), out.data / f"part-{number:05}.parquet")
     out.commit(StageKey({}, {"seed": 7, **parts}, {}), metrics or {})

@@ -37,9 +37,10 @@ def run(tmp_path: Path) -> RunDir:
         ("preference_model", PAIRS[:1], LABELED_PAIR, {}),  # its own rows: human comparisons
     ):
         out = run.stage(name, 7)
+        out.path.mkdir()
         if schema:
+            out.data.mkdir()
             pq.write_table(to_table(rows, schema), out.data / "part-00000.parquet")
-        out.path.mkdir(exist_ok=True)
         out.commit(StageKey({}, {"seed": 7, **parts}, {}), {"rows": len(rows), "note": DANGER})
     return run
 
@@ -109,6 +110,7 @@ def test_a_local_beginning_is_no_hub_id(run: RunDir) -> None:
 
 def test_the_card_is_part_of_what_a_stage_commits(tmp_path: Path) -> None:
     out = RunDir(tmp_path).stage("sft", 7)
+    out.model.mkdir(parents=True)
     out.card = lambda metrics: f"loss {metrics['eval/loss']}"
     manifest = out.commit(StageKey({}, {"seed": 7}, {}), {"eval/loss": 1.5})
     assert (out.model / "README.md").read_text("utf-8") == "loss 1.5"

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from cai_ray.artifacts import RunDir, StageDir, StageKey, write_atomic
+from cai_ray.artifacts import RunDir, StageDir, StageKey, git_state, write_atomic
 from cai_ray.config import Config
 from cai_ray.config_files import load_config
 from cai_ray.errors import CaiError, ConfigError, DataError, ResourceError
@@ -36,7 +36,7 @@ def finish(config: Config, run: RunDir, *names: str) -> None:
             out = run.stage(stage.name, config.run.seed)
             key = stage_key(config, stage, run)
             assert key is not None
-            out.path.mkdir(parents=True, exist_ok=True)
+            out.data.mkdir(parents=True, exist_ok=True)
             write_atomic(out.path / "key.json", json.dumps({"parts": key.parts, "inputs": key.inputs}))
             (out.data / "part.txt").write_text(key.key, "utf-8")
             out.commit(key, {"rows": 1})
@@ -129,6 +129,7 @@ def test_a_stage_whose_inputs_come_out_anew_is_neither_done_nor_continued(
     both, run = load_config("tiny"), RunDir(tmp_path)
     finish(human, run, *ALL)
     out = run.stage("preference_model")
+    out.checkpoints.mkdir()
     (out.checkpoints / "old").write_text("", "utf-8")
     if not finished:
         out.manifest_path.unlink()
@@ -142,6 +143,7 @@ def test_a_stage_whose_inputs_come_out_anew_is_neither_done_nor_continued(
         assert key is not None
         assert not (out.checkpoints / "old").exists()
         out._started -= 100
+        out.model.mkdir(exist_ok=True)
         return out.commit(key, {"rows": 2})
 
     def inputs(self: Any, *_: Any) -> None:  # what needs Ray tells how many GPUs there are
@@ -208,6 +210,18 @@ def test_reuse_takes_over_equal_stages_by_reference(tmp_path: Path) -> None:
         _take_over(changed, Request(reuse=tmp_path / "none"), new, Reporter())
 
 
+def test_what_is_rebuilt_is_not_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_config("tiny", (f"run.dir={tmp_path}",))
+    run, other = RunDir(tmp_path / "tiny"), RunDir(tmp_path / "other")
+    for each in (run, other):
+        finish(config, each, *ALL)
+    found = []
+    monkeypatch.setattr("cai_ray.execution.preflight", lambda *_: None)
+    monkeypatch.setattr(Execution, "execute", lambda self, stage, _: found.append(run.stage(stage.name).manifest()))
+    run_pipeline(config, Request(start="label", rebuild=True, reuse=other.path), Reporter())
+    assert found == [None] * len(ALL[4:])
+
+
 def test_inputs_that_change_change_the_key(tmp_path: Path) -> None:
     data = tmp_path / "p.jsonl"
     data.write_text('{"prompt": "one"}\n', "utf-8")
@@ -264,7 +278,7 @@ def test_a_stage_is_given_what_its_line_of_the_table_names(tmp_path: Path) -> No
         execution = Execution(config, run, Reporter(), stack, (), False)
         execution.__dict__ |= {"device": "cpu", "pool": SimpleNamespace(joining=tuple)}  # else they start Ray
         given = {s.name: execution._inputs(s, StageKey({}, {}, {})) for s in STAGES}
-    assert given.pop("report").run is run
+    assert given.pop("report") == StageKey({}, {}, {})
     assert {name: [folder.parent.name for folder in inputs.rows] for name, inputs in given.items()} == {
         **{"prompts": [], "revise": ["prompts"], "sft": ["revise"], "sample_pairs": ["prompts"]},
         **{"label": ["sample_pairs"], "preference_model": ["label"], "ppo": ["prompts", "revise"]},
@@ -326,6 +340,11 @@ def test_a_joined_cluster_that_is_too_small_is_refused_before_anything_starts(
         with pytest.raises(ResourceError, match="sft needs 41 CPUs, there are 32"):
             _ = Execution(config, run, Reporter(), stack, ["sft"], False).device
         assert Execution(config, run, Reporter(), stack, ["label"], False).device == "cpu"
+
+
+def test_a_machine_without_git_keeps_its_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert git_state() == {}
 
 
 def test_a_damaged_manifest_says_what_to_do(tmp_path: Path) -> None:

@@ -40,10 +40,11 @@ def test_a_round_shows_each_step_and_the_principle_that_was_drawn(
 class Counting:
     """Answers with the length of what it was asked."""
 
-    tokenizer = WordTokenizer("chat")
+    tokenizer, max_tokens = WordTokenizer("chat"), 64
 
     async def ask(self, request: Any) -> Completion:
-        return Completion([1], [], f"{len(request.prompt_ids)} words", True, 0)
+        words = len(request.prompt_ids)
+        return Completion([1], [], f"{words} words" if words != 2 else "", True, 0)
 
 
 def test_a_chat_remembers_its_turns_and_ends_with_an_empty_line(
@@ -53,7 +54,8 @@ def test_a_chat_remembers_its_turns_and_ends_with_an_empty_line(
     monkeypatch.setattr("sys.stdin", io.StringIO("one two\nthree\n\nnever\n"))
     serving.chat_loop("m", 8, 1.0, seed=0)
     assert capsys.readouterr().out == "3 words\n8 words\n"
-    monkeypatch.setattr("sys.stdin", io.StringIO("x\n" + "y " * serving.CONTEXT_TOKENS))
+    monkeypatch.setattr("sys.stdin", io.StringIO("x\nthree\n" + "y " * Counting.max_tokens))
     serving.chat_loop("m", 8, 1.0, seed=0)
     told = capsys.readouterr()
-    assert (told.out, "start again" in told.err) == ("2 words\n", True)
+    assert (told.out.splitlines()[0], told.out.splitlines()[1][-5:]) == ("", "words")  # nothing said: it goes on
+    assert "has reached 64 tokens; start again" in told.err

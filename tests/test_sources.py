@@ -216,10 +216,10 @@ def test_bad_comparisons_are_data_errors(row: dict[str, object]) -> None:
 
 def test_published_comparisons(test_data: Path) -> None:
     source = Source(path=str(test_data / "hh-rlhf" / "harmless-base_test.jsonl.gz"))
-    rows, bad, read = read_comparisons(source)
+    rows, bad, read, repeated = read_comparisons(source)
     assert len(bad) >= 4  # the four with an empty reply, and equal replies
-    assert len(rows) + len(bad) <= read == 2312
+    assert len(rows) + len(bad) + repeated == read == 2312
     assert len(rows) > 2200
     assert {r["split"] for r in rows} == {"train", "test"}
     few, *rest = read_comparisons(source.model_copy(update={"limit": 10}))
-    assert (len(few), rest) == (10, [bad, read])  # what is bad is a share of all that were read
+    assert (len(few), rest) == (10, [bad, read, repeated])  # what is bad is a share of all that were read

@@ -7,6 +7,7 @@ import pytest
 
 from cai_ray.artifacts import StageDir, StageKey
 from cai_ray.config_files import parse_config
+from cai_ray.errors import ConfigError
 from cai_ray.tracking import StageTracker
 
 
@@ -20,6 +21,19 @@ def test_a_resumed_stage_keeps_its_wandb_run(tmp_path: Path, monkeypatch: pytest
         ids.append(tracker._run.id)
         tracker.finish(None)
     assert ids[0] == ids[1] != ids[2]
+
+
+def test_a_missing_key_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import wandb
+
+    wandb.teardown()  # it remembers an earlier test's environment
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("HOME", "NETRC"):
+        monkeypatch.setenv(name, str(tmp_path / "nobody"))
+    config = parse_config({"models": {"helpful": "tiny", "pretrained": "tiny"}, "tracking": {"wandb": "on"}})
+    with pytest.raises(ConfigError, match=r"W&B does not take the run: .*key"):
+        StageTracker(config, StageDir(tmp_path / "sft"), tmp_path)
 
 
 def test_a_line_that_a_crash_cut_off_costs_no_other_sample(tmp_path: Path) -> None:

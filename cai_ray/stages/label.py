@@ -38,18 +38,11 @@ from cai_ray.stages.shared import (
     write_rows,
 )
 
-# What builds a question, and what puts a rationale behind it and asks for the choice: in plain, in chat.
-_ANSWER = ((templates.feedback_prompt, None), (templates.feedback_prompt_messages, None))
-_OTHERS: dict[str, tuple[tuple[Any, Any], tuple[Any, Any]]] = {
-    "cot": (
-        (templates.rationale_prompt, templates.verdict_prompt),
-        (templates.rationale_prompt_messages, templates.verdict_prompt_messages),
-    ),
-    "rlaif": (
-        (templates.rlaif_prompt, templates.rlaif_verdict_prompt),
-        (templates.rlaif_prompt_messages, templates.rlaif_verdict_prompt_messages),
-    ),
-    "score": ((templates.score_prompt, None), (templates.score_prompt_messages, None)),
+# What builds a question, and what puts a rationale behind it and asks for the choice; other formats ask at once.
+_FORMATS: dict[str, tuple[Any, Any]] = {
+    "cot": (templates.RATIONALE, templates.VERDICT),
+    "rlaif": (templates.RLAIF, templates.RLAIF_VERDICT),
+    "score": (templates.SCORE, None),
 }
 _BETTER = "name a larger or better models.feedback, or ask otherwise (label.format, few_shots, swap), with --rebuild"
 
@@ -92,7 +85,7 @@ def pass_gate(
         StageFailed: `judge_gate` is stop, and the 95% interval of the accuracy reaches down to a half.
     """
     config, part = program.config, StageDir(out.path / "gate", out.seed)
-    comparisons, unread, _ = read_comparisons(config.gold)
+    comparisons, unread, *_ = read_comparisons(config.gold)
     rows, gold = alternate(comparisons, out.seed)
     work = write_rows(rows, RESPONSE_PAIR, part.path / "inputs")
     # Gold that is too long for this judge is counted, and is no reason to stop.
@@ -225,8 +218,10 @@ class LabelPair:
 
     def _question(self, engine: Any, row: Row, principle: Principle, *responses: str) -> tuple[PromptText, Any]:
         """The question around as much of the conversation as fits, and what concludes it; a shorter one is flagged."""
-        config, plain = self.config, "plain" in (engine.tokenizer.format, self.config.format)
-        build, conclude = _OTHERS.get(config.format, _ANSWER)[0 if plain else 1]
+        config = self.config
+        plain = "plain" in (engine.tokenizer.format, config.format)
+        forms = _FORMATS.get(config.format, (templates.FEEDBACK, None))
+        build, conclude = (form and form.of("plain" if plain else "chat") for form in forms)
         if config.chain_of_thought:
             build = partial(build, think=True)
         prompt = around(build, principle.preference_question, *responses, self.shots, self.constitution.language)

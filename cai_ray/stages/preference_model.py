@@ -23,7 +23,7 @@ def preference_model(config: PreferenceModelConfig, inputs: StageInputs, out: St
     seen: set[str] = set()
     raw_rows = 0
     for number, source in enumerate(s for s in config.data if s.path != "label"):
-        rows, unusable, read = read_comparisons(source)
+        rows, unusable, read, repeated = read_comparisons(source)
         if not read:
             raise DataError(f"preference_model: {source.path} holds no comparison", "expected chosen and rejected")
         new = [row for row in rows if row["id"] not in seen]  # HH's parts, for one, may share comparisons
@@ -32,7 +32,7 @@ def preference_model(config: PreferenceModelConfig, inputs: StageInputs, out: St
         folders.append(write_rows(new, LABELED_PAIR, out.data / f"human-{number}"))
         bad, raw_rows = bad + unusable, raw_rows + read
         counts[f"rows/{source.path}"] += len(new)  # a path may stand there twice, with other columns
-        counts["duplicates"] += len(rows) - len(new)
+        counts["duplicates"] += repeated + len(rows) - len(new)
     out.quarantine(bad, raw_rows, inputs.settings.max_bad_fraction)
     metrics = fit("preference_model", config, folders, inputs, out)
     metrics["quarantined"] += len(bad)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+from cai_ray import templates
 from cai_ray.artifacts import Manifest, StageDir
 from cai_ray.config import ReviseConfig
 from cai_ray.constitution import Constitution, Principle, draw, draw_distinct
@@ -21,7 +22,6 @@ from cai_ray.models.tokenization import Tokenizer
 from cai_ray.records import PROMPT, REVISION, Row, derive_seed, row_id
 from cai_ray.stages.shared import (
     PromptOf,
-    PromptText,
     StageInputs,
     around,
     ask,
@@ -30,26 +30,10 @@ from cai_ray.stages.shared import (
     warn_of_few,
     write_rows,
 )
-from cai_ray.templates import (
-    FRAMES,
-    critique_prompt,
-    critique_prompt_messages,
-    direct_revision_prompt,
-    direct_revision_prompt_messages,
-    escape,
-    revision_prompt,
-    revision_prompt_messages,
-)
+from cai_ray.templates import FRAMES, escape
 
 OPENING = (12, 40)  # a revision leaks its critique when it begins with its first 40 characters, or all of 12 or more
 MANY_REFUSALS = 0.5
-# The prompts of a critique, of a revision after one, and of a revision without one.
-_PLAIN: tuple[Callable[..., PromptText], ...] = (critique_prompt, revision_prompt, direct_revision_prompt)
-_CHAT: tuple[Callable[..., PromptText], ...] = (
-    critique_prompt_messages,
-    revision_prompt_messages,
-    direct_revision_prompt_messages,
-)
 
 
 def revise(config: ReviseConfig, inputs: StageInputs, out: StageDir) -> Manifest:
@@ -172,7 +156,8 @@ class ReviseRow:
     async def _round(
         self, engine: Any, row: Row, response: str, principle: Principle, number: int, flags: list[str]
     ) -> Row:
-        critic, reviser, direct = _PLAIN if engine.tokenizer.format == "plain" else _CHAT
+        forms = (templates.CRITIQUE, templates.REVISION, templates.DIRECT_REVISION)
+        critic, reviser, direct = (form.of(engine.tokenizer.format) for form in forms)
         examples = (self.constitution.critique_few_shots[: self.config.few_shots], self.constitution.language)
         request, mend, critique = principle.critique_request, principle.revision_request, ""
 

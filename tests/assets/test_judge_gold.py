@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from cai_ray.config import Source
-from cai_ray.shipped import asset_path
+from cai_ray.shipped import source_path
 from cai_ray.sources import read_comparisons
 
 REFUSAL = re.compile(r"(i'm |i am )?(sorry|afraid|not able|unable)\b|i (can't|cannot|won't|don't)\b", re.IGNORECASE)
@@ -20,7 +20,7 @@ Row = dict[str, Any]
 
 @pytest.fixture(scope="module")
 def rows() -> list[Row]:
-    return [json.loads(line) for line in asset_path("judge_gold.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in source_path("starter:judge_gold").read_text(encoding="utf-8").splitlines()]
 
 
 def three_grams(row: Row) -> set[tuple[str, ...]]:
@@ -53,7 +53,7 @@ def test_schema(rows: list[Row]) -> None:
 
 
 def test_all_are_read_as_comparisons(rows: list[Row]) -> None:
-    good, bad, _ = read_comparisons(Source(path="starter:judge_gold"))
+    good, bad, *_ = read_comparisons(Source(path="starter:judge_gold"))
     assert (len(good), bad) == (len(rows), [])
     assert {r["label_prob"] for r in good} == {1.0}
 
@@ -77,6 +77,6 @@ def test_prompts_differ_here_and_from_the_starter_data(rows: list[Row]) -> None:
     grams = [three_grams(row) for row in rows]
     for (i, a), (j, b) in itertools.combinations(enumerate(grams), 2):
         assert len(a & b) <= 0.5 * min(len(a), len(b)), (rows[i]["messages"][-1], rows[j]["messages"][-1])
-    starter = asset_path("helpful_comparisons.jsonl").read_text(encoding="utf-8").splitlines()
+    starter = source_path("starter:helpful_comparisons").read_text(encoding="utf-8").splitlines()
     for other in map(three_grams, map(json.loads, starter)):
         assert all(len(other & mine) < 0.5 * min(len(other), len(mine)) for mine in grams)

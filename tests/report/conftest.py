@@ -56,6 +56,7 @@ def half_run(tmp_path: Path) -> RunDir:
         sft.metrics(step, {"train/loss": 3.0 - step / 4})
     sft.metrics(0, {"eval/loss": 3.1})
     sft.metrics(5, {"eval/loss": 1.9})
+    sft.model.mkdir()
     (sft.model / "config.json").write_text("{}")
     commit(sft, {"revise": revise}, {"eval/loss": 1.9}, models={"pretrained": "embedded@main"})
     pairs.path.mkdir()
@@ -77,6 +78,7 @@ def full_run(half_run: RunDir) -> RunDir:
     labeled = [
         {**pair, "response_b": "right", "id": f"p{k}", "label_prob": 0.48 + k / 500, "votes": [VOTE]} for k in range(30)
     ]
+    label.data.mkdir(parents=True)
     pq.write_table(to_table(labeled, LABELED_PAIR), label.data / "part-00000.parquet")
     label.sample(labeled[0])
     commit(

@@ -25,6 +25,7 @@ def all_but_one(inputs: Path, program: Any, engines: Any, out: StageDir, *, sett
     """Stands in for the data plane: the first row is bad, the others are answered."""
     first, *rows = pq.read_table(inputs).to_pylist()
     done = [{**row, "model": program.model, "response": "Yes.", "seed": 0, "flags": []} for row in rows]
+    out.data.mkdir(parents=True)
     pq.write_table(to_table(done, ANSWER), out.data / "part-00000.parquet")
     out.quarantine([{"id": first["id"], "reason": "too long"}], 1, 1.0)
     return {"rows_in": len(rows) + 1, "rows_out": len(rows), "quarantined": 1}

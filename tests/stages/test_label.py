@@ -328,6 +328,7 @@ def run_here(inputs: Path, program: Any, engines: Any, out: StageDir, *, setting
     if not list(out.data.glob("*.parquet")):
         engine = engines()[0]
         done = [asyncio.run(program(row, engine)) for row in rows]
+        out.data.mkdir(parents=True)
         pq.write_table(to_table(done, LABELED_PAIR), out.data / "part-00000.parquet")
     return {"rows_in": len(rows), "rows_out": len(rows), "quarantined": 0}
 

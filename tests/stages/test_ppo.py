@@ -61,6 +61,7 @@ def test_rewards_are_folders_judges_and_functions(tmp_path: Path, monkeypatch: p
 
     def run_ppo(*arguments: Any) -> tuple[dict[str, float], dict[str, Any]]:
         given.extend(arguments)
+        arguments[3].path.mkdir()
         return {}, {}
 
     monkeypatch.setattr(stage, "run_ppo", run_ppo)

@@ -12,7 +12,7 @@ from cai_ray.stages import preference_model as stage
 from cai_ray.stages.shared import StageInputs
 
 
-def test_a_comparison_that_two_sources_share_counts_once(tmp_path, monkeypatch):
+def test_a_comparison_that_comes_again_counts_once(tmp_path, monkeypatch):
     def write(name, *words):
         rows = [{"prompt": w, "chosen": f"{w}, yes", "rejected": f"{w}, no"} for w in words]
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -26,11 +26,13 @@ def test_a_comparison_that_two_sources_share_counts_once(tmp_path, monkeypatch):
 
     monkeypatch.setattr(stage, "fit", fit)
     rows = write("b.jsonl", "rain", "sun")
-    config = PreferenceModelConfig(data=(write("a.jsonl", "bread", "rain"), rows, rows.model_copy(update={"limit": 1})))
+    config = PreferenceModelConfig(
+        data=(write("a.jsonl", "bread", "rain", "bread"), rows, rows.model_copy(update={"limit": 1}))
+    )
     key = StageKey({}, {"seed": 7}, {})
     settings = MapSettings(8, 0.01, 60, nullcontext)
     inputs = StageInputs(key, (), {}, settings, Cluster(), "cpu", 1)
     manifest = stage.preference_model(config, inputs, StageDir(tmp_path / "preference_model", 7))
     assert sorted(given) == ["bread", "rain", "sun"]
-    assert manifest.metrics["duplicates"] == 2
+    assert manifest.metrics["duplicates"] == 3
     assert [manifest.metrics[f"rows/{source.path}"] for source in config.data[:2]] == [2, 1]
