@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from statistics import fmean
 from typing import Any
 
 import pyarrow as pa
@@ -177,10 +178,10 @@ class _Controller:
                 check_gap(metrics["rollout/logprob_gap"], self.sampler.gap_limit, f"in the rollouts of step {step}")
 
             # 7. Update actor and critic, minibatch by minibatch.
-            calls = {}
+            calls, plan = {}, ray.put(updates)  # given once, not with the call of every rank
             for role in learners:
                 mixed = (list(islice(sl_batches, len(updates))), self.sl_ref) if role == "actor" else ()
-                how = ("update", experience, updates, self.kl.coef, *mixed)
+                how = ("update", experience, plan, self.kl.coef, *mixed)
                 calls[f"update_{role}"] = partial(self.groups[role].submit, *how)
             stats = self._phases(step, calls)
             self.sampler.version = step + 1
@@ -278,4 +279,5 @@ class _Controller:
 def _learning(name: str, ranks: list[dict[str, Any]]) -> dict[str, float]:
     """Metrics of an update: sums over ranks; the norm and the rate are the same on all."""
     sums: dict[str, float] = {f"{name}/{key}": sum(rank["sums"][key] for rank in ranks) for key in ranks[0]["sums"]}
-    return sums | {f"{name}/{key}": ranks[0][key] for key in ("grad_norm", "lr")}
+    perf = {"perf/mfu": fmean(rank["mfu"] for rank in ranks)} if name == "policy" and "mfu" in ranks[0] else {}
+    return sums | perf | {f"{name}/{key}": ranks[0][key] for key in ("grad_norm", "lr")}

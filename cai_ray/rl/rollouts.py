@@ -20,7 +20,7 @@ from cai_ray.records import PROMPT, Row, derive_seed, to_table
 from cai_ray.rl.batches import row_lengths
 from cai_ray.templates import STOP_PLAIN
 
-PROBES = 2  # responses that are compared after a weight sync
+PROBES, PROBE_TOKENS = 2, 64  # responses that are compared after a weight sync, and tokens of each
 
 _INT, _TEXT = pa.int32(), pa.string()
 _HEAD = [("row", _INT), ("id", _TEXT), ("prompt_id", _TEXT), ("step", _INT), ("kind", _TEXT)]  # row: 0 ... B - 1
@@ -181,5 +181,5 @@ def keep_rollouts(path: Path, asked: int, *parts: pa.Table) -> tuple[pa.Table, d
         "tokens": prompts + responses,
         "response_tokens": responses,
         "versions": sorted(set(batch["version"].to_pylist())),
-        "probe": [(row["prompt_ids"], row["response_ids"]) for row in probe],
+        "probe": [(row["prompt_ids"], row["response_ids"][:PROBE_TOKENS]) for row in probe],
     }

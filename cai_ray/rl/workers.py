@@ -5,6 +5,7 @@ Shapes: N response tokens of a micro-batch.
 
 import ctypes
 import os
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -131,12 +132,13 @@ class _Trained(Worker):
         temperature 1 (PPO-ptx, arXiv 2203.02155).
         """
         sums: dict[str, float] = defaultdict(float)
-        norms, shared = [], self._kept is not None
+        norms, shared, tokens, begun = list[float](), self._kept is not None, 0, time.monotonic()
         with self._whole():
             for k, step in enumerate(steps):
                 plan, total = self._plan(batch, step)
                 for rows in plan:
                     micro = collate(batch, rows, self._device, self._columns)
+                    tokens += sum(micro.documents)
                     kept, self._kept = self._kept, None
                     loss, stats = self._loss(micro, self._predict(micro) if kept is None else kept, total, kl_coef)
                     self._model.backward(loss)
@@ -153,7 +155,8 @@ class _Trained(Worker):
                 norms.append(self._model.step())
         if not shared:  # else the next step needs as much again, while the other roles have theirs
             give_back()
-        return {"sums": dict(sums), "grad_norm": sum(norms) / len(norms), "lr": lr}
+        perf = self._model.mfu(tokens, time.monotonic() - begun)
+        return {"sums": dict(sums), "grad_norm": sum(norms) / len(norms), "lr": lr, **perf}
 
     def _plan(self, batch: pa.Table, rows: Sequence[int]) -> tuple[Plan, int]:
         return plan_of(batch, rows, self._learner.sharding.microbatch_tokens, self._rank, self._ranks)

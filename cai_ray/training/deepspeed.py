@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 _BUCKET = 50_000_000  # elements that are reduced or gathered together: 200 MB in float32, against DeepSpeed's 2 GB
 # In a checkpoint's folder: DeepSpeed's files; the same for any number of ranks; our own file, written last.
 _TAG, _UNIVERSAL, _STATE = "shards", "universal", "state.json"
+# By what a GPU's name holds, the first that fits: its makers' FLOP/s in bfloat16, without sparsity.
+_PEAK_FLOPS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12}
 
 
 def init_distributed(device: torch.device, timeout_s: float = 1800.0) -> None:
@@ -148,6 +150,12 @@ def steps_in(folder: Path) -> int | None:
     return state["steps_done"] if same else None
 
 
+def peak_flops(device: torch.device) -> float | None:
+    """FLOP/s of a GPU in bfloat16, or None where it is not known, as for every CPU."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((flops for known, flops in _PEAK_FLOPS.items() if known in name), None)
+
+
 class ShardedModel:
     """A model, its optimizer and schedule over all ranks; every method but `lr` is called by all ranks alike.
 
@@ -190,6 +198,15 @@ class ShardedModel:
     def lr(self) -> float:
         """The learning rate of the next step."""
         return learning_rate(self._optim, self.steps_done, self._total_steps)
+
+    def mfu(self, tokens: float, seconds: float) -> dict[str, float]:
+        """`mfu` of this rank's part of an update: 6 FLOPs a parameter and token over the GPU's peak, if known.
+
+        Chowdhery et al. 2022 (arXiv 2204.02311), appendix B, without attention; what is computed again does not count.
+        """
+        parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.hf.parameters())
+        peak = peak_flops(self.device)
+        return {"mfu": 6 * parameters * tokens / (seconds * peak)} if peak else {}
 
     def backward(self, loss: Tensor) -> None:
         """Adds one micro-batch's gradients; all ranks call it equally often, with an all-masked batch where need be.

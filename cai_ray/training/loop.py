@@ -232,8 +232,10 @@ class _Passes:
             if model.rank == 0:  # ids, token ids, masks, labels; no text
                 write_atomic(saved, json.dumps([vars(e) for e in batch], default=lambda array: array.tolist()))
             raise StageFailed(f"{error.message}; the tokens of its rows are in {saved}", error.fix) from None
-        speed = sum(e.tokens for e in batch) / (time.monotonic() - begun)
-        return {"train/loss": float(loss), "train/lr": lr, "train/grad_norm": norm, "perf/tokens_per_s": speed}
+        tokens, seconds = sum(e.tokens for e in batch), time.monotonic() - begun
+        perf = {"tokens_per_s": tokens / seconds, **model.mfu(tokens / model.world_size, seconds)}
+        line = {"train/loss": float(loss), "train/lr": lr, "train/grad_norm": norm}
+        return line | {f"perf/{name}": value for name, value in perf.items()}
 
 
 def reward_scale(scores: Sequence[float]) -> dict[str, float]:

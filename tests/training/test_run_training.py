@@ -465,6 +465,7 @@ def test_a_rank_that_runs_out_of_memory_says_so(
 
 
 def test_ranks_that_never_start_or_fall_silent_are_named(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
     logs = [rank_log(StageDir(tmp_path), rank) for rank in (0, 1)]
     watch = Watch(logs, start_s=0.0, step_s=1000.0)
     logs[0].write_text("up")

@@ -243,3 +243,18 @@ def test_schedules_by_hand() -> None:
     assert learning_rate(warm, 9, 10) == pytest.approx(1 / 8)
     assert learning_rate(Optim(lr=1.0, schedule="cosine"), 5, 10) == pytest.approx(0.5)
     assert [learning_rate(Optim(lr=2.0), i, 3) for i in range(3)] == [2.0, 2.0, 2.0]
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_utilisation_is_six_flops_a_parameter_and_token_of_a_known_peak(
+    stage: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = sharded(small_model(), stage)  # 4 x 8 + 8 + 8 + 1 parameters
+    assert model.mfu(1000, 2.0) == {}
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100 80GB HBM3")
+    model.device = torch.device("cuda")
+    assert model.mfu(1000, 2.0) == {"mfu": pytest.approx(6 * 49 * 1000 / 2 / 989e12)}
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100 PCIe")
+    assert model.mfu(1000, 2.0) == {"mfu": pytest.approx(6 * 49 * 1000 / 2 / 756e12)}
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Another")
+    assert model.mfu(1000, 2.0) == {}
