@@ -204,6 +204,7 @@ def _write_weights(tensors: "Iterable[tuple[str, torch.Tensor]]", folder: Path) 
         save_file({n: t.contiguous() for n, t in bucket.items()}, folder / f"{len(shards)}", {"format": "pt"})
         shards.append(list(bucket))
         size += sum(t.nbytes for t in bucket.values())
+        bucket.clear()  # before the next is gathered
     files: dict[str, str] = {}
     for number, names in enumerate(shards):
         file = f"model-{number + 1:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"

@@ -123,6 +123,7 @@ class Sender:
             for number, bucket in enumerate(buckets(parameters, BUCKET_BYTES)):
                 name = f"{os.getpid()}-{number}"  # names the process, which may be killed, as the owner
                 info = write_bucket(bucket, name)
+                bucket.clear()  # before the next is gathered
                 if error := taken.exception():
                     cleanup(name)
                     raise error
