@@ -68,16 +68,15 @@ def _run(job: Job, out: StageDir, on_progress: Bar | None) -> dict[str, float]:
     watch = Watch([rank_log(out, r) for r in range(job.config.sharding.ranks)], job.start_timeout_s, job.step_timeout_s)
     follow = _Follow(out, job.config.epochs, on_progress)
     running = _fit.remote(job, MAX_FAILURES)
-    finished = False
     try:
-        while not (finished := bool(ray.wait([running], timeout=POLL_S)[0])):
+        while not ray.wait([running], timeout=POLL_S)[0]:
             follow()
             watch()
         outcome = ray.get(running)
     except RayError as error:
         raise _failed(error, job) from error
-    finally:
-        if not finished:  # takes Ray Train's controller and the ranks with it; a task that is done crashes Ray
+    finally:  # takes Ray Train's controller and the ranks with it; a task that is done crashes Ray
+        if not ray.wait([running], timeout=0)[0]:
             ray.cancel(running, force=True)
     follow()
     if isinstance(outcome, CaiError):

@@ -107,6 +107,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--steps", type=int, default=50)
     told = parser.parse_args()
+    told.folder = told.folder.resolve()  # Ray Train takes no relative path
     told.folder.mkdir(parents=True, exist_ok=True)
     import ray
 

@@ -146,8 +146,10 @@ def test_the_five_roles_are_distinct_processes(tiny_run: Path) -> None:
     assert len(set(pids)) == len(pids) == 5
 
 
-def test_no_answer_is_quoted_in_logs(tiny_run: Path) -> None:
+def test_no_prompt_and_no_answer_is_quoted_in_logs(tiny_run: Path) -> None:
     log = (tiny_run / "run.log").read_text("utf-8")
-    for row in rows(tiny_run, "prompts"):
-        if row["kind"] == "harmful":
-            assert row["messages"][-1]["content"] not in log
+    texts = [row["messages"][-1]["content"] for row in rows(tiny_run, "prompts") if row["kind"] == "harmful"]
+    for row in rows(tiny_run, "revise"):
+        texts += [row["initial_response"], *(step[key] for step in row["rounds"] for key in ("critique", "revision"))]
+    assert len(texts) > 100
+    assert not [text for text in texts if len(text) >= 12 and text in log]

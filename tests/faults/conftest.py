@@ -42,6 +42,7 @@ def pool_of(cluster, tmp_path_factory):
 
         return get
 
+    engines.opened = opened
     yield engines
     for each in opened.values():
         each.release()
@@ -54,7 +55,8 @@ def standins(pool_of):
 
 @pytest.fixture
 def vllm_engines(pool_of):
-    return pool_of(EngineActor)
+    yield pool_of(EngineActor)
+    pool_of.opened.pop(EngineActor).release()  # nobody is to take their processes for PPO's
 
 
 @pytest.fixture(scope="package")

@@ -7,7 +7,7 @@ import shutil
 import signal
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import date
 
 import psutil
@@ -151,5 +151,6 @@ def test_a_hung_worker_is_named_within_the_limit(train, tmp_path):
         with pytest.raises(StageFailed, match="score: no answer within 15 s from reward 0"):
             train(tmp_path, config(), progress=progress, cluster=cluster)
     finally:
-        os.kill(stopped[0], signal.SIGCONT)
+        with suppress(ProcessLookupError):
+            os.kill(stopped[0], signal.SIGCONT)
     assert [line["step"] for line in lines(tmp_path)] == [0]

@@ -10,7 +10,7 @@ RUN = json.loads((Path(__file__).parents[1] / "bench" / "ppo_recipe.json").read_
 
 
 def test_the_committed_run_has_the_recipe_s_settings():
-    assert PPOConfig(**RUN["settings"]) == settings(50)
+    assert PPOConfig(**RUN["settings"]).identity() == settings(50).identity()  # on any number of cores
     assert [step for step, *_ in RUN["curve"]] == list(range(50))
 
 
