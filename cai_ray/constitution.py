@@ -20,7 +20,7 @@ from pydantic_core import ErrorDetails
 from cai_ray.errors import ConfigError, DataError
 from cai_ray.published import read_published
 from cai_ray.records import Message, check_messages, derive_seed
-from cai_ray.shipped import read_yaml
+from cai_ray.shipped import read_yaml, shipped_file
 
 Language = Literal["en", "zh"]
 OPTIONS = {"en": " Options:", "zh": "选项："}  # how a preference question ends: the two options follow it
@@ -274,7 +274,7 @@ def read_constitution(path_or_name: str | Path) -> dict[str, Any]:
     Raises:
         ConfigError: no such file, or it is not readable or holds no principles.
     """
-    if Path(path_or_name).is_dir():
+    if not shipped_file("constitutions", str(path_or_name)) and Path(path_or_name).is_dir():
         return read_published(Path(path_or_name))
     path, data = read_yaml("constitutions", str(path_or_name))
     if not data.get("principles"):

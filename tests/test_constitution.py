@@ -133,6 +133,12 @@ def test_a_missing_file_lists_the_shipped_names():
     fails("nowhere/mine.yaml", "nowhere/mine.yaml", "default")
 
 
+def test_a_folder_does_not_hide_the_shipped_constitution_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "zh").mkdir()
+    assert load_constitution("zh").language == "zh"
+
+
 def test_unreadable_files(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text("name: c")

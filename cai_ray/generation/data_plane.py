@@ -70,7 +70,7 @@ def map_rows(
     """Runs a program on every row of a folder of parquet files; the ids of rows must be unique.
 
     Writes data/part-*.parquet, sorted by id, of `program.schema`, and quarantine.jsonl with {id, reason} of each bad
-    row. A bad row is one for which the program raised a CaiError, or on which an engine died twice.
+    row. A bad row is one for which the program raised a CaiError, or on which engines died again.
 
     Args:
         inputs: folder of the rows.

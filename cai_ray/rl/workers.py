@@ -155,7 +155,8 @@ class _Trained(Worker):
                 norms.append(self._model.step())
         if not shared:  # else the next step needs as much again, while the other roles have theirs
             give_back()
-        perf = self._model.mfu(tokens, time.monotonic() - begun)
+        # Of the six FLOPs, two are the forward pass, which an earlier call has done where it is shared.
+        perf = self._model.mfu(tokens * (2 / 3 if shared else 1), time.monotonic() - begun)
         return {"sums": dict(sums), "grad_norm": sum(norms) / len(norms), "lr": lr, **perf}
 
     def _plan(self, batch: pa.Table, rows: Sequence[int]) -> tuple[Plan, int]:
