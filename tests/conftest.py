@@ -13,12 +13,15 @@ from hypothesis import HealthCheck, settings
 settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("busy")
 
-# Ray otherwise starts a worker for every logical CPU ahead of time, and below everybody else's priority.
-os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
-os.environ.setdefault("RAY_enable_worker_prestart", "0")
-os.environ.setdefault("RAY_worker_niceness", "0")
-# Two tests at a time share the cores: a thread that waits for its sibling must leave the core to another test's.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+def pytest_configure() -> None:
+    """Sets the environment of tests and of what they start; not on import, for benchmarks import this module too."""
+    # Ray otherwise starts a worker for every logical CPU ahead of time, and below everybody else's priority.
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
+    os.environ.setdefault("RAY_enable_worker_prestart", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    # Two tests at a time share the cores: a thread that waits for its sibling must leave the core to another test's.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def pytest_collection_finish() -> None:
