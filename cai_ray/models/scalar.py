@@ -20,6 +20,14 @@ from cai_ray.models.packed import packed_hidden_states
 _FORKING = {"gemma", "gemma2", "gemma3_text", "gpt_neox", "llama", "mistral", "phi", "phi3", "qwen2", "qwen3"}
 
 
+class Forward(nn.Module):
+    """A forward pass around a transformers model; what reads a weight does so inside it, where ZeRO-3 gathers it."""
+
+    def __init__(self, hf: PreTrainedModel):
+        super().__init__()
+        self.hf = hf
+
+
 class ScalarHead(nn.Linear):
     """A score from a hidden state, in float32; called as a module, because ZeRO-3 gathers weights at module calls."""
 

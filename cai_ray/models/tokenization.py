@@ -35,7 +35,11 @@ PLAIN_TEMPLATE = (
     "{{- '\\n\\nAssistant:' if add_generation_prompt else '' -}}"
 )
 PromptText = str | Messages
-_MARKER = re.compile(r"\[/?[A-Z_]+\]|<\|\w+\|>|<</?[A-Z]+>>")
+# What chat templates open turns with where they have no control token for it: [INST], <|user|>, <<SYS>>, Alpaca's
+# `### Instruction:`, Vicuna's `USER:`, DeepSeek-V2's `User:`.
+_MARKER = re.compile(
+    r"\[/?[A-Z_]+\]|<\|\w+\|>|<</?[A-Z]+>>|#{2,} [\w ]+:|\b(?:[A-Z]{4,}|System|User|Human|Assistant|Bot):"
+)
 _ANSWER = "answer-probe"
 _PROBE = [{"role": "user", "content": "user-probe"}, {"role": "assistant", "content": _ANSWER}]
 
@@ -73,8 +77,8 @@ class Tokenizer:
         self._control, self._nonce = sorted(control), secrets.token_hex(12)
         self._secret = {token: f"<{self._nonce}{i}>" for i, token in enumerate(self._control)}
         self._pattern = _any_of(control)
-        # Turn markers that are plain text, such as Llama 2's [INST], which only its place tells from a quoted one. The
-        # template's source also names those that the probe does not show: <<SYS>>.
+        # Turn markers that are plain text, which only their place tells from quoted ones. The template's source also
+        # names those that the probe does not show.
         self._markers = _any_of(set(_MARKER.findall(seen and f"{seen}{hf.chat_template}")) - control)
         self._control_ids = frozenset(hf.convert_tokens_to_ids(self._control))
         self._backend = _renamed(hf, self._secret)

@@ -1,26 +1,18 @@
 """The forward passes of critic and reward, each over whole sequences in one row; no padding.
 
 That of actor and reference is SFT's: `training.sft.TokenLogprobs`.
-What reads a weight does so inside a module's `forward`, where ZeRO-3 gathers it.
 Shapes: B sequences, T tokens of all of them, N response tokens of all of them.
 """
 
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import Tensor
 
-from cai_ray.models.scalar import document_scores, document_states
-
-
-class _Forward(nn.Module):
-    def __init__(self, hf: PreTrainedModel):
-        super().__init__()
-        self.hf = hf
+from cai_ray.models.scalar import Forward, document_scores, document_states
 
 
-class ValueForward(_Forward):
+class ValueForward(Forward):
     """The critic's values of the states in which each response token was chosen."""
 
     def forward(self, ids_1T: Tensor, documents: Sequence[int], response_1T: Tensor) -> Tensor:
@@ -30,7 +22,7 @@ class ValueForward(_Forward):
         return self.hf.get_submodule("score")(hidden_TH[before_T])[:, 0]
 
 
-class ScoreForward(_Forward):
+class ScoreForward(Forward):
     """A preference model's score of each sequence, read at its last token."""
 
     def forward(self, ids_1T: Tensor, documents: Sequence[int]) -> Tensor:

@@ -17,7 +17,7 @@ from cai_ray.algo.preference import expected_calibration_error, preference_loss
 from cai_ray.config import PreferenceModelConfig
 from cai_ray.errors import DataError
 from cai_ray.models.checkpoints import load_scalar_model
-from cai_ray.models.scalar import document_scores, pair_scores, shares_prompt
+from cai_ray.models.scalar import Forward, document_scores, pair_scores, shares_prompt
 from cai_ray.models.tokenization import Tokenizer, preference_inputs
 from cai_ray.records import Row
 
@@ -47,19 +47,15 @@ class Example:
     units = 1  # what the loss is averaged over: pairs
 
 
-class PairScores(nn.Module):
+class PairScores(Forward):
     """Both scores of each pair, from one forward pass in which the prompt is computed once and nothing is padding.
 
     A model that `shares_prompt` refuses makes two passes over whole sequences, each padded to its longest.
     """
 
-    def __init__(self, hf: Any):
-        super().__init__()
-        self.hf, self.shared = hf, shares_prompt(hf)
-
     def forward(self, ids_1T: Tensor, parts: Sequence[tuple[int, int, int]]) -> tuple[Tensor, ...]:
         """(score_a_N, score_b_N) in float32 of what `collate` makes."""
-        if self.shared:
+        if shares_prompt(self.hf):
             return pair_scores(self.hf, ids_1T, parts)
         pieces = ids_1T[0].split([n for pair in parts for n in pair])
         scores = []

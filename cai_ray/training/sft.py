@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from cai_ray.algo.ppo import logprobs_from_hidden, nll_loss
 from cai_ray.config import SftConfig
 from cai_ray.models.checkpoints import load_causal_lm
-from cai_ray.models.scalar import document_states, lm_head
+from cai_ray.models.scalar import Forward, document_states, lm_head
 from cai_ray.models.tokenization import Tokenizer, sft_example
 from cai_ray.records import Row, answers, check_messages
 
@@ -46,15 +46,11 @@ class Example:
         return int(self.loss_mask_T.sum())
 
 
-class TokenLogprobs(nn.Module):
+class TokenLogprobs(Forward):
     """Log-probs and entropies at chosen tokens only; in PPO too, what actor and reference say of the response tokens.
 
     One module call holds backbone and head, so that ZeRO-3 gathers the head's weight too.
     """
-
-    def __init__(self, hf: Any):
-        super().__init__()
-        self.hf = hf
 
     def forward(
         self,

@@ -20,6 +20,17 @@ INST = (
     "{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'] + eos_token }}"
     "{% else %}{{ raise_exception('only user and assistant roles are known') }}{% endif %}{% endfor %}"
 )
+ALPACA = (
+    "{% for m in messages %}"
+    "{% if m['role'] == 'user' %}{{ '### Instruction:\n' + m['content'] + '\n\n' }}"
+    "{% else %}{{ '### Response:\n' + m['content'] + eos_token }}{% endif %}"
+    "{% endfor %}{{ '### Response:\n' if add_generation_prompt }}"
+)
+VICUNA = (
+    "{% for m in messages %}"
+    "{{ 'USER: ' + m['content'] if m['role'] == 'user' else ' ASSISTANT: ' + m['content'] + eos_token }}"
+    "{% endfor %}{{ ' ASSISTANT:' if add_generation_prompt }}"
+)
 TAGGED = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
@@ -98,6 +109,11 @@ def pretrained_bos(folder: Path) -> Path:
     return folder
 
 
+def words(folder: Path, template: str) -> Path:
+    """Turns that open with words, and no control token but EOS."""
+    return _save(_bytes(["<|stop|>", "<|padding|>"]), folder, template, eos_token="<|stop|>", pad_token="<|padding|>")
+
+
 def only_eos(folder: Path) -> Path:
     """No chat template, and EOS is the only special token: nothing is left for padding."""
     return _save(_bytes(["<|stop|>"]), folder, eos_token="<|stop|>", pad_token="<|stop|>")
@@ -115,6 +131,8 @@ CHAT: dict[str, Callable[[Path], Path]] = {
     "metaspace-always": lambda folder: sentencepiece(folder, "always"),
     "legacy": legacy,
     "tagged": tagged,
+    "alpaca": lambda folder: words(folder, ALPACA),
+    "vicuna": lambda folder: words(folder, VICUNA),
 }
 PLAIN: dict[str, Callable[[Path], Path]] = {
     "pretrained": pretrained,
