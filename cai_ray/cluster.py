@@ -69,8 +69,10 @@ def start_ray(config: "Config") -> None:
             handler.setLevel(logging.CRITICAL + 1)
     warnings.filterwarnings("ignore", "`ray_remote_args` is")  # max_restarts, for which Ray Data has no other place
     if not address:
-        # Nobody reads what it would pass on, and reading every worker's log ten times a second takes 1% of a core.
+        # Nobody reads what the one would pass on, and reading every worker's log ten times a second takes 1% of a core;
+        # the other adds nodes where a cluster has been told how, which this one has not.
         ray._private.worker._global_node.kill_log_monitor(check_alive=False)  # type: ignore[union-attr]
+        ray._private.worker._global_node.kill_monitor(check_alive=False)  # type: ignore[union-attr]
 
 
 @contextmanager

@@ -223,6 +223,8 @@ class Engine:
                 **options,
             )
         )
+        if device == "cpu":
+            _end_groups()
         self.device = device
         self.max_model_len, self.max_num_seqs = max_model_len, cluster.max_num_seqs
         self.tokenizer = Tokenizer.load(model_folder, format)
@@ -475,6 +477,15 @@ def _cpu_options(kv_cache_gib: float, max_model_len: int) -> dict[str, Any]:
         "enable_chunked_prefill": False,
         "max_num_batched_tokens": max(2048, max_model_len),
     }
+
+
+def _end_groups() -> None:
+    # vLLM makes its groups of processes for a single one too, and each keeps two threads of gloo that wake a hundred
+    # times a second for nobody: together 1% of a core, and every thread of the arithmetic waits for the one in its way.
+    from vllm.distributed.parallel_state import get_dcp_group, get_dp_group, get_pcp_group, get_pp_group, get_tp_group
+
+    for group in (get_tp_group(), get_pp_group(), get_dp_group(), get_dcp_group(), get_pcp_group()):
+        group.destroy()
 
 
 def _adapter_options(rank: int, folder: Path) -> dict[str, Any]:

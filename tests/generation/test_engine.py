@@ -1,4 +1,5 @@
 import asyncio
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
@@ -180,3 +181,10 @@ def test_steps_and_tokens_are_counted(engine, tokenizer):
     after = engine("info")
     assert after["tokens"] - before["tokens"] == 36
     assert after["steps"] - before["steps"] >= 12  # also while no request ends: this is what shows that it is alive
+
+
+def test_no_idle_thread_of_a_group_of_one_wakes_beside_the_arithmetic(engine):
+    pid = engine("info")["pid"]
+    names = [(task / "comm").read_text().strip() for task in Path(f"/proc/{pid}/task").iterdir()]
+    # What is left is vLLM's world, which others than groups ask for; its five groups had two threads each.
+    assert 1 <= names.count("gloo_tcp_loop") <= 3
