@@ -286,10 +286,9 @@ class RunDir:
         reference = folder / "reference"
         if reference.is_file():
             folder = Path(reference.read_text("utf-8").strip())
-            if not folder.is_dir():
-                raise DataError(
-                    f"{reference} points to {folder}, which is gone", f"redo the stage with --from {name} --rebuild"
-                )
+            if not (folder / "manifest.json").is_file():  # where its own run redoes it, nobody else may write
+                what = f"{reference} points to {folder}, which is gone or unfinished"
+                raise DataError(what, f"finish it in its own run, or redo it here with --from {name} --rebuild")
         return StageDir(folder, seed)
 
     def take_over(self, name: str, other: StageDir) -> None:

@@ -58,6 +58,11 @@ def run_pipeline(config: Config, request: Request, reporter: Reporter) -> None:
             fix = "wait for it, stop it, or give this run another --name"
             raise ConfigError(f"another process works on {run.path}", fix) from None
         doomed = _doomed(config, request, run)
+        if early := [n for n in pipeline.NAMES[: pipeline.NAMES.index(chosen[0].name)] if n in doomed]:
+            raise ConfigError(
+                f"{', '.join(early)} changed too, and {chosen[0].name} needs what they will make",
+                f"--rebuild alone, or --from {early[0]} --rebuild",
+            )
         _take_over(config, request, run, reporter, doomed)
         waiting = [s for s in chosen if s.name in doomed or run.stage(s.name).manifest() is None]
         preflight(config, waiting)

@@ -351,7 +351,7 @@ def check_for_gpus(config: Config) -> None:
     """Refuses to start a run for GPUs where there is none, before its models are downloaded.
 
     Raises:
-        ResourceError: no GPU is here, and no cluster was named.
+        ResourceError: no GPU is here, and no cluster was named; or its engines could not take PPO's adapters.
     """
     joins = config.cluster.address or os.environ.get("RAY_ADDRESS")
     if config.cluster.device == "gpu" and not joins and not doctor.local_gpus():
@@ -359,6 +359,10 @@ def check_for_gpus(config: Config) -> None:
             "cluster.device is gpu, and this machine has none",
             "name a cluster that has some (launch/submit.sh, RAY_ADDRESS, cluster.address), or set cluster.device=cpu",
         )
+    own = model_spec(config, config.ppo.init).dtype if config.ppo.adapter_rank else "bfloat16"
+    if likely_device(config) == "gpu" and own == "float32":
+        what = "ppo's engines are to take adapters in float32, for which vLLM has no kernel on GPUs"
+        raise ResourceError(what, "set ppo.lora_sync=merged, or the model's dtype to bfloat16")
 
 
 def check_here(config: Config, stages: Collection[str] = pipeline.NAMES) -> None:

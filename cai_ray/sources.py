@@ -65,7 +65,9 @@ def data_files(path: str) -> list[Path]:
     """The files of a local source, in order; of a folder those with a known ending. Raises DataError for none."""
     here = source_path(path)
     if here.is_dir():
-        files = sorted(p for p in here.rglob("*") if p.is_file() and {*p.suffixes} & {*_ENDINGS})
+        # Hidden ones are no data: the hub's downloads keep `.cache/…/train.jsonl.gz.metadata` beside what they bring.
+        shown = (p for p in here.rglob("*") if not any(n.startswith(".") for n in p.relative_to(here).parts))
+        files = sorted(p for p in shown if p.is_file() and {*p.suffixes} & {*_ENDINGS})
         if not files:
             raise DataError(f"the folder {path} holds no data file", f"expected {', '.join(_ENDINGS)}")
         return files
@@ -229,6 +231,8 @@ def to_comparison(row: Row, source: Source) -> Row:
         messages, a, b = chosen[:-1], chosen[-1]["content"], rejected[-1]["content"]
     else:
         messages = _conversation(head)
+        if len(messages) > 1 and messages[-1] == {"role": "assistant", "content": ""}:
+            messages = messages[:-1]  # "\n\nAssistant:" at a prompt's end asks for the reply
         a, b = _reply(row["chosen"]), _reply(row["rejected"])
     prompt = prompt_row(messages, "helpful", source.path)
     for text in (a, b):

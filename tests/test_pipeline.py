@@ -175,6 +175,17 @@ def test_a_rebuild_that_cannot_run_discards_nothing(tmp_path: Path, broken: str)
     assert all(run.stage(name).manifest() for name in ALL)
 
 
+@pytest.mark.parametrize("how", [{"start": "sft"}, {"only": "label"}])
+def test_a_rebuild_that_would_need_an_earlier_one_discards_nothing(tmp_path: Path, how: dict[str, str]) -> None:
+    run = RunDir(tmp_path / "tiny")
+    finish(load_config("tiny", (f"run.dir={tmp_path}",)), run, *ALL)
+    changed = load_config("tiny", (f"run.dir={tmp_path}", "revise.rounds=3"))
+    with pytest.raises(ConfigError, match="revise") as caught:
+        run_pipeline(changed, Request(rebuild=True, **how), Reporter())  # type: ignore[arg-type]
+    assert "--from revise --rebuild" in str(caught.value)
+    assert all(run.stage(name).manifest() for name in ALL)
+
+
 def test_a_damaged_stage_can_be_rebuilt(tmp_path: Path) -> None:
     config, run = load_config("tiny"), RunDir(tmp_path)
     finish(config, run, *ALL)
@@ -208,6 +219,9 @@ def test_reuse_takes_over_equal_stages_by_reference(tmp_path: Path) -> None:
     assert old.stage("sft").manifest() is not None
     with pytest.raises(ConfigError, match="no such run"):
         _take_over(changed, Request(reuse=tmp_path / "none"), new, Reporter())
+    old.stage("revise").manifest_path.unlink()  # it is redone there: what is written, its own run writes
+    with pytest.raises(DataError, match="unfinished"):
+        new.stage("revise")
 
 
 def test_what_is_rebuilt_is_not_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

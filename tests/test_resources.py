@@ -7,6 +7,7 @@ import math
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from cai_ray.config import Config, Source
 from cai_ray.config_files import load_config
 from cai_ray.errors import ConfigError, ResourceError
 from cai_ray.models.shapes import GIB, KNOWN, UNKNOWN, find_shape
-from cai_ray.resources import StageNeed, check, check_here, check_lengths, estimate, source_rows
+from cai_ray.resources import StageNeed, check, check_for_gpus, check_here, check_lengths, estimate, source_rows
 
 SEVEN = "mistralai/Mistral-7B-v0.1"
 
@@ -26,6 +27,25 @@ def needs(config: Config, device: str = "cpu") -> dict[str, StageNeed]:
 
 def role(need: StageNeed, name: str):
     return next(r for r in need.roles if r.name == name)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "sync", "refused"),
+    [
+        ("gpu", "float32", "adapter", True),
+        ("gpu", "bfloat16", "adapter", False),
+        ("gpu", "float32", "merged", False),
+        ("cpu", "float32", "adapter", False),
+    ],
+)
+def test_adapters_for_float32_engines_on_gpus_are_refused(
+    monkeypatch: pytest.MonkeyPatch, device: str, dtype: str, sync: str, refused: bool
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "ray://elsewhere:10001")  # where there may be GPUs
+    over = (f"cluster.device={device}", f"models.helpful.dtype={dtype}", f"ppo.lora_sync={sync}")
+    config = tiny(*over, "ppo.actor.lora={rank: 4}")
+    with pytest.raises(ResourceError, match="float32") if refused else nullcontext():
+        check_for_gpus(config)
 
 
 def tiny(*overrides: str) -> Config:

@@ -168,6 +168,13 @@ def test_missing_file_and_unknown_ending(tmp_path: Path) -> None:
         list(read_rows(Source(path=str(tmp_path))))
 
 
+def test_what_a_download_leaves_beside_the_data_is_no_data(tmp_path: Path) -> None:
+    for name in ("a/train.jsonl", ".cache/huggingface/download/a/train.jsonl.metadata", "a/.train.jsonl.crc"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text('{"prompt": "x"}\n', "utf-8")
+    assert len(list(read_rows(Source(path=str(tmp_path))))) == 1
+
+
 def test_columns_are_named_but_a_headerless_files_first_line_is_not_quoted() -> None:
     with pytest.raises(DataError, match=r"among \['answer', 'question'\]"):
         to_prompts({"question": "x", "answer": "y"}, "harmful", Source(path="f"))
@@ -186,6 +193,7 @@ def test_comparisons_in_every_form() -> None:
             "chosen": [{"role": "assistant", "content": "good"}],
             "rejected": [{"role": "assistant", "content": "bad"}],
         },
+        {"prompt": "\n\nHuman: hi\n\nAssistant:", "chosen": " good", "rejected": " bad"},
         # Columns that other rows of the same table fill:
         {"messages": None, "prompt": "hi", "chosen": "good", "rejected": "bad", "label_prob": None},
     ]

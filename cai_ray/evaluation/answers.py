@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from cai_ray.errors import DataError
 from cai_ray.evaluation.judge import wilson_interval
-from cai_ray.evaluation.statistics import looks_like_refusal, mean_interval, win_rate
+from cai_ray.evaluation.statistics import count_words, looks_like_refusal, mean_interval, win_rate
 from cai_ray.records import PROMPT, Row, to_table
 
 ANSWER = pa.schema(
@@ -69,7 +69,7 @@ def summary(rows: list[Row], prefix: str) -> dict[str, Any]:
         f"{prefix}/score_low": low,
         f"{prefix}/score_high": high,
         f"{prefix}/refusals": sum(looks_like_refusal(r["response"]) for r in rows) / len(rows),
-        f"{prefix}/words": sum(len(r["response"].split()) for r in rows) / len(rows),
+        f"{prefix}/words": sum(count_words(r["response"]) for r in rows) / len(rows),
         f"{prefix}/truncated": sum(bool(r["flags"]) for r in rows) / len(rows),
         f"{prefix}/prompts": len(rows),
     }

@@ -8,13 +8,21 @@ import numpy as np
 # Openings with which assistants decline, in English and Chinese. A measure of style: it does not judge whether
 # declining was right.
 _REFUSAL = re.compile(
-    r"\b(?:i(?:'|’)?(?: a)?m (?:really |very |so )?sorry(?! to hear)|^\W*sorry\b(?! to hear)|i apologi[sz]e\b"
+    r"^\W*sorry\b(?! to hear)|\b(?:i(?:'|’)?(?: a)?m (?:really |very |so )?sorry(?! to hear)|i apologi[sz]e\b"
     r"|i (?:can(?:'|’)?t(?! wait)|cannot|can not|won(?:'|’)?t|will not|must decline)"
     r"|i(?:'|’)?(?: a)?m (?:not able|unable|not comfortable|not going)|as an ai\b"
     r"|i (?:do not|don(?:'|’)?t) feel comfortable)"
     r"|抱歉|对不起|我不能|我无法",
     re.IGNORECASE,
 )
+
+
+_WORD = re.compile(r"[\u3400-\u9fff]|[^\s\u3000-\u303f\u3400-\u9fff\uff00-\uffef]+")
+
+
+def count_words(text: str) -> int:
+    """What stands between spaces; of Chinese, which has none, the characters."""
+    return len(_WORD.findall(text))
 
 
 def looks_like_refusal(text: str) -> bool:

@@ -117,7 +117,7 @@ def _generate(
     while True:
         crew = _Crew(get_engines(), settings.joining())  # idle: nothing is added to the ledger meanwhile
         missing = ids - ledger.ids()
-        wanted = (missing & ledger.suspects if deaths > 1 else missing) or missing
+        wanted = (missing & ledger.suspects if deaths > 1 or ledger.culprits else missing) or missing
         try:
             job = _feed(inputs, wanted, program, crew, ledger, settings)
             _run(job, crew, len(ids) - len(missing), len(ids), settings)
@@ -127,11 +127,12 @@ def _generate(
             dead = [name for name, info in crew.infos().items() if not info]
             if not dead and not isinstance(error, RayActorError):
                 raise  # a bug in the program, or in Ray Data
-            held, deaths = frozenset[str]().union(*map(ledger.held_by, dead)), deaths + 1
+            held = frozenset[str]().union(*map(ledger.held_by, dead))
             found = ledger.culprits | (held if wanted <= ledger.suspects else frozenset())
-            if deaths - len(found) > RESTARTS or len(found) > max(RESTARTS, settings.max_bad_fraction * len(ids)):
+            deaths = 1 if found > ledger.culprits else deaths + 1  # those before were of a row that is found out now
+            if deaths > RESTARTS or len(found) > max(RESTARTS, settings.max_bad_fraction * len(ids)):
                 raise StageFailed(
-                    f"engines died {deaths} times, the last with {len(held)} rows: "
+                    f"engines died again and again, of {len(found)} rows for certain, the last with {len(held)} rows: "
                     f"{', '.join(dead) or 'what feeds them'}",
                     "read the engines' logs, then continue with the same command",
                 ) from None

@@ -84,7 +84,7 @@ class StageRecord:
         m = self.metrics
         if "train_examples" in m:
             return m["rows"], m["train_examples"] + m["test_examples"]
-        return m.get("rows_in", m.get("raw_rows")), m.get("rows_out", m.get("rows"))
+        return m.get("rows_in", m.get("raw_rows")), m.get("pairs", m.get("rows_out", m.get("rows")))
 
     @property
     def key_numbers(self) -> str:
@@ -223,9 +223,11 @@ def _label_cautions(metrics: Mapping[str, Any]) -> Iterator[str]:
             "The preference model can learn little from them; a larger feedback model is the usual remedy."
         )
     if max(first, 1 - first) > BIASED:
+        both = "position_bias" in metrics
         yield (
             f"The judge prefers answer {'A' if first > 0.5 else 'B'} in {max(first, 1 - first):.0%} of its votes, "
-            "so it may be choosing the letter and not the text; label.swap=true asks in both orders and averages."
+            "so it may be choosing the letter and not the text"
+            f"{', which both orders together even out' if both else '; label.swap=true asks in both orders'}."
         )
 
 
@@ -241,7 +243,7 @@ def _model_cautions(record: Record) -> Iterator[str]:
 
 def _data_cautions(record: Record) -> Iterator[str]:
     sections = json.dumps([m.config for m in record.manifests.values()] or record.config)
-    if '"starter:' in sections:
+    if re.search(r'"starter:(?!judge_gold")', sections):  # the gold of the judge's gate teaches nothing
         yield "The starter prompts and comparisons were written for cai-ray: they are not human labels, no benchmark."
     identities = [i for m in record.manifests.values() for i in m.models.values()]
     if any(i.startswith(("embedded@", "tiny@")) for i in identities):

@@ -41,6 +41,7 @@ class Engines:
         self.group, self.gpus, self._timeout_s, self.colocated = group, gpus, timeout_s, colocated
         self.version = 0
         self.give_up: Callable[[], None] = lambda: None  # ends the sender's side of a transfer
+        self.failed: BaseException | None = None  # why it was ended
 
     def _all(self, method: str, *args: Any, each: list[tuple] | None = None) -> None:
         wait(self.group.submit(method, *args, each=each), self._timeout_s, f"weight sync ({method})")
@@ -58,7 +59,8 @@ class Engines:
         """Engines take in what is described."""
         try:
             self._all("update_weights", update_info)
-        except BaseException:
+        except BaseException as error:
+            self.failed = error  # first: what the sender still has must not reach a link that has been ended
             self.give_up()  # the sender waits in NCCL for one that is gone, and would for ever
             raise
 
@@ -109,7 +111,8 @@ class Sender:
             elif self._model.rank == 0:
                 self._pass_on(parameters)
         finally:  # the other ranks gather all of them, also when an engine dies
-            deque(parameters, maxlen=0)
+            if not self._engines.colocated:  # there they stand in the transfer's own collectives
+                deque(parameters, maxlen=0)
 
     def close(self) -> None:
         """Frees what the link to engines holds on a GPU."""
@@ -151,7 +154,10 @@ def _gpu_trainer(model: ShardedModel, engines: Engines) -> Any:
             return [ParamMeta(name, p.dtype, tuple(p.shape)) for name, p in model.merged_shapes().items()]
 
         def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-            return self.parameters
+            for parameter in self.parameters:
+                if engines.failed:
+                    raise engines.failed
+                yield parameter
 
     if engines.colocated:
         largest = max(p.nbytes for p in model.merged_shapes().values())  # an embedding may exceed the default of 1 GiB

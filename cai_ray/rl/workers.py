@@ -109,9 +109,8 @@ class _Trained(Worker):
             self._model.offload()
 
     def save(self, folder: Path) -> None:
-        """Writes weights and optimizer state; ranks share the folder."""
-        with self._whole():
-            self._model.save(folder)
+        """Writes weights and optimizer state, from where they rest; ranks share the folder."""
+        self._model.save(folder)  # an engine that shares the GPU is awake now and has the rest of it
 
     def load(self, folder: Path) -> None:
         """Continues from what `save` wrote."""

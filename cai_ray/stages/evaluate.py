@@ -44,7 +44,8 @@ def evaluate(config: EvaluateConfig, inputs: StageInputs, out: StageDir) -> Mani
     answers = [row for row in scored if row["score"] is not None]
     unread = [{"id": r["id"], "model": r["model"], "reason": r["reason"]} for r in scored if r["score"] is None]
     out.quarantine(unread, len(scored), inputs.settings.max_bad_fraction)
-    out.quarantine(bad + unread, len(scored), 1.0)  # with those that had no answer, which have kept to the limit
+    # With those that had no answer, which have kept to the limit.
+    out.quarantine(bad + unread, len(rows) * len(parts), 1.0)
     write_rows(answers, SCORED, out.data)
     metrics: dict[str, Any] = {"rows_in": len(rows) * len(parts), "rows_out": len(answers)}
     metrics["quarantined"] = len(bad) + len(unread)

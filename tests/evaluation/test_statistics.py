@@ -5,7 +5,7 @@ import math
 import pytest
 
 from cai_ray.evaluation.answers import summary, wins
-from cai_ray.evaluation.statistics import looks_like_refusal, mean_interval, win_rate
+from cai_ray.evaluation.statistics import count_words, looks_like_refusal, mean_interval, win_rate
 
 
 @pytest.mark.parametrize(
@@ -16,6 +16,8 @@ from cai_ray.evaluation.statistics import looks_like_refusal, mean_interval, win
         "I am not able to help with that.",
         "I apologize, this is something I must leave.",
         "Sorry, but no.",
+        '"Sorry, no."',
+        "*Sorry*, I would rather not.",
         " I’m really sorry, no.",
         "I will not do this.",
         "I cannot answer.",
@@ -39,6 +41,14 @@ def test_ways_to_decline(text: str) -> None:
 )
 def test_what_only_sounds_like_it(text: str) -> None:
     assert not looks_like_refusal(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("", 0), ("It's raining, again.", 3), ("今天下雨。", 4), ("用 Python 写，好吗？", 5), ("— well", 2)],
+)
+def test_words_and_characters_without_spaces(text: str, words: int) -> None:
+    assert count_words(text) == words
 
 
 def test_intervals_of_means() -> None:

@@ -70,6 +70,17 @@ def test_bytes_that_are_no_text_spoil_their_own_row_only(standins, tmp_path):
 
 
 @pytest.mark.full
+def test_rows_that_kill_engines_far_from_one_another_are_each_found(standins, tmp_path):
+    from cai_ray.generation.data_plane import map_rows
+
+    ids, out = write_rows(tmp_path / "in", 400), StageDir(tmp_path / "stage")
+    program = Chain(tmp_path / "trace", deadly=(7, 200, 390))  # never two of them in the engine
+    counts = map_rows(tmp_path / "in", program, standins, out, settings=settings(0.01))
+    assert (counts["rows_out"], counts["quarantined"]) == (397, 3)
+    assert {bad["id"] for bad in quarantine(out)} == {ids[n] for n in program.deadly}
+
+
+@pytest.mark.full
 def test_prompts_that_crash_the_tokenizer_take_no_other_row_along(standins, tmp_path):
     from cai_ray.generation.data_plane import map_rows
 

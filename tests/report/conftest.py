@@ -74,7 +74,7 @@ def full_run(half_run: RunDir) -> RunDir:
     pair = {**HEAD, "response_a": f"left {HOSTILE}", "response_b": "right \ud800", "seed": 7, "flags": []}
     with (pairs.path / "samples.jsonl").open("w") as f:
         f.write(json.dumps({**pair, "id": "p1"}) + "\n")  # half of a surrogate pair survives JSON as an escape
-    commit(pairs, {"prompts": prompts, "sft": sft}, {"rows_in": 30, "rows_out": 30, "truncated": 0.1})
+    commit(pairs, {"prompts": prompts, "sft": sft}, {"rows_in": 30, "rows_out": 30, "pairs": 90, "truncated": 0.1})
     labeled = [
         {**pair, "response_b": "right", "id": f"p{k}", "label_prob": 0.48 + k / 500, "votes": [VOTE]} for k in range(30)
     ]

@@ -147,6 +147,28 @@ def test_cautions_say_what_is_wrong(full_run: RunDir):
     assert "another" not in found
 
 
+def test_rows_of_pairs_are_pairs_and_not_prompts(full_run: RunDir):
+    assert collect(full_run).stage("sample_pairs").rows == (30, 90)
+
+
+def test_both_orders_are_advised_to_those_who_ask_in_one(full_run: RunDir):
+    label = full_run.stage("label").manifest_path
+    assert "label.swap=true" in "\n".join(cautions(collect(full_run)))
+    manifest = json.loads(label.read_text())
+    manifest["metrics"] |= {"position_bias": 0.9}
+    label.write_text(json.dumps(manifest))
+    found = "\n".join(cautions(collect(full_run)))
+    assert "prefers answer A in 90%" in found
+    assert "label.swap=true" not in found
+
+
+def test_the_gold_of_the_gate_makes_no_data_a_starter_s(full_run: RunDir):
+    for name, config in (("prompts", {"harmful": [{"path": "mine"}]}), ("label", {"gold": "starter:judge_gold"})):
+        path = full_run.stage(name).manifest_path
+        path.write_text(json.dumps({**json.loads(path.read_text()), "config": config}))
+    assert "not human labels" not in "\n".join(cautions(collect(full_run)))
+
+
 def test_warnings_of_stages_are_cautions_and_escaped(full_run: RunDir):
     label = full_run.stage("label")
     label.manifest_path.unlink()

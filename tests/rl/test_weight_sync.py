@@ -25,7 +25,7 @@ def files():
 class Receiver:
     """Stands where the engines do; takes each bucket in only once the next is written, or at the end."""
 
-    gpus = 0
+    gpus, colocated = 0, False
 
     def __init__(self, fail_at=None):
         self.version, self.got, self.seen, self.most, self.fail_at = -1, {}, [], 0, fail_at
@@ -77,6 +77,22 @@ def test_a_sender_that_waits_for_an_engine_that_is_gone_is_released(monkeypatch)
     with pytest.raises(EngineDied):
         engines.update_weights({})
     assert released == [True]
+    assert isinstance(engines.failed, EngineDied)  # no parameter that is left goes into the link that has ended
+
+
+@pytest.mark.parametrize("colocated", [False, True])
+def test_ranks_gather_to_the_end_but_where_the_others_stand_in_the_transfer(colocated):
+    def lost():
+        raise EngineDied("engine-1 is gone")
+
+    names = iter("abc")
+    sender = Sender(
+        SimpleNamespace(rank=0, merged_parameters=lambda: names), SimpleNamespace(gpus=1, colocated=colocated)
+    )
+    sender._link = SimpleNamespace(source=SimpleNamespace(), send_weights=lost, shutdown=None)
+    with pytest.raises(EngineDied):
+        sender.send(1)
+    assert list(names) == (["a", "b", "c"] if colocated else [])
 
 
 def test_the_next_bucket_is_written_while_engines_take_one_in_and_there_are_never_three(send):

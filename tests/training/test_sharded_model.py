@@ -185,7 +185,10 @@ def test_states_that_rest_between_steps_change_none(stage: int, tmp_path: Path) 
         torch.testing.assert_close(resting.module(x), plain.module(x), rtol=0, atol=0)  # weights are at hand
         resting.reload()
         assert take_step(resting, step) == take_step(plain, step)
-        resting.save(tmp_path / str(step))
+        resting.offload()
+        resting.save(tmp_path / str(step))  # from where they rest
+        resting.reload()
+        take_step(resting, step + 1)
         resting.load(tmp_path / str(step))
     resting.offload()
     torch.testing.assert_close(weights(resting), weights(plain), rtol=0, atol=0)
