@@ -2,13 +2,13 @@
 
 from datetime import date
 from textwrap import indent
-from typing import Any, get_args
+from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
 from cai_ray.config import Config, Section
-from cai_ray.constitution import nearest
+from cai_ray.config_base import explain
 from cai_ray.errors import ConfigError
 from cai_ray.shipped import read_yaml
 
@@ -33,7 +33,7 @@ def parse_config(tree: dict[str, Any], where: str = "config") -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as e:
-        raise ConfigError(f"{where}:\n" + "\n".join("  " + _explain(err) for err in e.errors())) from None
+        raise ConfigError(f"{where}:\n" + "\n".join("  " + explain(err, Config) for err in e.errors())) from None
 
 
 def _override(tree: dict[str, Any], item: str) -> None:
@@ -58,28 +58,6 @@ def _override(tree: dict[str, Any], item: str) -> None:
     # 12e5678 and 2025-06-01 are a name.
     name = isinstance(value, date) or (type(value) in (int, float) and str(value) != text)
     node[last] = text if name else value
-
-
-def _explain(err: Any) -> str:
-    loc = [str(p) for p in err["loc"]]
-    key = ".".join(loc)
-    if err["type"] == "extra_forbidden":
-        return f"{key}: unknown key" + nearest(loc[-1], _known_keys(loc[:-1]))
-    if err["type"] == "missing":
-        return f"{key}: is required"
-    return f"{key}: {err['msg']} (got {err['input']!r})"
-
-
-def _known_keys(loc: list[str]) -> list[str]:
-    section: Any = Config
-    for part in loc:
-        if part.isdigit():  # the place in a list
-            continue
-        annotation = section.model_fields[part].annotation
-        candidates = [annotation, *get_args(annotation)]
-        candidates += [a for c in candidates for a in get_args(c)]
-        section = next(c for c in candidates if isinstance(c, type) and issubclass(c, Section))
-    return list(section.model_fields)
 
 
 def to_yaml(config: Config) -> str:

@@ -5,18 +5,17 @@ bare; the frames around them (`CritiqueRequest:`, `The answer is:`) are the temp
 The one exception is the question, which keeps its published form: it begins with a newline and announces the options.
 """
 
-import difflib
 import hashlib
 import json
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
-from pydantic_core import ErrorDetails
+from pydantic import AfterValidator, Field, StringConstraints, ValidationError, model_validator
 
+from cai_ray.config_base import Section, explain, nearest
 from cai_ray.errors import ConfigError, DataError
 from cai_ray.published import read_published
 from cai_ray.records import Message, check_messages, derive_seed
@@ -46,18 +45,7 @@ Score = Annotated[int, Field(ge=1, le=10)] | None
 Conversation = Annotated[tuple[Any, ...], AfterValidator(_check_conversation)]
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint for a mistyped name: `; did you mean 'x'?`, or the list of what is known when nothing is near."""
-    known = sorted(known)
-    match = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {match[0]!r}?" if match else f"; known: {', '.join(known)}"
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True)
-
-
-class Principle(_Strict):
+class Principle(Section):
     """One principle: the critique pair, the preference question, or both; an empty text means absent."""
 
     id: Name
@@ -79,7 +67,7 @@ class Principle(_Strict):
         return self
 
 
-class CritiqueFewShot(_Strict):
+class CritiqueFewShot(Section):
     """A worked critique and revision of a response to a conversation that ends with the user."""
 
     messages: Conversation
@@ -90,7 +78,7 @@ class CritiqueFewShot(_Strict):
     revision: Verbatim
 
 
-class FeedbackFewShot(_Strict):
+class FeedbackFewShot(Section):
     """A worked comparison; one without a question of its own gets that of a drawn principle (`draw_questions`)."""
 
     messages: Conversation
@@ -123,7 +111,7 @@ class CotFewShot(FeedbackFewShot):
 Shot = TypeVar("Shot", bound=FeedbackFewShot)
 
 
-class Constitution(_Strict):
+class Constitution(Section):
     """The principles and worked examples of one file."""
 
     name: Name
@@ -184,7 +172,7 @@ class Constitution(_Strict):
         return found
 
 
-_PARTS: dict[str, type[_Strict]] = {
+_PARTS: dict[str, type[Section]] = {
     "principles": Principle,
     "critique_few_shots": CritiqueFewShot,
     "feedback_few_shots": FeedbackFewShot,
@@ -312,7 +300,7 @@ def examine(data: dict[str, Any]) -> tuple[Constitution, list[str]]:
         found = Constitution.model_validate(data)
         return found, _inconsistencies(found)
     except ValidationError as error:
-        mistakes = error.errors(include_url=False, include_input=False)
+        mistakes = error.errors(include_url=False)
     bad, parts = {mistake["loc"][:2] for mistake in mistakes}, {}
     for field, kind in _PARTS.items():
         items = data[field] if isinstance(data.get(field), list) else []
@@ -321,15 +309,7 @@ def examine(data: dict[str, Any]) -> tuple[Constitution, list[str]]:
     language = data["language"] if str(data.get("language")) in OPTIONS else "en"
     partial = Constitution.model_construct(None, **head, language=language, **parts)
     mistakes.sort(key=lambda mistake: len(mistake["loc"]) > 1)  # those of the whole come first
-    return partial, [*map(_line, mistakes), *_inconsistencies(partial)]
-
-
-def _line(mistake: ErrorDetails) -> str:
-    text, loc = mistake["msg"].removeprefix("Value error, "), [str(part) for part in mistake["loc"]]
-    if mistake["type"] == "extra_forbidden":
-        kind = _PARTS[loc[0]] if len(loc) > 1 else Constitution
-        text = f"unknown key {loc[-1]!r}" + nearest(loc[-1], kind.model_fields)
-    return f"{'.'.join(loc)}: {text}"
+    return partial, [*(explain(mistake, Constitution) for mistake in mistakes), *_inconsistencies(partial)]
 
 
 class _Readable(yaml.SafeDumper):

@@ -12,44 +12,22 @@ from cai_ray.config import Cluster, ModelSpec, ReviseConfig, Sampling
 from cai_ray.constitution import load_constitution
 from cai_ray.errors import ConfigError
 from cai_ray.models.shapes import find_shape
-from cai_ray.models.tokenization import Tokenizer
 from cai_ray.records import Message, check_messages, row_id
 from cai_ray.sources import prompt_row
 
 CONTEXT_TOKENS = 2048
 
 
-class LocalEngine:
-    """An engine in this process with the face that the stages' programs expect of an engine actor.
+def local_engine(folder: Path) -> Any:
+    """An `Engine` in this process, which the stages' programs can `ask` as they ask an engine actor."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # people talk here
+    import torch
 
-    Attributes:
-        max_tokens: prompt and response together.
-    """
+    from cai_ray.generation.engine import Engine
 
-    def __init__(self, folder: Path):
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # people talk here
-        import torch
-
-        from cai_ray.generation.engine import Engine
-
-        gpu = torch.cuda.is_available()
-        self.max_tokens = int(min(CONTEXT_TOKENS, find_shape(str(folder)).max_positions))
-        self.tokenizer = Tokenizer.load(folder)
-        self._engine = Engine(
-            folder,
-            Cluster(max_num_seqs=4),
-            dtype="bfloat16" if gpu else "float32",
-            max_model_len=self.max_tokens,
-            device="gpu" if gpu else "cpu",
-        )
-
-    async def ask(self, request: Any) -> Any:
-        """One completion."""
-        return self._engine.generate([request])[0]
-
-    async def choose(self, prompt_ids: list[int], choices: list[list[int]]) -> list[float]:
-        """Log-probability of each choice after the prompt, up to its first distinguishing token, nats."""
-        return self._engine.choice_logprobs(prompt_ids, choices)
+    gpu, longest = torch.cuda.is_available(), int(min(CONTEXT_TOKENS, find_shape(str(folder)).max_positions))
+    device, dtype = ("gpu", "bfloat16") if gpu else ("cpu", "float32")
+    return Engine(folder, Cluster(max_num_seqs=4), dtype=dtype, max_model_len=longest, device=device)
 
 
 def model_folder(name: str) -> Path:
@@ -75,16 +53,16 @@ def chat_loop(model: str, max_new_tokens: int, temperature: float, seed: int) ->
 
     folder = model_folder(model)
     print(f"loading {folder} …", file=sys.stderr)
-    engine = LocalEngine(folder)
+    engine = local_engine(folder)
     limits = Sampling.model_construct(  # unchecked, for 0 is a temperature here
-        max_prompt_tokens=engine.max_tokens, max_new_tokens=max_new_tokens, temperature=temperature
+        max_prompt_tokens=engine.max_model_len, max_new_tokens=max_new_tokens, temperature=temperature
     )
     messages: list[Message] = []
     while text := _read_turn():
         # The new turn alone: the model may have answered nothing, and the conversation goes on.
         messages = [*messages, *check_messages([{"role": "user", "content": text}])]
-        if len(engine.tokenizer.prompt(messages)) + max_new_tokens > engine.max_tokens:
-            print(f"the conversation has reached {engine.max_tokens} tokens; start again", file=sys.stderr)
+        if len(engine.tokenizer.prompt(messages)) + max_new_tokens > engine.max_model_len:
+            print(f"the conversation has reached {engine.max_model_len} tokens; start again", file=sys.stderr)
             return
         done = asyncio.run(ask(engine, messages, {"id": row_id(messages)}, "chat", seed, limits))
         print(done.text, flush=True)
@@ -107,7 +85,7 @@ def critique_once(prompt: str, response: str | None, constitution: str, model: s
     folder = model_folder(model)
     print(f"loading {folder} …", file=sys.stderr)
     program = ReviseRow(ReviseConfig(rounds=1), chosen, seed)
-    done = asyncio.run(program(row, LocalEngine(folder), response))
+    done = asyncio.run(program(row, local_engine(folder), response))
     step = done["rounds"][0]
     (principle,) = (p for p in chosen.principles if p.id == step["principle_id"])
     for title, text in (

@@ -68,8 +68,8 @@ def test_a_small_file_loads(written):
     [
         ({"principles": []}, ["no principles"]),
         ({"principles": [PAIR, PAIR]}, ["occur twice", "a"]),
-        ({"principels": 1}, ["'principels'", "did you mean 'principles'"]),
-        ({"principles": [{**PAIR, "weigth": 2}]}, ["principles.0", "'weigth'", "did you mean 'weight'"]),
+        ({"principels": 1}, ["principels: unknown key", "did you mean 'principles'"]),
+        ({"principles": [{**PAIR, "weigth": 2}]}, ["principles.0.weigth: unknown key", "did you mean 'weight'"]),
         ({"principles": [{**ASK, "preference_question": "Which is better?"}]}, ["principle 'b'", "' Options:'"]),
         ({"language": "zh"}, ["principle 'b'", "'选项：'"]),
         ({"language": "fr"}, ["language", "'en'"]),
@@ -94,13 +94,13 @@ def test_all_mistakes_are_named_at_once(written):
     with pytest.raises(ConfigError) as caught:
         load_constitution(wrong)
     assert str(caught.value).splitlines()[1:-1] == [
-        "  name: String should have at least 1 character",
-        "  langauge: unknown key 'langauge'; did you mean 'language'?",
-        "  principles.0.weight: Input should be greater than 0",
-        "  principles.0.weigth: unknown key 'weigth'; did you mean 'weight'?",
+        "  name: String should have at least 1 character (got '')",
+        "  langauge: unknown key; did you mean 'language'?",
+        "  principles.0.weight: Input should be greater than 0 (got -1)",
+        "  principles.0.weigth: unknown key; did you mean 'weight'?",
         "  principles.3: principle 'd' has neither a critique pair nor a preference_question",
-        "  feedback_few_shots.0.response_b: String should have at least 1 character",
-        "  feedback_few_shots.0.answer: Input should be 'A' or 'B'",
+        "  feedback_few_shots.0.response_b: String should have at least 1 character (got '')",
+        "  feedback_few_shots.0.answer: Input should be 'A' or 'B' (got 'C')",
         "  principle ids must be unique, these occur twice: a",
         "  principle 'a': the question must end with ' Options:', because the two answers follow it",
     ]

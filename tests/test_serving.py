@@ -26,7 +26,7 @@ def test_a_round_shows_each_step_and_the_principle_that_was_drawn(
     row: Any = {"id": row_id([{"role": "user", "content": PROMPT}])}
     script = {"critique/1": "It helps a thief.", "revision/1": "Call a locksmith."}
     engine = ScriptedEngine(row, 3, script, WordTokenizer("chat"))
-    monkeypatch.setattr(serving, "LocalEngine", lambda folder: engine)
+    monkeypatch.setattr(serving, "local_engine", lambda folder: engine)
     serving.critique_once(PROMPT, "Pick it.", "default", "m", seed=3)
     principle = draw(load_constitution("default").for_critique(), derive_seed(3, row["id"], "principle/1"))
     assert principle.critique_request in engine.prompt("critique/1")
@@ -40,7 +40,7 @@ def test_a_round_shows_each_step_and_the_principle_that_was_drawn(
 class Counting:
     """Answers with the length of what it was asked."""
 
-    tokenizer, max_tokens = WordTokenizer("chat"), 64
+    tokenizer, max_model_len = WordTokenizer("chat"), 64
 
     async def ask(self, request: Any) -> Completion:
         words = len(request.prompt_ids)
@@ -50,11 +50,11 @@ class Counting:
 def test_a_chat_remembers_its_turns_and_ends_with_an_empty_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(serving, "LocalEngine", lambda folder: Counting())
+    monkeypatch.setattr(serving, "local_engine", lambda folder: Counting())
     monkeypatch.setattr("sys.stdin", io.StringIO("one two\nthree\n\nnever\n"))
     serving.chat_loop("m", 8, 1.0, seed=0)
     assert capsys.readouterr().out == "3 words\n8 words\n"
-    monkeypatch.setattr("sys.stdin", io.StringIO("x\nthree\n" + "y " * Counting.max_tokens))
+    monkeypatch.setattr("sys.stdin", io.StringIO("x\nthree\n" + "y " * Counting.max_model_len))
     serving.chat_loop("m", 8, 1.0, seed=0)
     told = capsys.readouterr()
     assert (told.out.splitlines()[0], told.out.splitlines()[1][-5:]) == ("", "words")  # nothing said: it goes on

@@ -293,6 +293,10 @@ class Engine:
         """Samples all requests and returns their completions in order; raises what `add` raises."""
         return self._run(requests)
 
+    async def ask(self, request: Request) -> Completion:
+        """One completion, for programs that otherwise ask an engine actor."""
+        return self._run([request])[0]
+
     def choice_logprobs(self, prompt_ids: Sequence[int], choices: Sequence[Sequence[int]]) -> list[float]:
         """Log-probability of each choice after a prompt, up to its first distinguishing token (`plan_choices`)."""
         plan = plan_choices(prompt_ids, choices)

@@ -15,7 +15,7 @@ from cai_ray.errors import DataError
 from cai_ray.models import tiny_model
 from cai_ray.models.tokenization import Tokenizer
 from cai_ray.records import Row
-from cai_ray.serving import LocalEngine
+from cai_ray.serving import local_engine
 from cai_ray.sources import read_comparisons
 from cai_ray.stages.label import LabelPair
 from cai_ray.stages.revise import ReviseRow
@@ -24,9 +24,20 @@ from cai_ray.templates import CHOICES, SCORES, feedback_prompt, score_prompt, sc
 PAIRS = 50
 
 
+class Chooser:
+    """A local engine that chooses, too, as the actor does."""
+
+    def __init__(self) -> None:
+        self._engine = local_engine(tiny_model())
+        self.tokenizer, self.ask = self._engine.tokenizer, self._engine.ask
+
+    async def choose(self, prompt_ids: list[int], choices: list[list[int]]) -> list[float]:
+        return self._engine.choice_logprobs(prompt_ids, choices)
+
+
 @pytest.fixture(scope="module")
-def engine() -> LocalEngine:
-    return LocalEngine(tiny_model())
+def engine() -> Chooser:
+    return Chooser()
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +65,7 @@ def transformers_probability(forward: tuple[Tokenizer, Any], row: Row, question:
 
 
 def test_soft_labels_equal_an_independent_forward_pass(
-    engine: LocalEngine, pairs: list[Row], forward: tuple[Tokenizer, Any]
+    engine: Chooser, pairs: list[Row], forward: tuple[Tokenizer, Any]
 ) -> None:
     constitution = load_constitution("default")
     program = LabelPair(LabelConfig(), constitution, seed=3)
@@ -86,7 +97,7 @@ def transformers_scores(forward: tuple[Tokenizer, Any], ids: list[int]) -> list[
 
 
 def test_scores_equal_an_independent_forward_pass(
-    engine: LocalEngine, pairs: list[Row], forward: tuple[Tokenizer, Any]
+    engine: Chooser, pairs: list[Row], forward: tuple[Tokenizer, Any]
 ) -> None:
     constitution, choices = load_constitution("default"), [engine.tokenizer.text(text) for text in SCORES]
     program = LabelPair(LabelConfig(format="score"), constitution, seed=3)
@@ -108,7 +119,7 @@ def test_scores_equal_an_independent_forward_pass(
             assert vote[f"score_{side}"] == pytest.approx(2 * (mean - 1) / 9 - 1, abs=1e-4)
 
 
-def test_both_orders_are_averaged(engine: LocalEngine, pairs: list[Row]) -> None:
+def test_both_orders_are_averaged(engine: Chooser, pairs: list[Row]) -> None:
     program = LabelPair(LabelConfig(swap=True, principles_per_pair=2), load_constitution("default"), seed=3)
     done = asyncio.run(program({**pairs[0], "flags": []}, engine))
     assert [v["swapped"] for v in done["votes"]] == [False, True, False, True]
@@ -118,7 +129,7 @@ def test_both_orders_are_averaged(engine: LocalEngine, pairs: list[Row]) -> None
     assert again["label_prob"] == pytest.approx(1 - done["label_prob"], abs=1e-5)
 
 
-def test_a_rationale_always_ends_in_a_scored_verdict(engine: LocalEngine, pairs: list[Row]) -> None:
+def test_a_rationale_always_ends_in_a_scored_verdict(engine: Chooser, pairs: list[Row]) -> None:
     config = LabelConfig(format="cot", clamp=(0.4, 0.6), max_rationale_tokens=6)
     done = asyncio.run(LabelPair(config, load_constitution("default"), 0)({**pairs[0], "flags": []}, engine))
     (vote,) = done["votes"]
@@ -127,13 +138,13 @@ def test_a_rationale_always_ends_in_a_scored_verdict(engine: LocalEngine, pairs:
     assert done["label_prob"] == min(max(vote["prob"], 0.4), 0.6)
 
 
-def test_an_over_long_prompt_is_a_bad_row(engine: LocalEngine, pairs: list[Row]) -> None:
+def test_an_over_long_prompt_is_a_bad_row(engine: Chooser, pairs: list[Row]) -> None:
     program = LabelPair(LabelConfig(max_prompt_tokens=16), load_constitution("default"), 0)
     with pytest.raises(DataError, match="more than 16"):
         asyncio.run(program({**pairs[0], "flags": []}, engine))
 
 
-def test_revision_rounds_depend_on_the_row_alone(engine: LocalEngine, pairs: list[Row]) -> None:
+def test_revision_rounds_depend_on_the_row_alone(engine: Chooser, pairs: list[Row]) -> None:
     config = ReviseConfig(rounds=2, max_new_tokens=8, max_critique_tokens=8)
     program = ReviseRow(config, load_constitution("default"), seed=5)
     row = {**pairs[0], "kind": "harmful"}
