@@ -43,8 +43,8 @@ def test_everything_is_found_at_once(tmp_path):
     )
     assert [p.id for p in constitution.principles] == ["a", "a", "c", "d", "e", "f", "h"]
     assert problems == [
-        "principles.6.weight: Input should be a valid number, unable to parse string as a number",
-        "critique_few_shots.0.id: unknown key 'id'; known: critique, critique_request, messages, response, revision, "
+        "principles.6.weight: Input should be a valid number, unable to parse string as a number (got 'heavy')",
+        "critique_few_shots.0.id: unknown key; known: critique, critique_request, messages, response, revision, "
         "revision_request",
         "principle ids must be unique, these occur twice: a",
         "principle 'h': the question must end with ' Options:', because the two answers follow it",
