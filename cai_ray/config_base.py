@@ -1,4 +1,4 @@
-"""What every section of the configuration is made of."""
+"""What sections of the configuration and parts of a constitution are made of, and what is said of wrong ones."""
 
 import difflib
 from collections.abc import Iterable
@@ -15,7 +15,7 @@ OneOrMore = BeforeValidator(lambda v: (v,) if isinstance(v, str) else v)
 
 
 class Section(BaseModel):
-    """Base of every section: immutable, no unknown keys; a number is text where text is wanted (a revision)."""
+    """Base of all of them: immutable, no unknown keys; a number is text where text is wanted (a revision)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, coerce_numbers_to_str=True)
 

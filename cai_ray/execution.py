@@ -83,7 +83,7 @@ def preflight(config: Config, stages: list[pipeline.Stage]) -> None:
     from cai_ray.sources import check_source
 
     if stages:
-        check_for_gpus(config)
+        check_for_gpus(config, [s.name for s in stages])
     for stage in stages:
         if chosen := stage.principles(config):
             principles = pipeline.constitution_of(getattr(config.constitution, chosen))

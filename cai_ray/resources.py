@@ -347,11 +347,11 @@ def likely_device(config: Config) -> str:
     return wanted if wanted != "auto" else "gpu" if doctor.local_gpus() else "cpu"
 
 
-def check_for_gpus(config: Config) -> None:
-    """Refuses to start a run for GPUs where there is none, before its models are downloaded.
+def check_for_gpus(config: Config, stages: Collection[str] = pipeline.NAMES) -> None:
+    """Refuses stages for GPUs where there is none, and what GPUs cannot do, before models are downloaded.
 
     Raises:
-        ResourceError: no GPU is here, and no cluster was named; or its engines could not take PPO's adapters.
+        ResourceError: no GPU is here, and no cluster was named; or engines could not take PPO's adapters.
     """
     joins = config.cluster.address or os.environ.get("RAY_ADDRESS")
     if config.cluster.device == "gpu" and not joins and not doctor.local_gpus():
@@ -359,8 +359,8 @@ def check_for_gpus(config: Config) -> None:
             "cluster.device is gpu, and this machine has none",
             "name a cluster that has some (launch/submit.sh, RAY_ADDRESS, cluster.address), or set cluster.device=cpu",
         )
-    own = model_spec(config, config.ppo.init).dtype if config.ppo.adapter_rank else "bfloat16"
-    if likely_device(config) == "gpu" and own == "float32":
+    alone = "ppo" in stages and config.ppo.adapter_rank and likely_device(config) == "gpu"
+    if alone and model_spec(config, config.ppo.init).dtype == "float32":
         what = "ppo's engines are to take adapters in float32, for which vLLM has no kernel on GPUs"
         raise ResourceError(what, "set ppo.lora_sync=merged, or the model's dtype to bfloat16")
 

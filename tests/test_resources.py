@@ -46,6 +46,7 @@ def test_adapters_for_float32_engines_on_gpus_are_refused(
     config = tiny(*over, "ppo.actor.lora={rank: 4}")
     with pytest.raises(ResourceError, match="float32") if refused else nullcontext():
         check_for_gpus(config)
+    check_for_gpus(config, ["revise", "sft"])  # nothing to stages before
 
 
 def tiny(*overrides: str) -> Config:

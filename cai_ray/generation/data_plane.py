@@ -111,7 +111,7 @@ def _generate(
     """Fills the ledger with every missing row.
 
     Rows that were in an engine when it died are suspects, and run one at a time from then on. When engines go on dying,
-    suspects go first and without company: the one that the next death finds there is a culprit.
+    and once a culprit is known, suspects go first and without company: the one that a death finds there is a culprit.
     """
     ids, deaths = frozenset(expected.to_pylist()), 0
     while True:
