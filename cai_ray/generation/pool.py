@@ -16,6 +16,7 @@ from cai_ray.config import Cluster
 from cai_ray.errors import CaiError, ResourceError, StageFailed
 from cai_ray.generation.actor import EngineActor
 from cai_ray.generation.engine import architecture
+from cai_ray.models.memory import KEEP_MEMORY
 
 EngineHandle = Any  # Ray's handle of an EngineActor
 DATA_CPUS = 3  # slots that Ray Data may take beside the engines; each task that moves rows is a process of its own
@@ -146,7 +147,7 @@ class EnginePool:
                 scheduling_strategy=PlacementGroupSchedulingStrategy(group, place) if group else "DEFAULT",
                 max_restarts=0,
                 max_task_retries=0,
-                runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads)} if threads else {}},
+                runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads), **KEEP_MEMORY} if threads else {}},
             )
             .remote(name, log_file, model[0], options)
         )

@@ -3,11 +3,11 @@
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 
+from cai_ray.models.memory import KEEP_MEMORY
 from cai_ray.rl.groups import RETRIES, Call, Group, Placement, placed, wait
 from cai_ray.rl.rewards import Reward
 from cai_ray.rl.setup import Setup
 from cai_ray.rl.workers import Actor, Critic, Reference
-from cai_ray.training.launch import KEEP_MEMORY
 
 CLASSES: dict[str, type] = {"actor": Actor, "critic": Critic, "reward": Reward, "reference": Reference}
 

@@ -3,8 +3,6 @@
 Shapes: N response tokens of a micro-batch.
 """
 
-import ctypes
-import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +17,7 @@ from torch import Tensor
 from cai_ray.algo.ppo import nll_loss, value_loss
 from cai_ray.config import Learner
 from cai_ray.models.checkpoints import load_causal_lm, load_scalar_model
+from cai_ray.models.memory import give_back
 from cai_ray.models.tokenization import Tokenizer
 from cai_ray.records import derive_seed
 from cai_ray.rl.batches import Micro, Plan, collate, plan_of, ragged, table
@@ -45,12 +44,6 @@ def _per_token(
         if rows:
             parts.append(table(batch, rows, {name: ragged(values_N, micro.lengths)}))
     return pa.concat_tables(parts)
-
-
-def give_back() -> None:
-    """Returns to the system what malloc was told to keep (`KEEP_MEMORY`): on a CPU, roles share one machine."""
-    if "MALLOC_TRIM_THRESHOLD_" in os.environ:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 class Reference(Onlooker):

@@ -14,6 +14,7 @@ from ray.exceptions import RayError
 
 from cai_ray.artifacts import Bar, StageDir, print_to
 from cai_ray.errors import CaiError, StageFailed
+from cai_ray.models.memory import KEEP_MEMORY, RETURN_MEMORY
 from cai_ray.models.shapes import find_shape, memory_sum, training_memory
 from cai_ray.training.checkpoints import RECORD, RUN_NAME, SCORE
 from cai_ray.training.liveness import Watch, rank_log
@@ -21,13 +22,6 @@ from cai_ray.training.loop import Job, train
 
 MAX_FAILURES = 2  # restarts from the last checkpoint within one call
 POLL_S = 0.5
-# What malloc does on a CPU. By default a thread's large blocks go back to the system at every step, and come again page
-# by page, a sixth of the step's time. Under ZeRO-3 they have to: gloo's threads would keep what they gathered.
-KEEP_MEMORY = {
-    **{"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)},
-    "THP_MEM_ALLOC_ENABLE": "1",  # torch asks for huge pages
-}
-RETURN_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "1000000"}
 # Torch's own words on GPU and CPU, Python's, and Ray's when its monitor ends a worker.
 _OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|running low on memory|MemoryError")
 

@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from cai_ray.config import Lora, Optim, Sharding
 from cai_ray.errors import DataError
-from cai_ray.training.launch import RETURN_MEMORY
+from cai_ray.models.memory import RETURN_MEMORY
 from tests.training.ranks import on_ranks, peak_growth
 
 OPTIM, ZERO_3 = Optim(lr=1e-3), Sharding(zero_stage=3, dtype="float32", ranks=2)
