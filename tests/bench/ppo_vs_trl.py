@@ -60,9 +60,11 @@ LIMIT_S = 5400  # for an arm
 def our_config(size: Size) -> PPOConfig:
     """Our side's configuration; a minibatch is the whole batch."""
 
-    # Selective: so that actor and critic can keep the whole batch's forward pass for the update.
-    how = {"gradient_checkpointing": "selective", "microbatch_tokens": size.tokens, "cpus_per_rank": THREADS}
-    learner = Learner(optim=Optim(lr=work.LR, betas=work.BETAS), sharding=Sharding(ranks=1, dtype="float32", **how))
+    def learner(gradient_checkpointing: Any) -> Learner:
+        how = {"ranks": 1, "dtype": "float32", "microbatch_tokens": size.tokens, "cpus_per_rank": THREADS}
+        sharding = Sharding(gradient_checkpointing=gradient_checkpointing, **how)
+        return Learner(optim=Optim(lr=work.LR, betas=work.BETAS), sharding=sharding)
+
     return PPOConfig(
         steps=WARMUP + COUNTED,
         rollout_batch_size=size.batch,
@@ -76,8 +78,8 @@ def our_config(size: Size) -> PPOConfig:
         value_clip_range=work.CLIP,
         gamma=work.GAMMA,
         gae_lambda=work.LAMBDA,
-        actor=learner,
-        critic=learner,
+        actor=learner("selective"),  # so that both can keep the whole batch's forward pass for the update
+        critic=learner(False),
         checkpoint_every=1000,
     )
 

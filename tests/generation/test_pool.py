@@ -1,12 +1,14 @@
 import os
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 
 from cai_ray.config import Cluster
 from cai_ray.errors import ResourceError, StageFailed
 from cai_ray.generation.pool import EnginePool
+from cai_ray.models.memory import KEEP_MEMORY
 from tests.generation.conftest import CLUSTER, MAX_LEN
 
 
@@ -15,6 +17,11 @@ def test_an_engine_is_reused_for_other_weights_and_a_shorter_limit(pool, engine,
     (again,) = pool.engines(other, dtype="float32", max_model_len=MAX_LEN - 10)
     assert again == engine.handle
     assert engine("info")["holds"] == (other, "auto")
+
+
+def test_an_engine_s_process_began_with_what_malloc_is_to_do(engine):
+    began_with = Path(f"/proc/{engine('info')['pid']}/environ").read_text().split("\0")
+    assert {f"{name}={value}" for name, value in KEEP_MEMORY.items()} <= set(began_with)
 
 
 def test_a_dead_engine_is_replaced(pool, engine, model):
