@@ -71,6 +71,7 @@ class EngineActor:
         self._futures: dict[str, asyncio.Future[Result]] = {}
         self._numbers, self._rows = count(), 0
         self._driver: asyncio.Task[None] | None = None
+        self._calls = set[asyncio.Future[Any]]()  # what the engine's thread does, and what waits for it
         self._running: set[asyncio.Task[Any]] = set()
         self._alone, self._wake = asyncio.Lock(), asyncio.Event()
         self._log: RowLog | None = None
@@ -117,17 +118,14 @@ class EngineActor:
         while True:
             self._wake.clear()
             for key, result in await self._call(self._advance):
-                future = self._futures.pop(key, None)
-                if future is None or future.done():
-                    continue
-                if isinstance(result, CaiError):
-                    future.set_exception(result)
-                else:
-                    future.set_result(result)
+                if (future := self._futures.pop(key, None)) and not future.done():
+                    answer = future.set_exception if isinstance(result, CaiError) else future.set_result
+                    answer(result)
             if not self._futures:
                 await self._wake.wait()
 
     def _advance(self) -> list[tuple[str, Any]]:
+        """Steps until a request ends, or something else is asked; waking the event loop at each takes time."""
         results: list[tuple[str, Any]] = []
         while self._inbox:
             key, request = self._inbox.popleft()
@@ -135,10 +133,14 @@ class EngineActor:
                 self._engine.abort(key) if request is None else self._engine.add(key, request)
             except CaiError as e:
                 results.append((key, e))
-        return results + (self._engine.step() if self._engine.busy else [])
+        while self._engine.busy and not (results or self._inbox or len(self._calls) > 1):
+            results = self._engine.step()
+        return results
 
     async def _call(self, function: Any, *args: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *args)
+        self._calls.add(call := asyncio.get_running_loop().run_in_executor(self._thread, function, *args))
+        call.add_done_callback(self._calls.discard)
+        return await call
 
     # ---- programs -------------------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ Shapes: T tokens of all documents, H hidden.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, groupby
 from typing import Any
 
 import torch
@@ -20,6 +21,9 @@ from transformers.masking_utils import sdpa_mask
 from cai_ray.errors import DataError
 
 _NAME = "sdpa_by_document"
+# About as many as a CPU reads at once: what an operator leaves of more has left the caches when the next one wants it,
+# and for fewer the weights are read too often.
+CPU_TOKENS = 2048
 
 
 @dataclass
@@ -36,6 +40,8 @@ def packed_hidden_states(
 ) -> Tensor:
     """The last hidden states hidden_1TH, after the final norm, of documents that stand one after the other in one row.
 
+    On a CPU a long row goes through the model in parts, which changes nothing but the time.
+
     Args:
         model: a causal or a scalar model; from now on it attends through this module, also over padded rows.
         ids_1T: token ids, without padding.
@@ -48,10 +54,23 @@ def packed_hidden_states(
     """
     if model.config._attn_implementation != _NAME:
         model.set_attn_implementation(_NAME)
-    documents = _Documents(list(lengths), list(forks or [(0, 0)] * len(lengths)))
+    documents = list(zip(lengths, forks or [(0, 0)] * len(lengths), strict=True))
+    middles = [end - n / 2 for n, end in zip(lengths, accumulate(lengths), strict=True)]
+    # Not under ZeRO-3 (whose parameters have such ids), where every rank has to make as many passes as the others.
+    in_parts = ids_1T.is_cpu and not hasattr(next(model.parameters()), "ds_id")
+    parts = -(-ids_1T.shape[1] // CPU_TOKENS) if in_parts else 1
+    groups = groupby(zip(documents, middles, strict=True), key=lambda x: x[1] * parts // ids_1T.shape[1])
+    passes = [[document for document, _ in group] for _, group in groups]
+    ids = ids_1T.split([sum(n for n, _ in some) for some in passes], dim=1)
+    return torch.cat([_pass(model, part_1T, some) for part_1T, some in zip(ids, passes, strict=True)], dim=1)
+
+
+def _pass(model: PreTrainedModel, ids_1T: Tensor, lengths_and_forks: Sequence[tuple[int, tuple[int, int]]]) -> Tensor:
+    """What `packed_hidden_states` returns, of documents that go through the model together."""
+    lengths, forks = (list(column) for column in zip(*lengths_and_forks, strict=True))
+    documents = _Documents(lengths, forks)
     positions_T = [
-        torch.cat((torch.arange(n - tail), torch.arange(head, head + tail)))
-        for n, (head, tail) in zip(documents.lengths, documents.forks, strict=True)
+        torch.cat((torch.arange(n - tail), torch.arange(head, head + tail))) for n, (head, tail) in lengths_and_forks
     ]
     positions = torch.cat(positions_T)[None].to(ids_1T.device)
     hidden_1TH = model.base_model(input_ids=ids_1T, position_ids=positions, use_cache=False, documents=documents)[0]

@@ -21,19 +21,7 @@ from cai_ray.templates import ASSISTANT, Messages, render_turns
 # `render_turns` in Jinja: saved with models that came without a chat template, for those who serve them. An answer
 # that ends the conversation gets EOS; earlier ones are closed by the next turn, as in training. The inner loop puts a
 # backslash before a forged turn marker at a line's start.
-PLAIN_TEMPLATE = (
-    "{%- set names = {'system': 'System', 'user': 'Human', 'assistant': 'Assistant'} -%}"
-    "{%- for message in messages -%}"
-    "{{- '\\n\\n' + names[message['role']] + ': ' -}}"
-    "{%- for line in message['content'].splitlines(true) -%}"
-    "{%- set rest = line.lstrip() -%}"
-    "{%- set forged = rest.startswith(('System:', 'Human:', 'Assistant:', 'System：', 'Human：', 'Assistant：')) -%}"
-    "{{- line[:line | length - rest | length] + '\\\\' + rest if forged else line -}}"
-    "{%- endfor -%}"
-    "{{- eos_token if loop.last and message['role'] == 'assistant' else '' -}}"
-    "{%- endfor -%}"
-    "{{- '\\n\\nAssistant:' if add_generation_prompt else '' -}}"
-)
+PLAIN_TEMPLATE = "".join((Path(__file__).parent / "plain.jinja").read_text("utf-8").splitlines())
 PromptText = str | Messages
 # What chat templates open turns with where they have no control token for it: [INST], <|user|>, <<SYS>>, Alpaca's
 # `### Instruction:`, Vicuna's `USER:`, DeepSeek-V2's `User:`.

@@ -4,7 +4,7 @@
 
 Sizes are 32 prompts x 48 new tokens and 16 x 192. Policy, critic, reward and reference are SmolLM2-135M-Instruct in
 float32, the threads are the cores, one epoch, one optimizer step an iteration. Each arm runs in a process of its own,
-ours and theirs in turn. Iterations count whole, weight sync and logging included, but the first two, which warm up.
+ours and theirs in turn. Iterations count whole, weight sync and logging included, but the first three, which warm up.
 
 Both sides read the same two model folders and the same prompts (HH harmless-base, first human turns of like length) in
 the same iterations, draw from the whole distribution at temperature 1, and use fused AdamW. For equal work a response

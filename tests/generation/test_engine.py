@@ -175,6 +175,17 @@ class Fails:
         return {"id": row["id"], "n": len((await engine.ask(Request([5, 6], new, 1.0, 0))).ids)}
 
 
+def test_a_later_request_joins_the_batch_and_does_not_wait_for_its_end(engine):
+    import ray
+
+    long = engine.handle.ask.remote(Request([5, 6], MAX_LEN - 3, 1.0, 0))
+    while not engine("info")["unfinished"]:
+        pass
+    assert len(engine("ask", Request([7], 2, 1.0, 0)).ids) == 2
+    assert engine("info")["unfinished"] == 1
+    assert len(ray.get(long, timeout=60).ids) == MAX_LEN - 3
+
+
 def test_steps_and_tokens_are_counted(engine, tokenizer):
     before = engine("info")
     together(engine, requests(tokenizer, 3))

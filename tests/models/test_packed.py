@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from cai_ray.errors import DataError
+from cai_ray.models import packed as packing
 from cai_ray.models.activations import keep_activations
 from cai_ray.models.packed import packed_hidden_states
 from cai_ray.models.scalar import document_states
@@ -68,6 +69,25 @@ def test_no_document_sees_another(family: str) -> None:
         after = packed(model, [*ids[:changed], others[changed], *ids[changed + 1 :]])
         for i, (old, new) in enumerate(zip(before, after, strict=True)):
             assert torch.equal(old, new) == (i != changed)
+
+
+def test_a_long_row_is_read_in_parts_that_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids_1T, rows = random_model("qwen2"), torch.cat(documents(1))[None], list[int]()
+    count = lambda _, args, how: rows.append(how["input_ids"].shape[1])  # noqa: E731
+    model.base_model.register_forward_pre_hook(count, with_kwargs=True)
+
+    def read() -> tuple[Tensor, ...]:
+        hidden = packed_hidden_states(model, ids_1T, LENGTHS, [(3, 2), (0, 0), (5, 6), (1, 1)])
+        return (hidden, *torch.autograd.grad(hidden.square().sum(), list(model.base_model.parameters())))
+
+    whole = read()
+    monkeypatch.setattr(packing, "CPU_TOKENS", 8)
+    hidden, *gradients = read()
+    torch.testing.assert_close(hidden, whole[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gradients, list(whole[1:]), rtol=1e-4, atol=1e-4)
+    next(model.parameters()).ds_id = 0  # type: ignore[attr-defined]  # as DeepSpeed marks those that ranks hold in parts
+    read()
+    assert rows == [23, 8, 12, 3, 23]
 
 
 def test_padded_rows_are_read_as_before_by_a_model_that_reads_packs() -> None:
