@@ -40,7 +40,7 @@ def packed_hidden_states(
 ) -> Tensor:
     """The last hidden states hidden_1TH, after the final norm, of documents that stand one after the other in one row.
 
-    On a CPU a long row goes through the model in parts, which changes nothing but the time.
+    On a CPU a long row goes through the model in parts, which changes only the time and the rounding.
 
     Args:
         model: a causal or a scalar model; from now on it attends through this module, also over padded rows.

@@ -17,7 +17,7 @@ from cai_ray.records import Row, row_id
 from tests.bench.training import comparisons
 
 THREADS = os.cpu_count() or 1
-SEED, WARMUP, COUNTED = 0, 3, 3  # iterations: memory is in place after two, and TRL gets faster until the third
+SEED, WARMUP, COUNTED = 0, 3, 3  # iterations: memory is in place after two; TRL gets faster for longer
 PROMPT_TOKENS = (40, 64)  # shortest and longest prompt
 EOS, PAD = "<empty_output>", "<jupyter_script>"  # tokens that the model hardly ever draws
 TURN_END = "<|im_end|>"  # ends the other roles' turns, as in the model's own template
