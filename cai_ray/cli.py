@@ -180,11 +180,10 @@ def report(run_directory: Path) -> None:
     click.echo(write_report(_run(run_directory)))
 
 
-@main.command(epilog="cai-ray export runs/quickstart --to data\ncai-ray export runs/quickstart --to data --force")
+@main.command(epilog="cai-ray export runs/quickstart --to data\ncai-ray export /mnt/runs/7b_8xgpu --to hh")
 @click.argument("run_directory", metavar="RUN", type=click.Path(path_type=Path))
 @click.option("--to", required=True, type=click.Path(path_type=Path), metavar="DIR", help="A new or empty folder.")
-@click.option("--force", is_flag=True, help="Replace an earlier export in DIR.")
-def export(run_directory: Path, to: Path, force: bool) -> None:
+def export(run_directory: Path, to: Path) -> None:
     """Writes RUN's rows as data sets with cards: sft and preferences in TRL's columns, and the critique rounds (cai).
 
     \b
@@ -194,7 +193,7 @@ def export(run_directory: Path, to: Path, force: bool) -> None:
     """
     from cai_ray.export import export_run
 
-    for line in export_run(_run(run_directory), to, force):
+    for line in export_run(_run(run_directory), to):
         click.echo(line)
 
 

@@ -20,6 +20,7 @@ from cai_ray.config import Config, Principles
 from cai_ray.config_files import load_config
 from cai_ray.constitution import Constitution, Principle
 from cai_ray.errors import ConfigError, DataError
+from cai_ray.models.hub import whole_folder
 from cai_ray.pipeline import STAGES, Stage, constitution_of, needed
 from cai_ray.records import PROMPT, Row, answers, to_table
 from cai_ray.report.collect import cautions, collect
@@ -115,13 +116,12 @@ _NOTHING = {
 }
 
 
-def export_run(run: RunDir, to: Path, force: bool = False) -> list[str]:
+def export_run(run: RunDir, to: Path) -> list[str]:
     """Writes `sft`, `preferences` and `cai` under `to`, as far as the run has finished what they are made from.
 
     Args:
         run: the run's directory.
-        to: a new or empty folder; nothing outside it is touched.
-        force: replace these folders in one that is not empty.
+        to: a new or empty folder, which appears whole or not at all.
 
     Returns:
         A line for each of them: its rows, or why it was left out.
@@ -134,31 +134,23 @@ def export_run(run: RunDir, to: Path, force: bool = False) -> list[str]:
     left_out, principles = _left_out(run, config)
     if len(left_out) == len(EXPORTS):
         raise ConfigError(f"{run.path} has nothing to export yet: {'; '.join(left_out.values())}", "continue the run")
-    _check_target(to, force)
-    limits = [*LIMITS, *cautions(collect(run))]
-    lines = []
+    if to.exists() and not (to.is_dir() and not any(to.iterdir())):
+        raise ConfigError(f"{to} is there already, and is no empty folder", "name a new folder, or remove it")
+    limits, lines = [*LIMITS, *cautions(collect(run))], []
     try:
-        to.mkdir(parents=True, exist_ok=True)
-        for export in (export for export in EXPORTS if export.name not in left_out):
-            partial = to / f".{export.name}.partial"
-            _remove(partial)
-            (partial / "data").mkdir(parents=True)
-            counts = _write(export, run, config, principles, partial / "data")
-            if not _splits(counts):
-                left_out[export.name] = f"no row of {export.stage} became one: {_NOTHING[export.name]}"
-                _remove(partial)
-                continue
-            card = _card(export, counts, run, config, limits)
-            (partial / "README.md").write_text(card, "utf-8")
-            _remove(to / export.name)
-            partial.rename(to / export.name)
-            lines.append(f"{export.name}: {_splits(counts)} from {export.stage}")
-        for name, reason in left_out.items():
-            _remove(to / name)
-            lines.append(f"{name}: left out, {reason}")
+        with whole_folder(to) as folder:
+            for export in (export for export in EXPORTS if export.name not in left_out):
+                counts = _write(export, run, config, principles, folder / export.name / "data")
+                if not _splits(counts):
+                    left_out[export.name] = f"no row of {export.stage} became one: {_NOTHING[export.name]}"
+                    shutil.rmtree(folder / export.name)
+                    continue
+                card = _card(export, counts, run, config, limits)
+                (folder / export.name / "README.md").write_text(card, "utf-8")
+                lines.append(f"{export.name}: {_splits(counts)} from {export.stage}")
     except (OSError, pa.ArrowException) as e:
-        raise DataError(f"the export to {to} stopped: {e}", "mend that and export again with --force") from e
-    return lines
+        raise DataError(f"the export to {to} stopped: {e}", "mend that and export again") from e
+    return lines + [f"{name}: left out, {reason}" for name, reason in left_out.items()]
 
 
 def _left_out(run: RunDir, config: Config) -> tuple[dict[str, str], Known]:
@@ -186,29 +178,11 @@ def _constitution(principles: Principles, sha256: str | None) -> Constitution | 
     return found if found.sha256 == sha256 else None
 
 
-def _check_target(to: Path, force: bool) -> None:
-    if (to / "config.yaml").is_file():
-        raise ConfigError(f"{to} is a run directory", "name a folder of its own for the export")
-    if to.exists() and not to.is_dir():
-        raise ConfigError(f"{to} is a file", "name a new folder")
-    if to.is_dir() and any(to.iterdir()) and not force:
-        raise ConfigError(f"{to} is not empty", "name a new folder, or --force to replace an earlier export in it")
-    for old in (to / export.name for export in EXPORTS):
-        if old.exists() and not (old / "README.md").is_file():
-            raise ConfigError(f"{old} is not an earlier export", "move it away, or name a new folder")
-
-
-def _remove(path: Path) -> None:
-    if path.is_symlink() or path.is_file():
-        path.unlink()
-    elif path.exists():
-        shutil.rmtree(path)
-
-
 def _write(export: Export, run: RunDir, config: Config, principles: Known, folder: Path) -> Counter[tuple[str, str]]:
     """Writes a file a split; returns rows by split and kind, those that became none under the split ''."""
     counts: Counter[tuple[str, str]] = Counter()
     writers: dict[str, pq.ParquetWriter] = {}
+    folder.mkdir(parents=True)
     files = sorted((run.stage(export.stage).path / "data").glob("*.parquet"))
     with ExitStack() as stack:
         for batch in (batch for file in files for batch in pq.ParquetFile(file).iter_batches(_BATCH)):

@@ -219,24 +219,24 @@ def test_a_split_without_rows_is_not_announced(run: RunDir, tmp_path: Path) -> N
     assert set(load(tmp_path / "out" / "preferences")) == {"train"}
     run.discard("label")
     commit(run, "label", [], LABELED_PAIR)
-    lines = export_run(run, tmp_path / "out", force=True)
+    lines = export_run(run, tmp_path / "unlabeled")
     assert lines[-1] == (
         "preferences: left out, no row of label became one: they have no label, or their responses are equal"
     )
     run.discard("revise")
     sha = load_constitution("default").sha256
     commit(run, "revise", [REVISIONS[3:4]], REVISION, models={"helpful": "tiny@main"}, principles=sha)
-    lines = export_run(run, tmp_path / "out", force=True)
+    lines = export_run(run, tmp_path / "helpful")
     assert "cai: left out, no row of revise became one: helpful prompts have no rounds" in lines
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["sft"]
+    assert [path.name for path in (tmp_path / "helpful").iterdir()] == ["sft"]
 
 
 def test_rounds_are_left_out_when_their_constitution_has_changed(run: RunDir, tmp_path: Path) -> None:
-    for file in ("zh", str(tmp_path / "gone.yaml")):
+    for out, file in (("changed", "zh"), ("lost", str(tmp_path / "gone.yaml"))):
         (run.path / "config.yaml").write_text(yaml.safe_dump({**CONFIG, "constitution": {"critique": file}}), "utf-8")
-        lines = export_run(run, tmp_path / "out", force=True)
+        lines = export_run(run, tmp_path / out)
         assert f"cai: left out, the constitution {file} is not the one of the run any more" in lines[-1]
-        assert "version" not in (tmp_path / "out" / "sft" / "README.md").read_text("utf-8")
+        assert "version" not in (tmp_path / out / "sft" / "README.md").read_text("utf-8")
 
 
 def test_a_stage_taken_over_by_reference_is_exported(run: RunDir, tmp_path: Path) -> None:
@@ -269,46 +269,26 @@ def test_rows_pass_in_batches(run: RunDir, tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_target_in_use_is_refused_and_nothing_outside_it_is_touched(run: RunDir, tmp_path: Path) -> None:
-    before, out = snapshot(run.path), tmp_path / "out"
-    out.mkdir()
+    before, out, empty = snapshot(run.path), tmp_path / "out", tmp_path / "empty"
+    for folder in (out, empty):
+        folder.mkdir()
     (out / "mine.txt").write_text("mine")
-    with pytest.raises(ConfigError, match="not empty"):
-        export_run(run, out)
+    (tmp_path / "link").symlink_to(out)
+    for target in (out, out / "mine.txt", run.path, tmp_path / "link"):
+        with pytest.raises(ConfigError, match="no empty folder"):
+            export_run(run, target)
     assert snapshot(out) == {"mine.txt": b"mine"}
-    export_run(run, out, force=True)
-    first = snapshot(out)
-    assert {"mine.txt", "sft", "preferences", "cai"} <= first.keys()
-    export_run(run, out, force=True)
-    assert snapshot(out) == first
-    for target, words in ((run.path, "run directory"), (out / "mine.txt", "is a file")):
-        with pytest.raises(ConfigError, match=words):
-            export_run(run, target, force=True)
-    (tmp_path / "own" / "cai").mkdir(parents=True)
-    with pytest.raises(ConfigError, match="not an earlier export"):
-        export_run(run, tmp_path / "own", force=True)
+    export_run(run, empty)
+    assert {"sft", "preferences", "cai"} == {path.name for path in empty.iterdir()}
     assert snapshot(run.path) == before
 
 
-def test_links_inside_the_target_are_not_followed(run: RunDir, tmp_path: Path) -> None:
-    out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    (elsewhere / "README.md").write_text("precious")
-    out.mkdir()
-    for name in ("sft", ".cai.partial"):
-        (out / name).symlink_to(elsewhere)
-    export_run(run, out, force=True)
-    assert snapshot(elsewhere) == {"README.md": b"precious"}
-    assert not (out / "sft").is_symlink()
-    assert len(load(out / "cai")["train"]) == 4
-
-
-def test_damaged_rows_are_one_message_and_keep_the_earlier_export(run: RunDir, tmp_path: Path) -> None:
-    export_run(run, tmp_path / "out")
-    before = snapshot(tmp_path / "out" / "sft")
-    next((run.path / "revise" / "data").iterdir()).write_bytes(b"PAR1")
-    with pytest.raises(DataError, match="--force"):
-        export_run(run, tmp_path / "out", force=True)
-    assert snapshot(tmp_path / "out" / "sft") == before
+def test_damaged_rows_are_one_message_and_leave_nothing_behind(run: RunDir, tmp_path: Path) -> None:
+    next((run.path / "label" / "data").iterdir()).write_bytes(b"PAR1")
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(DataError, match="export again"):
+        export_run(run, tmp_path / "out")
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_the_command_says_what_it_wrote(run: RunDir, tmp_path: Path) -> None:
@@ -318,7 +298,7 @@ def test_the_command_says_what_it_wrote(run: RunDir, tmp_path: Path) -> None:
     assert re.fullmatch(r"(sft|preferences|cai): \d train, \d test from \w+", result.output.splitlines()[0])
     again = CliRunner().invoke(main, arguments, catch_exceptions=False)
     assert again.exit_code == 2
-    assert "--force" in again.output
+    assert "no empty folder" in again.output
     assert CliRunner().invoke(main, ["export", "nowhere", "--to", "x"]).exit_code == 2
 
 

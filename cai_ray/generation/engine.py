@@ -20,6 +20,7 @@ from cai_ray.errors import DataError, StageFailed
 from cai_ray.generation.shared_memory import BACKEND
 from cai_ray.models.tokenization import Tokenizer
 
+_NORMS = "cai_cpu"  # vLLM's name for its own kernels of norms, where they run on CPUs
 Result = Any  # Completion | dict[int, float] | list[float], by the kind of request
 _NAMES = (  # keys of config.json that change no computation
     "_name_or_path",
@@ -480,7 +481,30 @@ def _cpu_options(kv_cache_gib: float, max_model_len: int) -> dict[str, Any]:
         "kv_cache_memory_bytes": int(kv_cache_gib * 2**30),
         "enable_chunked_prefill": False,
         "max_num_batched_tokens": max(2048, max_model_len),
+        "ir_op_priority": _norm_kernels(),
     }
+
+
+def _norm_kernels() -> dict[str, list[str]]:
+    # Its builds for CPUs have kernels for norms, but vLLM offers them on GPUs only: 7% of a decoding step. They read on
+    # over the strides of a tensor that is not contiguous, and return wrong numbers.
+    import torch
+    from vllm import ir
+    from vllm.kernels import vllm_c
+
+    def plain(x: Any, weight: Any, epsilon: Any, variance_size: Any = None) -> bool:
+        return x.is_contiguous() and vllm_c.rms_no_var_size(x, weight, epsilon, variance_size)
+
+    def added(x: Any, x_residual: Any, weight: Any, epsilon: Any, variance_size: Any = None) -> bool:
+        return x_residual.is_contiguous() and plain(x, weight, epsilon, variance_size)
+
+    fits = {"rms_norm": plain, "fused_add_rms_norm": added}
+    for name, fit in fits.items():
+        op, own = getattr(ir.ops, name), hasattr(torch.ops._C, name)
+        if _NORMS not in op.impls:
+            kernel = op.impls["vllm_c"]
+            op.register_impl(_NORMS, supported=own, supports_args=fit, inplace=kernel.inplace)(kernel.impl_fn)
+    return {name: [_NORMS] for name in fits}
 
 
 def _end_groups() -> None:

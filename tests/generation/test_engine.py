@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+import torch
 
 from cai_ray.errors import DataError
 from cai_ray.generation.engine import Request
@@ -199,3 +200,27 @@ def test_no_idle_thread_of_a_group_of_one_wakes_beside_the_arithmetic(engine):
     names = [(task / "comm").read_text().strip() for task in Path(f"/proc/{pid}/task").iterdir()]
     # What is left is vLLM's world, which others than groups ask for; its five groups had two threads each.
     assert 1 <= names.count("gloo_tcp_loop") <= 3
+
+
+def norms(engine):
+    """In an engine's process: of calls of vLLM's norms who computed them, and how far off."""
+    from vllm import ir
+
+    wide, rest, weight = torch.randn(3, 5, 64), torch.randn(5, 32), torch.rand(32)
+    plain, strided = wide[0, :, :32].contiguous(), wide[1, :, 32:]
+    calls = [("rms_norm", x, weight, 1e-5) for x in (plain, strided)] + [("rms_norm", plain, weight, 1e-5, 16)]
+    calls += [("fused_add_rms_norm", *pair, weight, 1e-5) for pair in ((plain, rest), (strided, rest), (rest, strided))]
+    found = []
+    for name, *arguments in calls:
+        op = getattr(ir.ops, name)
+        ours, right = op(*arguments), op.impls["native"].impl_fn(*arguments)
+        pairs = zip(ours, right, strict=True) if isinstance(ours, tuple) else [(ours, right)]
+        off = max(float((a - b).abs().max()) for a, b in pairs)
+        found.append((op.dispatch(*arguments).provider, off))
+    return found
+
+
+def test_norms_are_computed_by_kernels_where_these_read_right(engine):
+    providers, off = zip(*engine("__ray_call__", norms), strict=True)
+    assert providers == ("cai_cpu", "native", "native", "cai_cpu", "native", "native")
+    assert max(off) < 1e-5
