@@ -25,8 +25,9 @@ from cai_ray.artifacts import StageDir
 from cai_ray.config import Lora, Mix, Optim, PreferenceModelConfig, SftConfig, Sharding
 from cai_ray.errors import ConfigError, DataError, StageFailed
 from cai_ray.models.checkpoints import load_causal_lm, save_pretrained
+from cai_ray.models.packed import CPU_TOKENS
 from cai_ray.models.tokenization import Tokenizer
-from cai_ray.records import Row, answers, stored_rows
+from cai_ray.records import Row, answers, row_id, stored_rows
 from cai_ray.training import launch, sft
 from cai_ray.training.batches import epoch_order
 from cai_ray.training.checkpoints import RECORD, Checkpoints
@@ -352,6 +353,28 @@ def test_adapters_lie_beside_the_merged_model(run: Any, tiny: Path) -> None:
         expected, adapted = merged(ids).logits, PeftModel.from_pretrained(base, out.path / "adapter")(ids).logits
     torch.testing.assert_close(adapted, expected, rtol=1e-5, atol=1e-5)
     assert {"model/config.json", "adapter/adapter_config.json"} <= {entry["path"] for entry in out.outputs()}
+
+
+@pytest.mark.full
+def test_ranks_that_pass_unequally_many_parts_learn_the_same(
+    ray_cluster: None, write_rows: Write, tiny: Path, tmp_path: Path
+) -> None:
+    def long(i: int) -> Row:
+        row = revision(i)
+        ask = {"role": "user", "content": f"What is {i} plus {i}?" + " Take your time." * (60 + 60 * (i % 4))}
+        return {**row, "id": row_id([ask]), "messages": [ask]}
+
+    rows, tokenizer = [long(i) for i in range(12)], Tokenizer.load(tiny)
+    folder = write_rows(rows)
+    lengths = [len(tokenizer.hf(row["messages"][0]["content"])["input_ids"]) for row in rows]
+    assert 3 * min(lengths) < CPU_TOKENS < 3 * max(lengths)  # three documents a rank: some fit one part
+    found = []
+    for name, layout in {"plain": (1, 0, 1024), "zero-2": (2, 2, 8192)}.items():
+        out = stage_dir(tmp_path / name)
+        run_training(job(out.path, sft_config(*layout, max_tokens=1024), tiny, [folder]), out)
+        found.append((curve(out), curve(out, "train/grad_norm")))
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-5)
+    assert found[1][1] == pytest.approx(found[0][1], rel=1e-5)
 
 
 @pytest.mark.full
