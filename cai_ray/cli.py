@@ -182,7 +182,7 @@ def report(run_directory: Path) -> None:
 
 @main.command(epilog="cai-ray export runs/quickstart --to data\ncai-ray export /mnt/runs/7b_8xgpu --to hh")
 @click.argument("run_directory", metavar="RUN", type=click.Path(path_type=Path))
-@click.option("--to", required=True, type=click.Path(path_type=Path), metavar="DIR", help="A new or empty folder.")
+@click.option("--to", required=True, type=click.Path(path_type=Path), metavar="DIR", help="A new folder.")
 def export(run_directory: Path, to: Path) -> None:
     """Writes RUN's rows as data sets with cards: sft and preferences in TRL's columns, and the critique rounds (cai).
 

@@ -121,7 +121,7 @@ def export_run(run: RunDir, to: Path) -> list[str]:
 
     Args:
         run: the run's directory.
-        to: a new or empty folder, which appears whole or not at all.
+        to: a new folder, which appears whole or not at all.
 
     Returns:
         A line for each of them: its rows, or why it was left out.
@@ -134,8 +134,8 @@ def export_run(run: RunDir, to: Path) -> list[str]:
     left_out, principles = _left_out(run, config)
     if len(left_out) == len(EXPORTS):
         raise ConfigError(f"{run.path} has nothing to export yet: {'; '.join(left_out.values())}", "continue the run")
-    if to.exists() and not (to.is_dir() and not any(to.iterdir())):
-        raise ConfigError(f"{to} is there already, and is no empty folder", "name a new folder, or remove it")
+    if to.exists() or to.is_symlink():  # not even an empty one is replaced: it can be a mount, or where somebody works
+        raise ConfigError(f"{to} is there already, and an export is a new folder", "name one that is not there yet")
     limits, lines = [*LIMITS, *cautions(collect(run))], []
     try:
         with whole_folder(to) as folder:

@@ -269,17 +269,19 @@ def test_rows_pass_in_batches(run: RunDir, tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_target_in_use_is_refused_and_nothing_outside_it_is_touched(run: RunDir, tmp_path: Path) -> None:
-    before, out, empty = snapshot(run.path), tmp_path / "out", tmp_path / "empty"
+    before, out, empty, link = snapshot(run.path), tmp_path / "out", tmp_path / "empty", tmp_path / "link"
     for folder in (out, empty):
         folder.mkdir()
     (out / "mine.txt").write_text("mine")
-    (tmp_path / "link").symlink_to(out)
-    for target in (out, out / "mine.txt", run.path, tmp_path / "link"):
-        with pytest.raises(ConfigError, match="no empty folder"):
+    link.symlink_to(tmp_path / "nowhere")
+    for target in (out, out / "mine.txt", run.path, empty, link):
+        with pytest.raises(ConfigError, match="a new folder"):
             export_run(run, target)
     assert snapshot(out) == {"mine.txt": b"mine"}
-    export_run(run, empty)
-    assert {"sft", "preferences", "cai"} == {path.name for path in empty.iterdir()}
+    assert link.is_symlink()
+    assert not any(empty.iterdir())
+    export_run(run, empty / "new")
+    assert {"sft", "preferences", "cai"} == {path.name for path in (empty / "new").iterdir()}
     assert snapshot(run.path) == before
 
 
@@ -298,7 +300,7 @@ def test_the_command_says_what_it_wrote(run: RunDir, tmp_path: Path) -> None:
     assert re.fullmatch(r"(sft|preferences|cai): \d train, \d test from \w+", result.output.splitlines()[0])
     again = CliRunner().invoke(main, arguments, catch_exceptions=False)
     assert again.exit_code == 2
-    assert "no empty folder" in again.output
+    assert "a new folder" in again.output
     assert CliRunner().invoke(main, ["export", "nowhere", "--to", "x"]).exit_code == 2
 
 
