@@ -98,11 +98,13 @@ class StageDir:
         model: folder of the stage's model, Hugging Face format.
         checkpoints: folder of resume state.
         logs: folder of the workers' logs.
+        constitution: the file of the constitution that the stage draws from, as it was then.
         quarantine_path: the file of bad rows: id and reason, a JSON object a line.
         manifest_path: written last; its presence is what makes the stage finished.
         phases: wall seconds by name.
         devices: that the run holds meanwhile.
         on_metrics: is told (step, values) of each line of metrics.
+        on_sample: is told each example.
         on_warning: is told what `warn` says.
         card: makes README.md of a published model from metrics.
     """
@@ -113,10 +115,12 @@ class StageDir:
             path / n for n in ("data", "model", "checkpoints", "logs")
         )
         self.quarantine_path, self.manifest_path = path / "quarantine.jsonl", path / "manifest.json"
+        self.constitution = path / "constitution.yaml"
         self.phases: dict[str, float] = {}
         self.devices = 1
         self.warnings: list[str] = []
         self.on_metrics: Callable[[int, Mapping[str, float]], object] = lambda step, values: None
+        self.on_sample: Callable[[Mapping[str, Any]], object] = lambda row: None
         self.on_warning: Callable[[str], object] = lambda text: None
         self.card: Callable[[Mapping[str, Any]], str] | None = None
         self._started = time.monotonic()
@@ -137,7 +141,7 @@ class StageDir:
                     "start a new run with --name",
                 )
             return Manifest(**raw)
-        except (json.JSONDecodeError, TypeError, UnicodeDecodeError) as e:
+        except (ValueError, TypeError, AttributeError) as e:  # no JSON in UTF-8, or of something else
             raise DataError(
                 f"{self.manifest_path} is damaged: {e}", f"redo the stage with --from {self.name} --rebuild"
             ) from e
@@ -161,6 +165,7 @@ class StageDir:
     def sample(self, row: Mapping[str, Any]) -> None:
         """Appends one example to samples.jsonl."""
         self._append("samples.jsonl", row)
+        self.on_sample(row)
 
     def forget_from(self, step: int) -> None:
         """Drops metrics and samples of steps from `step` on, which are taken again, and a line that was cut off."""
@@ -204,7 +209,8 @@ class StageDir:
         out = []
         for folder in ("data", "model", "adapter", "snapshots"):
             for path in sorted((self.path / folder).rglob("*")):
-                if path.is_file():
+                # Hidden is what somebody who was killed has left half-written (`models.hub.whole_folder`).
+                if path.is_file() and not any(n.startswith(".") for n in path.relative_to(self.path).parts):
                     entry: dict[str, Any] = {"path": str(path.relative_to(self.path)), "bytes": path.stat().st_size}
                     if path.suffix == ".parquet":
                         import pyarrow.parquet as pq

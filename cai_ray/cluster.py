@@ -47,7 +47,7 @@ def start_ray(config: "Config") -> None:
     import ray
     import ray.data
 
-    address = config.cluster.address or os.environ.get("RAY_ADDRESS")
+    address = config.cluster.joined
     how: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     own = {"num_cpus": max(LOGICAL_CPUS, os.cpu_count() or 1), "include_dashboard": False}
     mendable = (ConnectionError, ValueError, RuntimeError) if address else ()
@@ -73,6 +73,26 @@ def start_ray(config: "Config") -> None:
         # the other adds nodes where a cluster has been told how, which this one has not.
         ray._private.worker._global_node.kill_log_monitor(check_alive=False)  # type: ignore[union-attr]
         ray._private.worker._global_node.kill_monitor(check_alive=False)  # type: ignore[union-attr]
+
+
+def on_every_machine(function: Callable[..., Any], *args: Any, timeout_s: float) -> dict[str, Any]:
+    """What `function(*args)` returns on each machine of the cluster, by the machine's name.
+
+    Raises:
+        ResourceError: one did not answer in time, or cannot import cai_ray.
+    """
+    import ray
+    from ray.exceptions import RayError
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    nodes = {n["NodeID"]: n["NodeManagerHostname"] for n in ray.nodes() if n["Alive"]}
+    call = ray.remote(num_cpus=0, max_retries=0)(function)
+    there = [call.options(scheduling_strategy=NodeAffinitySchedulingStrategy(n, False)).remote(*args) for n in nodes]
+    try:
+        return dict(zip(nodes.values(), ray.get(there, timeout=timeout_s), strict=True))
+    except RayError as e:
+        what = f"a machine of {', '.join(nodes.values())} did not run a small task: {type(e).__name__}"
+        raise ResourceError(what, "install cai-ray on each, in the environment that Ray was started in") from e
 
 
 @contextmanager
@@ -120,4 +140,4 @@ def end_children() -> None:
         _, alive = psutil.wait_procs(alive, timeout=STOP_GRACE_S)
     for path in Path("/dev/shm").glob("cai-ray-*"):
         if path.name.split("-")[2] in pids:  # cai-ray-PID-…: see generation.shared_memory
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+            shutil.rmtree(path, ignore_errors=True)

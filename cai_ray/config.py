@@ -4,6 +4,7 @@ A field marked operational (`Op`) says where and how fast something runs, never 
 stage's key, so one run directory moves from a laptop to a cluster. This module imports neither torch nor ray.
 """
 
+import os
 import re
 from typing import Annotated, Literal
 
@@ -118,6 +119,11 @@ class Cluster(Section):
         if self.max_engines and self.max_engines < self.engines:
             raise ValueError(f"max_engines {self.max_engines} is below engines {self.engines}")
         return self
+
+    @property
+    def joined(self) -> str | None:
+        """The address of the Ray cluster that a run joins; none: it starts one of its own."""
+        return self.address or os.environ.get("RAY_ADDRESS")
 
 
 class Source(Section):

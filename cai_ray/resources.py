@@ -353,8 +353,7 @@ def check_for_gpus(config: Config, stages: Collection[str] = pipeline.NAMES) -> 
     Raises:
         ResourceError: no GPU is here, and no cluster was named; or engines could not take PPO's adapters.
     """
-    joins = config.cluster.address or os.environ.get("RAY_ADDRESS")
-    if config.cluster.device == "gpu" and not joins and not doctor.local_gpus():
+    if config.cluster.device == "gpu" and not config.cluster.joined and not doctor.local_gpus():
         raise ResourceError(
             "cluster.device is gpu, and this machine has none",
             "name a cluster that has some (launch/submit.sh, RAY_ADDRESS, cluster.address), or set cluster.device=cpu",
@@ -372,7 +371,7 @@ def check_here(config: Config, stages: Collection[str] = pipeline.NAMES) -> None
         ResourceError: with the arithmetic.
     """
     device, gpus = likely_device(config), doctor.local_gpus()
-    if config.cluster.address or os.environ.get("RAY_ADDRESS") or (device == "gpu" and not gpus):
+    if config.cluster.joined or (device == "gpu" and not gpus):
         check_lengths(config, stages)
         return
     slots = max(LOGICAL_CPUS, os.cpu_count() or 1)  # what `cluster.start_ray` declares

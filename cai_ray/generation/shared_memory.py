@@ -4,8 +4,10 @@ This module is the sender's side and imports no vLLM. vLLM's processes find the 
 `vllm.general_plugins`, which calls `register`.
 """
 
+import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,14 +28,29 @@ def register() -> None:
         factory.register_engine(BACKEND, "cai_ray.generation.weight_receiver", "SharedMemoryReceiver")
 
 
-def write_bucket(tensors: "Mapping[str, torch.Tensor]", name: str) -> dict[str, Any]:
+@contextmanager
+def bucket_folder() -> Iterator[Path]:
+    """Where one sender's buckets lie until the block ends. First goes what senders that were killed left behind."""
+    space = Path("/proc/self/ns/pid").stat().st_ino  # containers that share the memory number processes each anew
+    for left in _FOLDER.glob(f"cai-ray-*-{space}"):
+        if not Path("/proc", left.name.split("-")[2]).exists():
+            shutil.rmtree(left, ignore_errors=True)
+    own = _FOLDER / f"cai-ray-{os.getpid()}-{space}"
+    own.mkdir(exist_ok=True)
+    try:
+        yield own
+    finally:
+        shutil.rmtree(own, ignore_errors=True)
+
+
+def write_bucket(tensors: "Mapping[str, torch.Tensor]", path: Path) -> dict[str, Any]:
     """Writes some of a model's tensors, under their Hugging Face names, where engines can read them.
 
     A bucket holds whole layers: vLLM keeps a layer's tensors until all of them have come. Tied tensors are sent once.
 
     Args:
         tensors: any dtype; vLLM casts to the engine's.
-        name: names the file; a bucket of the same name is replaced, what engines already read of it stays as it was.
+        path: a file in a `bucket_folder`; whoever has given it to the engines removes it.
 
     Returns:
         What `Engine.update_weights` takes.
@@ -50,19 +67,5 @@ def write_bucket(tensors: "Mapping[str, torch.Tensor]", name: str) -> dict[str, 
             f"{_FOLDER} has {free / 2**20:.0f} MiB free, a bucket of weights takes {size / 2**20:.0f} MiB",
             "give the container more shared memory (--shm-size), or send smaller buckets",
         )
-    cleanup(name)
-    try:
-        save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, _path(name))
-    except BaseException:
-        cleanup(name)  # of what a half-written bucket takes
-        raise
-    return {"path": str(_path(name))}
-
-
-def cleanup(name: str) -> None:
-    """Removes a bucket, if it is there, once the engines have taken it."""
-    _path(name).unlink(missing_ok=True)
-
-
-def _path(name: str) -> Path:
-    return _FOLDER / f"cai-ray-{name}.safetensors"
+    save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, path)
+    return {"path": str(path)}

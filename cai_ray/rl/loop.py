@@ -196,7 +196,9 @@ class _Controller:
             for role, name in (("actor", "policy"), ("critic", "value")):
                 metrics |= _learning(name, stats[f"update_{role}"][1]) if role in learners else {}
             self._log(step, metrics, shaped["samples"], seen)
-            self._keep(step + 1, metrics)
+            self._snapshot(step + 1, metrics)
+            if (step + 1) % config.checkpoint_every == 0 and step + 1 < config.steps:
+                self._checkpoint(step + 1)
         return metrics
 
     # ---- what the steps are made of ---------------------------------------------------------------------------------
@@ -238,28 +240,33 @@ class _Controller:
             wait(loads, self.limit, f"loading {folder.name}")
             step = state["step"]
             self.kl.coef = state["kl_coef"]
+        elif self.config.on_kl_limit == "roll_back":
+            self._checkpoint(0)  # what there is to go back to before the first other one
         self.out.forget_from(step)
         self.sampler.version = step
         self.sampler.sync()
         return step
 
-    def _keep(self, step: int, metrics: Mapping[str, float]) -> None:
-        """A snapshot, and a checkpoint from which step `step` continues, where they are due."""
-        config, actor = self.config, self.groups["actor"]
-        # The snapshot comes first: whoever dies while it is written comes back to a step before it and writes it again.
-        if config.snapshots and step < config.steps and step % config.snapshots == 0:
+    def _snapshot(self, step: int, metrics: Mapping[str, float]) -> None:
+        """The policy after `step` steps, where it is due.
+
+        It comes before a checkpoint: whoever dies meanwhile comes back to a step before it and writes it once more.
+        """
+        if self.config.snapshots and step < self.config.steps and step % self.config.snapshots == 0:
             with self.out.phase("snapshot"):
                 target = self.out.path / "snapshots" / f"step-{step}"
-                wait(actor.submit("export", target), self.limit, f"snapshot {target.name}")
+                wait(self.groups["actor"].submit("export", target), self.limit, f"snapshot {target.name}")
                 self.out.write_card(target, {"steps": step, **metrics})
-        if step < config.steps and step % config.checkpoint_every == 0:
-            with self.out.phase("checkpoint"):
-                folder = self.out.checkpoints / f"step-{step}"
-                shutil.rmtree(folder, ignore_errors=True)
-                saves = [c for role in self.learners for c in self.groups[role].submit("save", folder / role)]
-                wait(saves, self.limit, f"checkpoint {folder.name}")
-                keep = 2 if config.on_kl_limit == "roll_back" else 1
-                commit_checkpoint(folder, {"step": step, "kl_coef": self.kl.coef}, keep)
+
+    def _checkpoint(self, step: int) -> None:
+        """A checkpoint from which step `step` continues."""
+        with self.out.phase("checkpoint"):
+            folder = self.out.checkpoints / f"step-{step}"
+            shutil.rmtree(folder, ignore_errors=True)
+            saves = [c for role in self.learners for c in self.groups[role].submit("save", folder / role)]
+            wait(saves, self.limit, f"checkpoint {folder.name}")
+            keep = 2 if self.config.on_kl_limit == "roll_back" else 1
+            commit_checkpoint(folder, {"step": step, "kl_coef": self.kl.coef}, keep)
 
     def _log(self, step: int, metrics: dict[str, float], samples: list[Row], seen: dict[str, Any]) -> None:
         wall, tokens, before = time.monotonic() - self.begun, seen["tokens"], self.before
@@ -269,9 +276,9 @@ class _Controller:
         metrics |= {"time/step": wall, "perf/tokens_per_s": tokens / wall}
         if "seconds" in seen:
             metrics["rollout/tokens_per_s"] = seen["response_tokens"] / seen["seconds"]
-        self.out.metrics(step, metrics)
         for row in samples:
             self.out.sample({"step": step, **row})
+        self.out.metrics(step, metrics)
         score, kl = metrics["objective/score"], metrics["objective/kl"]
         self.bar(step + 1, self.config.steps, f"score {score:.2f}, KL {kl:.3f}, {tokens / wall:.0f} tokens/s")
 

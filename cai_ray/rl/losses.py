@@ -28,7 +28,8 @@ def actor_loss(
 ) -> tuple[Tensor, Stats]:
     """The clipped policy loss, minus the entropy bonus, plus the KL to the reference where that is a loss.
 
-    Responses of an older policy count by the capped ratio of the policy at the start of the step to that one.
+    Responses of an older policy count by the capped ratio of the policy at the start of the step to that one, in the
+    policy loss and in the KL.
     """
     old_N, weights_N = columns["old_logprobs"], None
     if config.staleness:
@@ -43,7 +44,7 @@ def actor_loss(
     if config.kl_penalty != "reward":
         ref_N = zero_masked(columns["ref_logprobs"], mask_N)
         kl_N = kl_estimate(zero_masked(logprobs_N, mask_N), ref_N, config.kl_penalty.removesuffix("_loss"))
-        kl = partial_mean(kl_N, mask_N, total)
+        kl = partial_mean(kl_N if weights_N is None else kl_N * weights_N, mask_N, total)
         stats["kl_loss"] = kl.detach()
         loss = loss + kl_coef * kl
     return loss, stats

@@ -123,6 +123,8 @@ class Sampler:
             WorkerDied: one is gone, and the actor's ranks with it.
         """
         what = f"weight sync before step {self.version}"
+        if self._fresh:  # one that has just started holds all that it may, where the transfer needs room
+            self._rest("sleep", what)
         self._rest("wake", what, "weights")
         senders = self._senders(self._setup.colocated)  # engines that share GPUs are served by the rank beside each
         engines, folder = self.engines if self._fresh else None, self._out.checkpoints / f"{self._name}-{self.version}"

@@ -6,7 +6,6 @@ ZeRO-3 all ranks of the actor take part, because gathering a sharded parameter i
 serves the engine beside it. Adapters that go alone (`ppo.lora_sync`) are small, and engines read them as a file.
 """
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from cai_ray.errors import StageFailed
-from cai_ray.generation.shared_memory import cleanup, write_bucket
+from cai_ray.generation.shared_memory import bucket_folder, write_bucket
 from cai_ray.models.checkpoints import buckets
 from cai_ray.rl.groups import Group, free_address, wait
 from cai_ray.rl.setup import Setup
@@ -122,23 +121,19 @@ class Sender:
         self._engines.start_weight_update()
         taken: Future[None] = Future()  # the engines have taken in the bucket before the one that is being written
         taken.set_result(None)
-        with ThreadPoolExecutor(1) as thread:
+        with bucket_folder() as folder, ThreadPoolExecutor(1) as thread:
             for number, bucket in enumerate(buckets(parameters, BUCKET_BYTES)):
-                name = f"{os.getpid()}-{number}"  # names the process, which may be killed, as the owner
-                info = write_bucket(bucket, name)
+                path = folder / f"{number}.safetensors"
+                info = write_bucket(bucket, path)
                 bucket.clear()  # before the next is gathered
-                if error := taken.exception():
-                    cleanup(name)
-                    raise error
-                taken = thread.submit(self._hand_over, name, info)
-        taken.result()
+                taken.result()
+                taken = thread.submit(self._hand_over, path, info)
+            taken.result()
         self._engines.finish_weight_update()
 
-    def _hand_over(self, name: str, info: dict[str, Any]) -> None:
-        try:
-            self._engines.update_weights(info)
-        finally:
-            cleanup(name)
+    def _hand_over(self, path: Path, info: dict[str, Any]) -> None:
+        self._engines.update_weights(info)
+        path.unlink()
 
 
 def _gpu_trainer(model: ShardedModel, engines: Engines) -> Any:

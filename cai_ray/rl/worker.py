@@ -57,7 +57,8 @@ class Worker:
         """Joins the process group of the role's ranks."""
         where = {"MASTER_ADDR": address, "MASTER_PORT": port, "RANK": self._rank, "WORLD_SIZE": self._ranks}
         os.environ.update({name: str(value) for name, value in where.items()}, LOCAL_RANK="0")
-        init_distributed(self._device, self._setup.cluster.step_timeout_s)
+        # Longer than the controller waits: it names who hangs, torch would end those that wait for it.
+        init_distributed(self._device, 1.5 * self._setup.cluster.step_timeout_s)
 
 
 class Onlooker(Worker):

@@ -134,22 +134,27 @@ def test_ranks_that_a_death_leaves_alone_start_again(train, tmp_path):
     assert [line["step"] for line in lines(tmp_path)] == list(range(12))
 
 
-def test_a_hung_worker_is_named_within_the_limit(train, tmp_path):
+@pytest.mark.parametrize(
+    ("role", "ranks", "named"),
+    [("Reward", 1, "score: no answer within 15 s from reward 0"), ("Actor", 2, "from actor 0, actor 1")],
+)
+def test_a_hung_worker_is_named_within_the_limit(role, ranks, named, train, tmp_path):
+    """Of two ranks the other one waits for it in a collective, and must not be told to have failed."""
     stopped = []
 
     @contextmanager
     def progress():
         def bar(done, total, words):
             if not stopped:
-                stopped.extend(workers_of("Reward"))
+                stopped.extend(workers_of(role))
                 os.kill(stopped[0], signal.SIGSTOP)
 
         yield bar
 
     cluster = CLUSTER.model_copy(update={"step_timeout_s": 15.0})
     try:
-        with pytest.raises(StageFailed, match="score: no answer within 15 s from reward 0"):
-            train(tmp_path, config(), progress=progress, cluster=cluster)
+        with pytest.raises(StageFailed, match=named):
+            train(tmp_path, config(ranks=ranks), progress=progress, cluster=cluster)
     finally:
         with suppress(ProcessLookupError):
             os.kill(stopped[0], signal.SIGCONT)

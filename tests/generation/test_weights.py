@@ -8,7 +8,7 @@ import pytest
 
 from cai_ray.errors import DataError, StageFailed
 from cai_ray.generation.engine import Request
-from cai_ray.generation.shared_memory import cleanup, write_bucket
+from cai_ray.generation.shared_memory import bucket_folder, write_bucket
 
 PROMPT = list(range(500, 700))  # longer than a block of the prefix cache
 
@@ -27,9 +27,9 @@ def send(engine, folder, version=5, skip=()):
     engine("call", "start_weight_update")
     state = {k: t for k, t in load_file(folder / "model.safetensors").items() if k not in skip}
     names = list(state)
-    for part in (names[:9], names[9:]):
-        engine("call", "update_weights", write_bucket({k: state[k] for k in part}, "test"))
-    cleanup("test")
+    with bucket_folder() as buckets:
+        for part in (names[:9], names[9:]):
+            engine("call", "update_weights", write_bucket({k: state[k] for k in part}, buckets / "part.safetensors"))
     engine("call", "finish_weight_update", version)
 
 

@@ -70,6 +70,13 @@ def test_the_checkpoint_before_can_be_kept_and_gone_back_to(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["rollouts-4.parquet", "step-4"]
 
 
+def test_a_model_that_was_half_written_is_no_output(tmp_path):
+    for folder in ("snapshots/step-2", "snapshots/.step-4-abc/new"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "model.safetensors").write_bytes(b"x")
+    assert [entry["path"] for entry in StageDir(tmp_path).outputs()] == ["snapshots/step-2/model.safetensors"]
+
+
 def test_a_later_folder_that_was_never_finished_costs_no_checkpoint(tmp_path):
     fill(tmp_path / "step-6")
     commit_checkpoint(fill(tmp_path / "step-5"), {"step": 5})

@@ -224,6 +224,12 @@ def test_an_older_policy_s_responses_count_by_the_ratio_up_to_the_cap():
     weights = [1.0, float(np.exp(0.2)), 1.5]
     assert (-3 * logprobs_N.grad).tolist() == pytest.approx(weights)
     assert loss.item() == pytest.approx(-sum(weights) / 3)
+    # So does the KL as a loss: of k2, the gradient of (log-prob - reference)² / 2.
+    columns |= {"ref_logprobs": torch.tensor([-2.0, -3.0, -1.5]), "advantages": torch.zeros(3)}
+    config, logprobs_N = config.model_copy(update={"kl_penalty": "k2_loss"}), old_N.clone().requires_grad_()
+    actor_loss(config, 0.1, columns, logprobs_N, torch.zeros(3), mask_N, 3)[0].backward()
+    expected = [0.1 * w * d / 3 for w, d in zip(weights, [1.0, 2.0, 0.5], strict=True)]
+    assert logprobs_N.grad.tolist() == pytest.approx(expected)
 
 
 def test_a_filler_adds_nothing_whatever_it_holds():

@@ -132,7 +132,7 @@ def test_engines_that_share_gpus_rest_while_the_others_work(train, tmp_path, mon
     for placement in ("separate", "colocated"):
         train(tmp_path / placement, config(steps=2, zero_stage=2, checkpoint_every=1, placement=placement))
     awake = [("wake", "weights"), ("wake", "kv_cache")]
-    assert rests == [*awake, ("sleep",), *awake, ("sleep",), *awake]
+    assert rests == [("sleep",), *awake, ("sleep",), *awake, ("sleep",), *awake]
     one, other = (load_file(tmp_path / p / "model" / "model.safetensors") for p in ("separate", "colocated"))
     assert all(torch.equal(one[name], other[name]) for name in one)
 
@@ -171,7 +171,16 @@ def test_adapters_are_trained_and_reach_the_engines(train, policy, tmp_path, how
 
 
 @pytest.mark.full
-def test_a_step_too_far_is_taken_again_from_the_checkpoint_before(train, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("every", "coefs", "left"),
+    [
+        # Checkpoint 2 is the policy that went too far: step 1 is taken again, its rollouts are not.
+        (1, [0.01, 0.02, 0.02, 0.02], {"step-2", "step-3", "rollouts-2.parquet", "rollouts-3.parquet"}),
+        # Before the first checkpoint there is the start.
+        (9, [0.02] * 4, {"step-0", *(f"rollouts-{step}.parquet" for step in range(4))}),
+    ],
+)
+def test_a_step_too_far_is_taken_again_from_the_checkpoint_before(every, coefs, left, train, tmp_path, monkeypatch):
     check, raised = Guards.check, []
 
     def once(self, step, metrics):
@@ -181,10 +190,8 @@ def test_a_step_too_far_is_taken_again_from_the_checkpoint_before(train, tmp_pat
         return check(self, step, metrics)
 
     monkeypatch.setattr(Guards, "check", once)
-    train(tmp_path, config(steps=4, checkpoint_every=1, kl_limit=50.0, on_kl_limit="roll_back", kl_coef=0.01))
+    train(tmp_path, config(steps=4, checkpoint_every=every, kl_limit=50.0, on_kl_limit="roll_back", kl_coef=0.01))
     steps = lines(tmp_path)
     assert [step["step"] for step in steps] == [0, 1, 2, 3]
-    # Checkpoint 2 is the policy that went too far: step 1 is taken again, its rollouts are not.
-    assert [step["objective/kl_coef"] for step in steps] == [0.01, 0.02, 0.02, 0.02]
-    kept = {path.name for path in (tmp_path / "checkpoints").iterdir()}
-    assert kept == {"step-2", "step-3", "rollouts-2.parquet", "rollouts-3.parquet"}
+    assert [step["objective/kl_coef"] for step in steps] == coefs
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == left

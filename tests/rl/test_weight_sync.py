@@ -1,6 +1,8 @@
 """The sender's side of a weight transfer over shared memory: buckets overlap, and none is left behind."""
 
 import os
+import shutil
+import subprocess
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from cai_ray.errors import StageFailed
+from cai_ray.generation.shared_memory import bucket_folder
 from cai_ray.rl import weight_sync
 from cai_ray.rl.groups import EngineDied, Group
 from cai_ray.rl.weight_sync import Engines, Sender
@@ -19,7 +22,7 @@ WEIGHTS = {f"model.layers.{i}.{part}.weight": torch.full((4, 4), float(i)) for i
 
 
 def files():
-    return sorted(Path("/dev/shm").glob(f"cai-ray-{os.getpid()}-*"))
+    return sorted(Path("/dev/shm").glob(f"cai-ray-{os.getpid()}-*/*"))
 
 
 class Receiver:
@@ -93,6 +96,28 @@ def test_ranks_gather_to_the_end_but_where_the_others_stand_in_the_transfer(colo
     with pytest.raises(EngineDied):
         sender.send(1)
     assert list(names) == (["a", "b", "c"] if colocated else [])
+
+
+def test_what_a_killed_sender_left_goes_and_nobody_else_s():
+    space = Path("/proc/self/ns/pid").stat().st_ino
+    with subprocess.Popen(["true"]) as dead, subprocess.Popen(["sleep", "60"]) as alive:
+        dead.wait()
+        folders = [
+            Path(f"/dev/shm/cai-ray-{name}")
+            for name in (f"{dead.pid}-{space}", f"{alive.pid}-{space}", f"{dead.pid}-{space}1")
+        ]
+        try:
+            for folder in folders:
+                folder.mkdir()
+                (folder / ".tmpAbc").write_bytes(b"half a bucket")
+            with bucket_folder() as own:
+                assert own.is_dir()
+                assert [folder.exists() for folder in folders] == [False, True, True]
+            assert not own.exists()
+        finally:
+            alive.kill()
+            for folder in folders:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def test_the_next_bucket_is_written_while_engines_take_one_in_and_there_are_never_three(send):
