@@ -95,7 +95,7 @@ def run(config: str, overrides: tuple[str, ...], name: str | None, **asked: Any)
         from cai_ray.console import run_and_summarize
         from cai_ray.execution import Request
 
-        run_and_summarize(settings, Request(**asked), config)
+        run_and_summarize(settings, Request(**asked), [config, *overrides])
 
 
 @main.command(epilog="cai-ray plan quickstart\ncai-ray plan 70b_multinode cluster.engines=8")

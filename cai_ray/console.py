@@ -40,7 +40,7 @@ def print_plan(config: Config) -> None:
     for step, need in zip(plan(config, run), needs, strict=True):
         table.add_row(need.stage, _ACTIONS[step.action], need.rows_text, need.processes, need.minutes_text)
         for line in step.differs[:4]:
-            table.add_row("", f"  {line}")
+            table.add_row("", escape(f"  {line}"))
     reporter.console.print(table)
     reporter.say("Minutes are arithmetic, right within a factor of about three.")
     lines = [f"  {need.stage} {r.arithmetic}" for need in needs for r in need.roles]
@@ -73,8 +73,14 @@ def holdings(c: Constitution) -> str:
     )
 
 
-def run_and_summarize(config: Config, request: Request, name: str) -> None:
-    """Runs the pipeline and prints each stage's key numbers, where the models are, and what can be done next."""
+def run_and_summarize(config: Config, request: Request, given: list[str]) -> None:
+    """Runs the pipeline and prints each stage's key numbers, where the models are, and what can be done next.
+
+    Args:
+        config: of the run.
+        request: what the command line asked for.
+        given: its words for the configuration, which the next commands repeat.
+    """
     from cai_ray.report import summary_lines
 
     run = run_dir(config)
@@ -82,7 +88,7 @@ def run_and_summarize(config: Config, request: Request, name: str) -> None:
     run_pipeline(config, request, reporter)
     table = Table("stage", "key numbers", "what to expect", box=None, pad_edge=False)
     for line in summary_lines(run):
-        table.add_row(*line)
+        table.add_row(*map(escape, line))
     reporter.console.print(table)
     done = [stage for stage in (*STAGE_MODELS, "report") if run.stage(stage).manifest()]
     for stage in done:
@@ -90,5 +96,6 @@ def run_and_summarize(config: Config, request: Request, name: str) -> None:
     here = shlex.quote(os.path.relpath(run.path, Path.cwd()))
     chat = [f"chat {here}"] if {"sft", "ppo"} & {*done} else []
     reporter.say("next:")
-    for words in (*chat, f"run {shlex.quote(name)} ppo.kl_coef=0.1 --name b --reuse {here}", f"report {here}"):
+    again = shlex.join(["run", *given, "ppo.kl_coef=0.1", "--name", f"{config.run.name}-b", "--reuse"])
+    for words in (*chat, f"{again} {here}", f"report {here}"):
         reporter.say(f"  cai-ray {words}")

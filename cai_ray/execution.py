@@ -1,6 +1,8 @@
 """Executes a run: Ray's start and end, the engines that stages share, and each stage's inputs."""
 
 import json
+import math
+import os
 import shutil
 import time
 from collections.abc import Collection
@@ -10,14 +12,16 @@ from functools import cached_property
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from filelock import FileLock, Timeout
 
-from cai_ray import pipeline
+from cai_ray import doctor, pipeline
 from cai_ray.artifacts import Manifest, RunDir, StageDir, StageKey, write_atomic
-from cai_ray.cluster import start_ray
+from cai_ray.cluster import on_every_machine, start_ray
 from cai_ray.config import FEEDBACK, Config
 from cai_ray.config_files import to_yaml
+from cai_ray.constitution import to_yaml as constitution_yaml
 from cai_ray.errors import CaiError, ConfigError, ResourceError, StageFailed
 from cai_ray.progress import Reporter, quiet_libraries
 from cai_ray.resources import check, check_for_gpus, check_here, context_tokens
@@ -50,13 +54,15 @@ def run_pipeline(config: Config, request: Request, reporter: Reporter) -> None:
     """
     run, chosen = run_dir(config), _chosen(config, request)
     check_disk(run.path)
-    run.path.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         try:
+            run.path.mkdir(parents=True, exist_ok=True)
             stack.enter_context(FileLock(run.path / ".lock", blocking=False))
         except Timeout:
             fix = "wait for it, stop it, or give this run another --name"
             raise ConfigError(f"another process works on {run.path}", fix) from None
+        except OSError as e:
+            raise ConfigError(f"{run.path} cannot be written: {e.strerror}", "set run.dir to another folder") from None
         doomed = _doomed(config, request, run)
         if early := [n for n in pipeline.NAMES[: pipeline.NAMES.index(chosen[0].name)] if n in doomed]:
             raise ConfigError(
@@ -144,16 +150,20 @@ def _take_over(config: Config, request: Request, run: RunDir, reporter: Reporter
     if request.reuse is None:
         return
     other = RunDir(request.reuse.absolute())
-    if not other.path.is_dir():
-        raise ConfigError(f"--reuse {request.reuse}: no such run directory")
+    if not (other.path / "config.yaml").is_file():
+        raise ConfigError(f"--reuse {request.reuse}: no such run directory", "name one that holds config.yaml")
     for stage in (s for s in pipeline.needed(config) if s.name not in doomed):
         key, theirs = pipeline.stage_key(config, stage, run), other.stage(stage.name)
         if key is None or run.stage(stage.name).manifest() or stage.name == "report":
             continue
-        manifest = theirs.manifest()
-        if manifest and manifest.key == key.key:
+        if (manifest := theirs.manifest()) is None:
+            continue
+        if manifest.key == key.key:
             run.take_over(stage.name, theirs)
             reporter.say(f"{stage.name}: taken over from {other.path}")
+        else:
+            differs = "".join(f"\n    {line}" for line in pipeline.differences_of(theirs, key)[:4])
+            reporter.say(f"{stage.name}: not taken over from {other.path}, where it differs:{differs}")
 
 
 def _readable(error: BaseException, stage: str, out: StageDir) -> BaseException:
@@ -167,6 +177,12 @@ def _readable(error: BaseException, stage: str, out: StageDir) -> BaseException:
     fix = "free some space" if full else f"see {out.path.parent / 'logs'} and {out.logs}"
     what = "the disk is full" if full else f"{type(error).__name__}: {cause[-1] if cause else ''}"
     return StageFailed(f"{stage} stopped: {what}", f"{fix}; the same command continues")
+
+
+def _look(token: Path) -> tuple[bool, float, list[float]]:
+    """On a machine of the cluster: whether it sees a file, its memory and its GPUs', GiB."""
+    os.environ.pop("CUDA_VISIBLE_DEVICES", None)  # Ray hides GPUs from a task that asks for none
+    return token.exists(), doctor.host_memory_gib(), [gpu.gib for gpu in doctor.local_gpus()]
 
 
 class Execution:
@@ -194,8 +210,29 @@ class Execution:
         device = self.config.cluster.device
         device = ("gpu" if there.get("GPU", 0) > 0 else "cpu") if device == "auto" else device
         # `preflight` knew this machine only, not the cluster that was joined.
-        check(self.config, device, cpus=there.get("CPU", 0), gpus=there.get("GPU", 0), stages=self._waiting)
+        host, gpu = self._machines() if self.config.cluster.joined else (math.inf, math.inf)
+        check(self.config, device, host, there.get("CPU", 0), there.get("GPU", 0), gpu, self._waiting)
         return device
+
+    def _machines(self) -> tuple[float, float]:
+        """Memory of all machines together, and the most that a GPU has, GiB.
+
+        Raises:
+            ResourceError: one does not see the run's directory.
+        """
+        token = self.run.path / f".seen-{uuid4().hex}"
+        token.touch()
+        try:
+            found = on_every_machine(_look, token, timeout_s=self.config.cluster.start_timeout_s)
+        finally:
+            token.unlink()
+        if blind := [name for name, (sees, *_) in found.items() if not sees]:
+            raise ResourceError(
+                f"{', '.join(blind)} cannot see {self.run.path}, where engines and trainers write",
+                "set run.dir to a folder on storage that all machines share",
+            )
+        gpus = [gib for _, _, own in found.values() for gib in own]
+        return sum(memory for _, memory, _ in found.values()), max(gpus, default=math.inf)
 
     @cached_property
     def pool(self) -> Any:
@@ -234,7 +271,7 @@ class Execution:
         out.path.mkdir(parents=True, exist_ok=True)
         write_atomic(out.path / "key.json", json.dumps(key.begun, indent=1, default=str))
         start, tracker = time.monotonic(), StageTracker(config, out, self.run.path)
-        out.on_metrics = tracker.log
+        out.on_metrics, out.on_sample = tracker.log, tracker.sample
         out.on_warning = lambda text: self.reporter.say(f"    {text}", style="bold red")
         if stage.name in pipeline.STAGE_MODELS:
             from cai_ray.model_card import model_card
@@ -243,13 +280,16 @@ class Execution:
         try:
             function = getattr(import_module(f"cai_ray.stages.{stage.name}"), stage.name)
             inputs = self._inputs(stage, key)
+            if stage.principles(config):  # rows name its principles, and its file may change
+                write_atomic(out.constitution, constitution_yaml(inputs.constitution))
             out.devices = self._devices
             manifest: Manifest = function(getattr(config, stage.name, None), inputs, out)
         except BaseException as e:
             tracker.finish(None)
             raise _readable(e, stage.name, out) from e
         tracker.finish(manifest)
-        for spent in list(out.path.rglob("checkpoints")):  # resume state of a finished stage: only weight
+        # Resume state of a finished stage, and folders that somebody who was killed has left half-written: only weight.
+        for spent in [*out.path.rglob("checkpoints"), *out.path.rglob(".*/")]:
             shutil.rmtree(spent, ignore_errors=True)
         shown = [f"{k} {v:.4g}" for k, v in manifest.metrics.items() if isinstance(v, int | float)]
         self.reporter.say(f"    {stage.name} took {time.monotonic() - start:.0f} s: {', '.join(shown[:8])}")

@@ -15,13 +15,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from cai_ray.artifacts import RunDir, StageKey, package_versions
-from cai_ray.config import Config, Principles
+from cai_ray.artifacts import RunDir, StageDir, StageKey, package_versions
+from cai_ray.config import Config
 from cai_ray.config_files import load_config
-from cai_ray.constitution import Constitution, Principle
+from cai_ray.constitution import Constitution, Principle, load_constitution
 from cai_ray.errors import ConfigError, DataError
 from cai_ray.models.hub import whole_folder
-from cai_ray.pipeline import STAGES, Stage, constitution_of, needed
+from cai_ray.pipeline import STAGES, Stage, needed
 from cai_ray.records import PROMPT, Row, answers, to_table
 from cai_ray.report.collect import cautions, collect
 from cai_ray.templates import render_turns
@@ -131,7 +131,7 @@ def export_run(run: RunDir, to: Path) -> list[str]:
         DataError: rows of the run cannot be read, or the disk does not take them.
     """
     config = load_config(str(run.path / "config.yaml"))
-    left_out, principles = _left_out(run, config)
+    left_out, principles = _left_out(run)
     if len(left_out) == len(EXPORTS):
         raise ConfigError(f"{run.path} has nothing to export yet: {'; '.join(left_out.values())}", "continue the run")
     if to.exists() or to.is_symlink():  # not even an empty one is replaced: it can be a mount, or where somebody works
@@ -153,26 +153,27 @@ def export_run(run: RunDir, to: Path) -> list[str]:
     return lines + [f"{name}: left out, {reason}" for name, reason in left_out.items()]
 
 
-def _left_out(run: RunDir, config: Config) -> tuple[dict[str, str], Known]:
-    """Why exports cannot be made, by name; and the principles of the critiques, if they still are those of the run."""
-    left_out, principles, chosen = {}, {}, config.constitution.critique
+def _left_out(run: RunDir) -> tuple[dict[str, str], Known]:
+    """Why exports cannot be made, by name; and the principles of the critiques."""
+    left_out, principles = {}, {}
     for export in EXPORTS:
-        manifest = run.stage(export.stage).manifest()
+        out = run.stage(export.stage)
+        manifest = out.manifest()
         if manifest is None:
             left_out[export.name] = f"the stage {export.stage} is not finished"
         elif export.name == "cai":
             sha = manifest.constitution_sha256
-            if found := _constitution(chosen, sha):
+            if found := _constitution(out, sha):
                 principles = {p.id: p for p in found.principles}
             else:
-                left_out["cai"] = f"the constitution {chosen.file} is not the one of the run any more (sha256 {sha})"
+                left_out["cai"] = f"{out.constitution} is not the constitution that the stage drew from (sha256 {sha})"
     return left_out, principles
 
 
-def _constitution(principles: Principles, sha256: str | None) -> Constitution | None:
-    """The constitution that a finished stage drew from; None if its file has changed since or is gone."""
+def _constitution(out: StageDir, sha256: str | None) -> Constitution | None:
+    """The constitution that a stage drew from; None if somebody has changed or removed it."""
     try:
-        found = constitution_of(principles)
+        found = load_constitution(out.constitution)
     except ConfigError:
         return None
     return found if found.sha256 == sha256 else None
@@ -242,8 +243,8 @@ def provenance(stage: Stage, run: RunDir, config: Config, key: StageKey | None =
         made[stage.name] = (key.parts, package_versions())
     rows: list[list[str]] = []
     for name, (parts, packages) in made.items():
-        sha, chosen = parts.get("principles"), BY_NAME[name].principles(config)
-        found = _constitution(getattr(config.constitution, chosen), sha) if chosen else None
+        sha = parts.get("principles")
+        found = _constitution(run.stage(name), sha) if sha else None
         constitution = f"{found.name}, version {found.version}, " if found else ""
         constitution += f"sha256 {sha}" if sha else ""
         models = ", ".join(f"{role}: {identity}" for role, identity in parts.get("models", {}).items())

@@ -14,6 +14,7 @@ from cai_ray.config import FEEDBACK, Config, ModelSpec, Principles, Source
 from cai_ray.constitution import Constitution, load_constitution
 from cai_ray.errors import ConfigError
 from cai_ray.shipped import source_path
+from cai_ray.sources import data_files
 
 GENERATING = ("revise", "sample_pairs", "label", "ppo", "evaluate")  # stages that sample from engines
 STAGE_MODELS = ("sft", "preference_model", "ppo")  # stages that publish a model
@@ -98,10 +99,17 @@ NAMES = tuple(s.name for s in STAGES)
 
 
 def needed(config: Config, last: str = "report") -> tuple[Stage, ...]:
-    """The stages that have a part in the last one, itself included, in order; one that nothing reads is left out."""
+    """The stages that have a part in the last one, itself included, in order; one that nothing reads is left out.
+
+    Raises:
+        ConfigError: a stage reads itself or a later one.
+    """
     wanted = {last}
     for stage in reversed(STAGES):
         if stage.name in wanted:
+            if late := set(stage.reads(config)) & set(NAMES[NAMES.index(stage.name) :]):
+                what = f"{stage.name} reads {', '.join(late)}, which is not made before it"
+                raise ConfigError(what, "name a model or an earlier stage")
             wanted |= set(stage.reads(config))
     return tuple(s for s in STAGES if s.name in wanted)
 
@@ -173,9 +181,7 @@ def file_identity(source: Source) -> str:
     if path.is_file():
         return file_sha256(path)
     if path.is_dir():
-        return canonical_sha256(
-            [[str(p.relative_to(path)), file_sha256(p)] for p in sorted(path.rglob("*")) if p.is_file()]
-        )
+        return canonical_sha256([[str(p.relative_to(path)), file_sha256(p)] for p in data_files(source.path)])
     return source.path
 
 
@@ -199,6 +205,11 @@ def stage_key(config: Config, stage: Stage, run: RunDir) -> StageKey | None:
     return StageKey(config=section.model_dump(mode="json") if section else {}, parts=parts, inputs=inputs)
 
 
+def differences_of(out: StageDir, key: StageKey) -> list[str]:
+    """What a stage was begun with in `out`, other than `key`, a line each."""
+    return differences(json.loads((out.path / "key.json").read_text("utf-8")), key.begun)
+
+
 @dataclass(frozen=True)
 class Step:
     """What a run will do about one stage."""
@@ -215,10 +226,9 @@ def next_step(config: Config, stage: Stage, run: RunDir) -> Step:
     if key is None:
         return Step(stage, "wait")
     out = run.stage(stage.name)
-    begun = out.path / "key.json"
-    if not begun.is_file():
+    if not (out.path / "key.json").is_file():
         return Step(stage, "run", key=key)
-    if differs := differences(json.loads(begun.read_text("utf-8")), key.begun):
+    if differs := differences_of(out, key):
         return Step(stage, "changed", tuple(differs), key)
     return Step(stage, "done" if out.manifest() else "continue", key=key)
 

@@ -84,8 +84,10 @@ def critique_once(prompt: str, response: str | None, constitution: str, model: s
     row = prompt_row([{"role": "user", "content": prompt}], "harmful", "terminal")
     folder = model_folder(model)
     print(f"loading {folder} …", file=sys.stderr)
-    program = ReviseRow(ReviseConfig(rounds=1), chosen, seed)
-    done = asyncio.run(program(row, local_engine(folder), response))
+    engine, config = local_engine(folder), ReviseConfig(rounds=1)
+    # All the room that the engine has: few-shots alone can be a thousand tokens of a small English vocabulary.
+    config = config.model_copy(update={"max_prompt_tokens": engine.max_model_len - config.max_new_tokens})
+    done = asyncio.run(ReviseRow(config, chosen, seed)(row, engine, response))
     step = done["rounds"][0]
     (principle,) = (p for p in chosen.principles if p.id == step["principle_id"])
     for title, text in (

@@ -6,6 +6,7 @@ What is accepted (one form a row; `Source.column` names another column for the p
                        transcript, and each of its human turns is a prompt
   prompt               text or messages
   chosen, rejected     HH transcripts ("\\n\\nHuman: … \\n\\nAssistant: …"), replies to `prompt`/`messages`, or messages
+A cell of a CSV file holds messages as JSON.
 """
 
 import bz2
@@ -29,6 +30,7 @@ from cai_ray.records import Message, Row, check_messages, row_id, split_of
 from cai_ray.shipped import source_path
 
 _TURN = re.compile(r"\n\n(Human|Assistant): ?")
+_MESSAGES = re.compile(r"""\s*\[\s*\{\s*["'](role|content)["']\s*:""")
 _ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 PACKED: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 BROKEN = (OSError, EOFError, ValueError, OverflowError, csv.Error, zlib.error, lzma.LZMAError, pa.ArrowException)
@@ -176,7 +178,18 @@ def parse_transcript(text: str) -> list[Message]:
     return [{"role": roles[r], "content": t.strip()} for r, t in zip(parts[1::2], parts[2::2], strict=True)]
 
 
+def _unpacked(value: Any) -> Any:
+    """A list of messages that a cell of CSV holds as text; everything else as it is."""
+    if not (isinstance(value, str) and _MESSAGES.match(value)):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        raise DataError("a cell holds messages that are no JSON: Python's own way to print them is not read") from None
+
+
 def _conversation(value: Any, transcript: bool = False) -> list[Message]:
+    value = _unpacked(value)
     if isinstance(value, str):
         if transcript or value.lstrip().startswith("Human:"):
             return parse_transcript(value)
@@ -268,8 +281,12 @@ def _probability(value: Any) -> float:
 
 
 def _reply(value: Any) -> str:
-    if isinstance(value, list) and value and isinstance(value[-1], Mapping):
-        value = value[-1].get("content")
+    value = _unpacked(value)
+    if isinstance(value, list) or (isinstance(value, str) and value.startswith("\n\nHuman:")):
+        last = _conversation(value, True)[-1]
+        if last["role"] != "assistant":
+            raise DataError("a reply is a conversation that does not end with the assistant")
+        value = last["content"]
     if not isinstance(value, str):
         raise DataError(f"a reply is {type(value).__name__}, expected text")
     return value.strip()

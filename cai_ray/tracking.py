@@ -10,7 +10,6 @@ from uuid import uuid4
 from cai_ray.artifacts import Manifest, StageDir
 from cai_ray.config import Config, Tracking
 from cai_ray.errors import ConfigError
-from cai_ray.report.collect import json_lines
 
 
 def wandb_wanted(tracking: Tracking) -> bool:
@@ -30,7 +29,7 @@ class StageTracker:
     """
 
     def __init__(self, config: Config, out: StageDir, run_path: Path):
-        self._out = out
+        self._out, self._samples = out, list[Mapping[str, Any]]()
         self._run: Any = None
         if not wandb_wanted(config.tracking):
             return
@@ -58,27 +57,34 @@ class StageTracker:
             raise ConfigError(f"W&B does not take the run: {e}", fix) from None
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Passes on one line of metrics; `step` becomes the metric `STAGE/step`."""
+        """Passes on one line of metrics, and a table of the samples since the last; `step` becomes `STAGE/step`."""
         if self._run is not None:
-            self._run.log({**values, f"{self._out.name}/step": step})
+            self._run.log({**values, f"{self._out.name}/step": step, **self._table()})
+
+    def sample(self, row: Mapping[str, Any]) -> None:
+        """Keeps an example for the next table."""
+        if self._run is not None:
+            self._samples.append(row)
 
     def finish(self, manifest: Manifest | None) -> None:
-        """Logs the key numbers and a table of samples, and closes the W&B run; without a manifest, as failed."""
+        """Logs the key numbers and what samples are left, and closes the W&B run; without a manifest, as failed."""
         if self._run is None:
             return
         if manifest:
             self._run.summary.update({k: v for k, v in manifest.metrics.items() if isinstance(v, int | float)})
-            self._log_samples()
+        if rest := self._table():
+            self._run.log(rest)
         self._run.finish(exit_code=0 if manifest else 1)
 
-    def _log_samples(self) -> None:
+    def _table(self) -> dict[str, Any]:
+        if not self._samples:
+            return {}
         import wandb
 
-        rows = [row for row in json_lines(self._out.path / "samples.jsonl") if row]
-        if rows:
-            columns: list[Any] = sorted({k for r in rows for k in r})
-            cells: list[Any] = [[_cell(r.get(c)) for c in columns] for r in rows]
-            self._run.log({"samples": wandb.Table(columns=columns, data=cells)})
+        columns: list[Any] = sorted({k for r in self._samples for k in r})
+        cells: list[Any] = [[_cell(r.get(c)) for c in columns] for r in self._samples]
+        self._samples.clear()
+        return {"samples": wandb.Table(columns=columns, data=cells)}
 
 
 def _cell(value: Any) -> Any:

@@ -34,6 +34,5 @@ launch/setup.sh cpu
 echo "quickstart: preparing the embedded model (once, about a minute)"
 .venv/bin/python -c 'from cai_ray.models import embedded_model; print("quickstart: model in", embedded_model())'
 
+trap 'printf "\nThe commands above need this first: source .venv/bin/activate\n"' EXIT  # also after a failure or Ctrl-C
 .venv/bin/cai-ray run quickstart "$@"
-echo
-echo "To use the command without the folder: source .venv/bin/activate"

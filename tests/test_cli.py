@@ -136,6 +136,17 @@ def test_checking_a_constitution_names_everything_and_shows_it() -> None:
     assert call("constitution", "import", "gone", "x.yaml").exit_code == 2
 
 
+def test_the_next_commands_repeat_what_was_given(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("cai_ray.console.run_pipeline", lambda *_: None)
+    Path("R/z").mkdir(parents=True)
+    assert call("run", "tiny", "run.dir=R", "label.gold={path: x y}", "--name", "z").exit_code == 0
+    said = call("run", "tiny", "run.dir=R", "label.gold={path: x y}", "--name", "z").output
+    again = "cai-ray run tiny run.dir=R 'label.gold={path: x y}' ppo.kl_coef=0.1 --name z-b --reuse R/z"
+    assert again in said.replace("\n", " ")
+
+
 def test_a_failed_stage_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     from cai_ray.errors import StageFailed
 

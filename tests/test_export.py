@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from cai_ray import export as export_module
 from cai_ray.artifacts import RunDir, StageKey
 from cai_ray.cli import main
-from cai_ray.constitution import load_constitution
+from cai_ray.constitution import load_constitution, to_yaml
 from cai_ray.errors import ConfigError, DataError
 from cai_ray.export import export_run
 from cai_ray.records import LABELED_PAIR, REVISION, Row, to_table
@@ -64,6 +64,12 @@ PAIRS = [
 ]
 
 
+def finish_revise(run: RunDir, *files: list[Row]) -> None:
+    default = load_constitution("default")
+    commit(run, "revise", list(files), REVISION, models={"helpful": "tiny@main"}, principles=default.sha256)
+    run.stage("revise").constitution.write_text(to_yaml(default), "utf-8")
+
+
 def commit(
     run: RunDir, stage: str, files: list[list[Row]], schema: Any, metrics: Row | None = None, **parts: Any
 ) -> None:
@@ -86,8 +92,7 @@ def _caches(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFa
 def run(tmp_path: Path) -> RunDir:
     """Revisions and labels are finished; no stage trains anything here."""
     run = RunDir(tmp_path / "run")
-    sha = load_constitution("default").sha256
-    commit(run, "revise", [REVISIONS[:2], REVISIONS[2:]], REVISION, models={"helpful": "tiny@main"}, principles=sha)
+    finish_revise(run, REVISIONS[:2], REVISIONS[2:])
     metrics = {"rows_out": 3, "mean_entropy": 0.6743, "note": DANGER}
     commit(run, "label", [PAIRS], LABELED_PAIR, metrics, models={"pretrained": "tiny@main"}, principles="gone")
     (run.path / "config.yaml").write_text(yaml.safe_dump(CONFIG), "utf-8")
@@ -224,19 +229,25 @@ def test_a_split_without_rows_is_not_announced(run: RunDir, tmp_path: Path) -> N
         "preferences: left out, no row of label became one: they have no label, or their responses are equal"
     )
     run.discard("revise")
-    sha = load_constitution("default").sha256
-    commit(run, "revise", [REVISIONS[3:4]], REVISION, models={"helpful": "tiny@main"}, principles=sha)
+    finish_revise(run, REVISIONS[3:4])
     lines = export_run(run, tmp_path / "helpful")
     assert "cai: left out, no row of revise became one: helpful prompts have no rounds" in lines
     assert [path.name for path in (tmp_path / "helpful").iterdir()] == ["sft"]
 
 
 def test_rounds_are_left_out_when_their_constitution_has_changed(run: RunDir, tmp_path: Path) -> None:
-    for out, file in (("changed", "zh"), ("lost", str(tmp_path / "gone.yaml"))):
-        (run.path / "config.yaml").write_text(yaml.safe_dump({**CONFIG, "constitution": {"critique": file}}), "utf-8")
+    kept = run.stage("revise").constitution
+    for out, change in (("changed", lambda: kept.write_text(to_yaml(load_constitution("zh")))), ("lost", kept.unlink)):
+        change()
         lines = export_run(run, tmp_path / out)
-        assert f"cai: left out, the constitution {file} is not the one of the run any more" in lines[-1]
+        assert f"cai: left out, {kept} is not the constitution that the stage drew from" in lines[-1]
         assert "version" not in (tmp_path / out / "sft" / "README.md").read_text("utf-8")
+
+
+def test_a_run_keeps_its_constitution_whatever_becomes_of_the_file(run: RunDir, tmp_path: Path) -> None:
+    settings = {**CONFIG, "constitution": {"critique": str(tmp_path / "gone.yaml")}}
+    (run.path / "config.yaml").write_text(yaml.safe_dump(settings), "utf-8")
+    assert "cai: 4 train, 2 test from revise" in export_run(run, tmp_path / "out")
 
 
 def test_a_stage_taken_over_by_reference_is_exported(run: RunDir, tmp_path: Path) -> None:

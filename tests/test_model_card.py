@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 
 from cai_ray.artifacts import RunDir, StageKey
 from cai_ray.config_files import load_config
-from cai_ray.constitution import load_constitution
+from cai_ray.constitution import load_constitution, to_yaml
 from cai_ray.model_card import model_card
 from cai_ray.pipeline import STAGES
 from cai_ray.records import LABELED_PAIR, PROMPT, REVISION, to_table
@@ -41,6 +41,8 @@ def run(tmp_path: Path) -> RunDir:
         if schema:
             out.data.mkdir()
             pq.write_table(to_table(rows, schema), out.data / "part-00000.parquet")
+        if "principles" in parts:
+            out.constitution.write_text(to_yaml(load_constitution("default")), "utf-8")
         out.commit(StageKey({}, {"seed": 7, **parts}, {}), {"rows": len(rows), "note": DANGER})
     return run
 
@@ -91,6 +93,8 @@ def test_a_policy_that_a_feedback_model_rates_names_its_constitution(run: RunDir
     config = {**CONFIG, "ppo": {"reward": "feedback_model", "critic_init": "policy"}}
     (run.path / "config.yaml").write_text(yaml.safe_dump(config), "utf-8")
     constitution = load_constitution("default")
+    run.stage("ppo").path.mkdir(exist_ok=True)
+    run.stage("ppo").constitution.write_text(to_yaml(constitution), "utf-8")  # as `execution` does when it begins
     (line,) = (
         line
         for line in card(run, "ppo", {}, principles=constitution.sha256).text.splitlines()

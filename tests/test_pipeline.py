@@ -31,6 +31,8 @@ from cai_ray.resources import context_tokens
 
 def finish(config: Config, run: RunDir, *names: str) -> None:
     """Commits stages as a run would, with an output that depends on the stage's key."""
+    run.path.mkdir(parents=True, exist_ok=True)
+    (run.path / "config.yaml").touch()
     for stage in needed(config):
         if stage.name in names:
             out = run.stage(stage.name, config.run.seed)
@@ -217,11 +219,36 @@ def test_reuse_takes_over_equal_stages_by_reference(tmp_path: Path) -> None:
     assert new.stage("sft").path == old.path / "sft"
     new.discard("sft")  # discards the reference, never the other run's work
     assert old.stage("sft").manifest() is not None
-    with pytest.raises(ConfigError, match="no such run"):
-        _take_over(changed, Request(reuse=tmp_path / "none"), new, Reporter())
+    for folder in (tmp_path / "none", tmp_path):
+        with pytest.raises(ConfigError, match="no such run"):
+            _take_over(changed, Request(reuse=folder), new, Reporter())
     old.stage("revise").manifest_path.unlink()  # it is redone there: what is written, its own run writes
     with pytest.raises(DataError, match="unfinished"):
         new.stage("revise")
+
+
+def test_reuse_says_what_differs_where_it_ends(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    old, new = RunDir(tmp_path / "a"), RunDir(tmp_path / "b")
+    finish(load_config("tiny"), old, *ALL)
+    _take_over(load_config("tiny", ("revise.rounds=3",)), Request(reuse=old.path), new, Reporter())
+    said = capsys.readouterr().out
+    assert [line for line in said.splitlines() if "taken over" in line] == [
+        f"prompts: taken over from {old.path}",
+        f"revise: not taken over from {old.path}, where it differs:",
+    ]
+    assert "config.rounds: 2 -> 3" in said
+
+
+@pytest.mark.parametrize("change", ["sft.init=sft", "sft.init=ppo", "sample_pairs.model=preference_model"])
+def test_a_stage_that_reads_itself_or_a_later_one_is_refused(change: str) -> None:
+    with pytest.raises(ConfigError, match=r"(sft|sample_pairs) reads \w+, which is not made before it"):
+        needed(load_config("tiny", (change,)))
+
+
+def test_a_run_directory_that_cannot_be_written_is_one_message(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine", "utf-8")
+    with pytest.raises(ConfigError, match="cannot be written: Not a directory"):
+        run_pipeline(load_config("tiny", (f"run.dir={tmp_path}/file",)), Request(), Reporter())
 
 
 def test_what_is_rebuilt_is_not_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -350,10 +377,20 @@ def test_a_joined_cluster_that_is_too_small_is_refused_before_anything_starts(
     monkeypatch.setattr("cai_ray.execution.start_ray", lambda config: None)
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 32.0})
     monkeypatch.setattr("ray.shutdown", lambda: None)
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    machines = {"node-1": (True, 0.5, []), "node-2": (True, 64.0, [])}
+    monkeypatch.setattr("cai_ray.execution.on_every_machine", lambda *_, **__: machines)
     with ExitStack() as stack:
         with pytest.raises(ResourceError, match="sft needs 41 CPUs, there are 32"):
             _ = Execution(config, run, Reporter(), stack, ["sft"], False).device
         assert Execution(config, run, Reporter(), stack, ["label"], False).device == "cpu"
+        machines["node-2"] = (True, 0.5, [])
+        with pytest.raises(ResourceError, match=r"label needs .* GiB of memory, there are 1"):
+            _ = Execution(config, run, Reporter(), stack, ["label"], False).device
+        machines["node-2"] = (False, 64.0, [])
+        with pytest.raises(ResourceError, match=f"node-2 cannot see {tmp_path}"):
+            _ = Execution(config, run, Reporter(), stack, ["label"], False).device
+    assert not list(tmp_path.glob(".seen-*"))
 
 
 def test_a_machine_without_git_keeps_its_stages(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -361,7 +398,8 @@ def test_a_machine_without_git_keeps_its_stages(monkeypatch: pytest.MonkeyPatch)
     assert git_state() == {}
 
 
-def test_a_damaged_manifest_says_what_to_do(tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", ["{", "[]", "3", '{"schema_version": 1}'])
+def test_a_damaged_manifest_says_what_to_do(tmp_path: Path, content: str) -> None:
     out = StageDir(tmp_path / "sft")
     out.path.mkdir()
     out.manifest_path.write_text("{", "utf-8")

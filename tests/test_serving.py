@@ -37,6 +37,19 @@ def test_a_round_shows_each_step_and_the_principle_that_was_drawn(
     )
 
 
+def test_a_round_has_all_the_room_of_the_engine(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The few-shots of `zh` in an English vocabulary leave little of what `revise` takes by default."""
+    prompt, text = "word " * 900, "word " * 128
+    row: Any = {"id": row_id([{"role": "user", "content": prompt}])}
+    engine = ScriptedEngine(row, 3, {step: f"{step} {text}" for step in ("response", "critique/1", "revision/1")})
+    monkeypatch.setattr(serving, "local_engine", lambda folder: engine)
+    serving.critique_once(prompt, None, "default", "m", seed=3)
+    assert len(engine.asked["revision/1"].prompt_ids) > 1200
+    assert "── SFT pair ──" in capsys.readouterr().out
+
+
 class Counting:
     """Answers with the length of what it was asked."""
 

@@ -1,5 +1,6 @@
 """Loaders: every form that is accepted, and bad rows that stay alone."""
 
+import csv
 import gzip
 import json
 from collections.abc import Callable
@@ -182,6 +183,26 @@ def test_columns_are_named_but_a_headerless_files_first_line_is_not_quoted() -> 
         to_prompts({"How do I bake bread at home?": "x", "42": "y"}, "harmful", Source(path="f"))
 
 
+def test_cells_of_csv_hold_messages_as_json(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "good, [{"}]
+    file = tmp_path / "m.csv"
+    with file.open("w", newline="", encoding="utf-8") as f:
+        writer = csv.writer(f)
+        writer.writerow(["messages", "chosen", "rejected"])
+        writer.writerow([json.dumps(turns[:1]), json.dumps(turns), json.dumps([{**turns[1], "content": "bad"}])])
+        writer.writerow([str(turns[:1]), "x", "y"])  # as Python prints it
+        writer.writerow(["[1, 2] is what?", "[{x}]", "[]"])  # texts like any other
+    source = Source(path=str(file))
+    first, second, third = (row for row in read_rows(source) if not isinstance(row, DataError))
+    assert [p["messages"] for p in to_prompts(first, "harmful", source)] == [turns[:1]]
+    plain = {"messages": turns[:1], "chosen": turns[1]["content"], "rejected": "bad"}
+    assert to_comparison(first, source) == to_comparison(plain, source)
+    with pytest.raises(DataError, match="no JSON"):
+        to_prompts(second, "harmful", source)
+    assert to_prompts(third, "harmful", source)[0]["messages"][0]["content"] == "[1, 2] is what?"
+    assert to_comparison(third, source)["response_a"] == "[{x}]"
+
+
 def test_comparisons_in_every_form() -> None:
     human = "\n\nHuman: hi\n\nAssistant: "
     forms = [
@@ -194,6 +215,7 @@ def test_comparisons_in_every_form() -> None:
             "rejected": [{"role": "assistant", "content": "bad"}],
         },
         {"prompt": "\n\nHuman: hi\n\nAssistant:", "chosen": " good", "rejected": " bad"},
+        {"prompt": "hi", "chosen": human + "good", "rejected": human + "bad"},
         # Columns that other rows of the same table fill:
         {"messages": None, "prompt": "hi", "chosen": "good", "rejected": "bad", "label_prob": None},
     ]
@@ -210,6 +232,8 @@ def test_comparisons_in_every_form() -> None:
         {"prompt": "hi", "chosen": "same", "rejected": "same "},
         {"prompt": "hi", "chosen": "", "rejected": "x"},
         {"prompt": "hi", "chosen": "x"},
+        {"prompt": "hi", "chosen": [{"role": "user", "content": "x"}], "rejected": "y"},
+        {"prompt": "hi", "chosen": "\n\nHuman: x", "rejected": "y"},
         *(
             {"prompt": "hi", "chosen": "x", "rejected": "y", "label_prob": p}
             for p in (1.5, "much", float("nan"), 10**400)

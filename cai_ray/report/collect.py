@@ -35,6 +35,13 @@ EXPECT = {
     "ppo": "score rises, KL stays in the tens of nats or below",
     "evaluate": "the policy wins more than half",
 }
+# Of a model that comes with cai-ray and is too small to judge.
+EXPECT_OF_SHIPPED = {
+    "label": "a judge at chance: half of the gold, entropy near 0.69 nats, one letter nearly always",
+    "preference_model": "chance on the judge's pairs",
+    "ppo": "score and KL move, which shows that it learns, not what",
+    "evaluate": "win rates around a half",
+}
 # Metric -> how it reads; one that is absent is left out. Win rates are added where there are any.
 NUMBERS = {
     "prompts": {"rows": "{:,.0f} prompts", "duplicates": "{:,.0f} duplicates"},
@@ -135,7 +142,9 @@ def win_rates(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 def summary_lines(run: RunDir) -> list[tuple[str, str, str]]:
     """One line per finished stage: its name, its key numbers, what to expect of them."""
-    return [(s.name, s.key_numbers, EXPECT[s.name]) for s in collect(run).stages if s.manifest]
+    record = collect(run)
+    expect = EXPECT | (EXPECT_OF_SHIPPED if _shipped_model(record) else {})
+    return [(s.name, s.key_numbers, expect[s.name]) for s in record.stages if s.manifest]
 
 
 def collect(run: RunDir) -> Record:
@@ -148,10 +157,12 @@ def collect(run: RunDir) -> Record:
         raise DataError(f"{run.path} is no run directory", "give the folder that `cai-ray run` wrote")
     config = run.path / "config.yaml"
     text = config.read_text("utf-8", "replace") if config.is_file() else ""
+    try:
+        settings = yaml.safe_load(text) or {}
+    except yaml.YAMLError as e:
+        raise DataError(f"{config} is damaged: {str(e).splitlines()[0]}", "the run's command writes it anew") from e
     complete = run.stage("evaluate").manifest() is not None
-    return Record(
-        run.path.resolve(), yaml.safe_load(text) or {}, text, tuple(_stage(run, name, complete) for name in STAGES)
-    )
+    return Record(run.path.resolve(), settings, text, tuple(_stage(run, name, complete) for name in STAGES))
 
 
 def _stage(run: RunDir, name: str, complete: bool) -> StageRecord:
@@ -245,12 +256,16 @@ def _data_cautions(record: Record) -> Iterator[str]:
     sections = json.dumps([m.config for m in record.manifests.values()] or record.config)
     if re.search(r'"starter:(?!judge_gold")', sections):  # the gold of the judge's gate teaches nothing
         yield "The starter prompts and comparisons were written for cai-ray: they are not human labels, no benchmark."
-    identities = [i for m in record.manifests.values() for i in m.models.values()]
-    if any(i.startswith(("embedded@", "tiny@")) for i in identities):
+    if _shipped_model(record):
         yield (
             "A model that comes with cai-ray took part (135 million parameters or fewer). Such a run proves the "
             "mechanics, not the quality: do not read its scores or win rates as evidence about the method."
         )
+
+
+def _shipped_model(record: Record) -> bool:
+    identities = [i for m in record.manifests.values() for i in m.models.values()]
+    return any(i.startswith(("embedded@", "tiny@")) for i in identities)
 
 
 def truncated(record: Record) -> list[tuple[str, float]]:

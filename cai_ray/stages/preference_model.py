@@ -21,7 +21,6 @@ def preference_model(config: PreferenceModelConfig, inputs: StageInputs, out: St
     bad: list[Row] = []
     counts: Counter[str] = Counter()
     seen: set[str] = set()
-    raw_rows = 0
     for number, source in enumerate(s for s in config.data if s.path != "label"):
         rows, unusable, read, repeated = read_comparisons(source)
         if not read:
@@ -30,10 +29,12 @@ def preference_model(config: PreferenceModelConfig, inputs: StageInputs, out: St
         seen.update(row["id"] for row in new)
         # Kept: what was trained on is part of the stage's record.
         folders.append(write_rows(new, LABELED_PAIR, out.data / f"human-{number}"))
-        bad, raw_rows = bad + unusable, raw_rows + read
+        bad += unusable
+        counts["raw_rows"] += read
         counts[f"rows/{source.path}"] += len(new)  # a path may stand there twice, with other columns
         counts["duplicates"] += repeated + len(rows) - len(new)
-    out.quarantine(bad, raw_rows, inputs.settings.max_bad_fraction)
+        counts["over_limit"] += read - len(unusable) - repeated - len(rows)
+    out.quarantine(bad, counts["raw_rows"], inputs.settings.max_bad_fraction)
     metrics = fit("preference_model", config, folders, inputs, out)
     metrics["quarantined"] += len(bad)
     return out.commit(inputs.key, {**counts, **metrics})

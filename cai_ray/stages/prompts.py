@@ -37,14 +37,14 @@ def prompts(config: PromptsConfig, inputs: StageInputs, out: StageDir) -> Manife
     """Reads every source, makes `Prompt` rows in Ray tasks, keeps each conversation once.
 
     Raises:
-        DataError: a source cannot be read, or leaves no prompt.
+        DataError: a source cannot be read, or leaves no prompt to train on or to hold out.
         StageFailed: more than `max_bad_fraction` of the rows are bad, or an engine died repeatedly.
     """
     sources = [("harmful", s) for s in config.harmful] + [("helpful", s) for s in config.helpful]
     parsed, raw_rows = _parse(sources)
     seen: dict[str, Row] = {}
     bad: list[Row] = []
-    duplicates = 0
+    duplicates = over_limit = 0
     for number, (_, source) in enumerate(sources):
         fresh: dict[str, Row] = {}
         for row in (r for r in parsed if r["source"] == number):
@@ -55,6 +55,7 @@ def prompts(config: PromptsConfig, inputs: StageInputs, out: StageDir) -> Manife
             else:
                 fresh[row["prompt"]["id"]] = row["prompt"]
         kept = sorted(fresh.values(), key=lambda r: r["id"])
+        over_limit += max(0, len(kept) - (source.limit or len(kept)))
         seen.update((r["id"], r) for r in islice(kept, source.limit))
     out.quarantine(bad, raw_rows, inputs.settings.max_bad_fraction)
     written: Counter[str] = Counter()
@@ -68,6 +69,8 @@ def prompts(config: PromptsConfig, inputs: StageInputs, out: StageDir) -> Manife
         raise DataError(
             "prompts: the sources hold no prompt", "give prompts.harmful or prompts.helpful a source with rows"
         )
+    if all(row["split"] == "train" for row in rows):  # said now, not when `evaluate` has nobody to ask
+        raise DataError(f"prompts: none of {len(rows)} is in the held-out tenth", "add some: a hash draws that tenth")
     write_rows(rows, PROMPT, out.data)
     counts = {
         f"{kind}_{split}": sum(r["kind"] == kind and r["split"] == split for r in rows)
@@ -75,8 +78,9 @@ def prompts(config: PromptsConfig, inputs: StageInputs, out: StageDir) -> Manife
         for split in ("train", "test")
     }
     turns = sum(len(r["messages"]) > 2 for r in rows)
-    metrics = {"rows": len(rows), **counts, "multi_turn": turns, "duplicates": duplicates, "quarantined": len(bad)}
-    return out.commit(inputs.key, {"raw_rows": raw_rows, **metrics, **written})
+    left_out = {"duplicates": duplicates, "over_limit": over_limit, "quarantined": len(bad)}
+    metrics = {"raw_rows": raw_rows, "conversations": len(parsed), "rows": len(rows), **counts, "multi_turn": turns}
+    return out.commit(inputs.key, {**metrics, **left_out, **written})
 
 
 def _parse(sources: list[tuple[str, Source]]) -> tuple[list[Row], int]:

@@ -52,6 +52,11 @@ def test_rows_are_accounted_for_at_every_stage(tiny_run: Path) -> None:
     helpful = {r["id"] for r in prompts if r["kind"] == "helpful"}
     assert len(harmful) == 24
     assert len(helpful) == 12
+    m = manifest(tiny_run, "prompts")["metrics"]
+    assert m["conversations"] == len(prompts) + m["duplicates"] + m["over_limit"] + m["quarantined"]
+    assert m["over_limit"] > 0
+    m = manifest(tiny_run, "preference_model")["metrics"]
+    assert m["raw_rows"] == m["rows/starter:helpful_comparisons"] + m["duplicates"] + m["over_limit"]
     quarantined = {}
     for stage in ("revise", "sample_pairs", "label", "evaluate"):
         m = manifest(tiny_run, stage)["metrics"]

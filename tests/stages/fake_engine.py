@@ -39,6 +39,7 @@ class ScriptedEngine:
     seed: int
     script: Mapping[str, str]
     tokenizer: WordTokenizer = field(default_factory=WordTokenizer)
+    max_model_len: int = 2048
     asked: dict[str, Request] = field(default_factory=dict)
 
     async def ask(self, request: Request) -> Completion:
