@@ -458,6 +458,8 @@ class PPOConfig(Sampling):
     """Weight of the policy's entropy, which is added to what is maximised."""
     ptx_coef: NonNegativeFloat = 0.0
     """Weight of the SL loss on `revise`'s training rows, mixed into each of the actor's steps; 0 is off."""
+    old_logprobs: Literal["trainer", "rollout"] = "trainer"
+    """Log-probs of the policy that sampled: the actor's, computed once more, or the engines', a forward pass less."""
     staleness: Literal[0, 1] = 0
     """1 samples a step's responses while the step before trains, from weights that are one update old."""
     importance_cap: PositiveFloat = 2.0
@@ -498,6 +500,8 @@ class PPOConfig(Sampling):
     """
     checkpoint_every: Op[PositiveInt] = 10
     """Steps between checkpoints of actor, critic and controller."""
+    evaluate_every: Op[NonNegativeInt] = 0
+    """Steps between evaluations: as many answers as a step has, to held-out prompts; 0 is never."""
 
     @property
     def adapter_rank(self) -> int:

@@ -26,6 +26,7 @@ _CURVES = (
     ("Preference model: loss", "preference_model", _LOSSES),
     ("Preference model: accuracy", "preference_model", {"held-out": "eval/accuracy"}),
     ("PPO: score", "ppo", {"score": "objective/score", "held-out model": "objective/heldout_score"}),
+    ("PPO: score on held-out prompts", "ppo", {"score": "eval/score", "held-out model": "eval/heldout_score"}),
     ("PPO: KL to the SL model, nats", "ppo", {"KL": "objective/kl"}),
     ("PPO: response length, tokens", "ppo", {"length": "rollout/length"}),
     ("PPO: engine against trainer, nats", "ppo", {"gap": "rollout/logprob_gap"}),

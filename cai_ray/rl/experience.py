@@ -38,6 +38,8 @@ def make_experience(config: PPOConfig, kl_coef: float, batch: pa.Table, *parts: 
     names = sorted({name for part in parts for name in part.column_names} - {"row"})
     for name in names:
         batch = batch.append_column(name, _joined(parts, name, len(batch)))
+    if config.old_logprobs == "rollout":
+        batch = batch.append_column("old_logprobs", batch["rollout_logprobs"])
     old_BR, ref_BR, rollout_BR = (padded(batch, name) for name in ("old_logprobs", "ref_logprobs", "rollout_logprobs"))
     lengths = row_lengths(batch, "response_ids")
     mask_BR = torch.arange(old_BR.shape[1]) < torch.tensor(lengths)[:, None]

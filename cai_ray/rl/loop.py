@@ -46,6 +46,7 @@ def run_ppo(
     progress: Show,
     sl_rows: pa.Table | None = None,
     max_bad_fraction: float = 1.0,
+    held: Sequence[Row] = (),
 ) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
     """Trains the policy against its rewards; continues from the last whole checkpoint in `out`.
 
@@ -58,6 +59,7 @@ def run_ppo(
         progress: opens a progress bar, which is told (steps done, steps, a few words).
         sl_rows: what `ppo.ptx_coef` mixes in: id, prompt_ids, response_ids.
         max_bad_fraction: more prompts than this share that are too long fail the stage.
+        held: prompts that are not trained on, for `ppo.evaluate_every`; those that are too long are left out.
 
     Returns the last step's metrics with counts, and role -> [{pid, node}] of each worker.
 
@@ -70,6 +72,9 @@ def run_ppo(
     config = setup.config
     tokenizer = Tokenizer.load(setup.policy, setup.format)
     steps, too_long, looked_at = prompts_of_steps(prompts, config, setup.seed, tokenizer)
+    if config.evaluate_every:
+        (held,), unused, looked = prompts_of_steps(held, config.model_copy(update={"steps": 1}), setup.seed, tokenizer)
+        too_long, looked_at = too_long + unused, looked_at + looked
     out.checkpoints.mkdir(parents=True, exist_ok=True)
     out.quarantine(too_long, looked_at, max_bad_fraction)
     failures: Counter[int] = Counter()  # by the step that the last checkpoint continues from
@@ -89,7 +94,7 @@ def run_ppo(
                     wait(engines.submit("sleep"), setup.cluster.step_timeout_s, "the rollout engines' rest")
                 with started(setup, placement) as groups, progress() as bar:
                     sampler = Sampler(setup, steps, out, groups, engines, rollout_engines)
-                    metrics, workers = _Controller(setup, groups, sampler, out, bar, sl_rows).run()
+                    metrics, workers = _Controller(setup, groups, sampler, out, bar, sl_rows, held).run()
                 break
             except RollBack as e:
                 if (roll_backs := roll_backs + 1) > ROLL_BACKS:
@@ -120,6 +125,7 @@ class _Controller:
     out: StageDir
     bar: Bar
     sl_rows: pa.Table | None
+    held: Sequence[Row]
 
     def __post_init__(self) -> None:
         config, self.limit = self.setup.config, self.setup.cluster.step_timeout_s
@@ -161,7 +167,7 @@ class _Controller:
             shuffle = derive_seed(self.setup.seed, f"step {step}", "ppo/minibatches")
             updates = [rows for _, rows in step_rows(ids, shuffle, config.ppo_epochs, config.minibatch_size)]
             forwards = {phase: partial(self.sampler.look, phase, step, rollouts) for phase in LOOKS}
-            for role in self.learners:
+            for role in (r for r in self.learners if r == "critic" or config.old_logprobs == "trainer"):
                 method, keep = "values" if role == "critic" else "logprobs", role in learners and len(updates) == 1
                 forwards[method] = partial(self.groups[role].submit, method, rollouts, keep)
             parts = self._phases(step, forwards)
@@ -192,7 +198,10 @@ class _Controller:
             taken = self.sampler.take(step + 1) if ahead else None
             metrics["policy/logprob_shift"] = self.sampler.send_weights(experience, seen["probe"])
 
-            # 9. Log, checkpoint (whose time shows in the next step's line).
+            # 9. Evaluate, log, checkpoint (whose time shows in the next step's line).
+            if config.evaluate_every and (step + 1) % config.evaluate_every == 0:
+                with self.out.phase("evaluate"):
+                    metrics |= self.sampler.evaluate(self.held)
             for role, name in (("actor", "policy"), ("critic", "value")):
                 metrics |= _learning(name, stats[f"update_{role}"][1]) if role in learners else {}
             self._log(step, metrics, shaped["samples"], seen)

@@ -57,6 +57,11 @@ class Reward(Onlooker):
         columns = {name: pa.array(values, pa.float64()) for name, values in found.items()}
         return table(batch, rows, columns)
 
+    def means(self, batch: pa.Table, piece: tuple[int, int | None] = (0, None)) -> dict[str, float]:
+        """Sums of `score`'s columns, and `rows`: their part of means over all pieces."""
+        found = self.score(batch, piece)
+        return {"rows": len(found), **{n: sum(found[n].to_pylist()) for n in found.column_names if n != "row"}}
+
 
 class Model:
     """A preference model and its scale; without `normalize_scores` the scale is its own."""

@@ -5,7 +5,7 @@ too: where roles work side by side, while others still arrive.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 from uuid import uuid4
 
@@ -159,7 +159,7 @@ class Sampler:
             calls = self.engines.submit("run", self._program, asked, each=pieces)
             if self._setup.side_by_side and not self._setup.colocated:  # else the engines have the room
                 for phase in LOOKS:
-                    self._early[step, phase] = self._look(phase, [(call.payload,) for call in calls])
+                    self._early[step, phase] = self._look(*LOOKS[phase], [(call.payload,) for call in calls])
         self._asked[step] = calls
 
     def take(self, step: int) -> tuple[Any, dict[str, Any]]:
@@ -174,16 +174,44 @@ class Sampler:
                 return self._collect(step)
 
         taken = self._with_engines(f"rollout of step {step}", attempt)
-        self._rest("sleep", f"rest after the rollout of step {step}")
+        with self._out.phase("rollout"):
+            self._rest("sleep", f"rest after the rollout of step {step}")
         return taken
+
+    def evaluate(self, held: Sequence[Row]) -> dict[str, float]:
+        """Mean scores of the policy's answers to held-out prompts, the same prompts and seeds each time."""
+        step = self.version - 1
+        what = f"evaluation after step {step}"
+
+        def attempt() -> list[Call]:
+            if self._fresh:
+                self.sync()
+            asked = ray.put(requests(held, self._setup.config, self._setup.seed, -1))
+            calls = self.engines.submit("run", self._program, asked, each=[(piece,) for piece in self._pieces])
+            self._spans(step, calls, wait(calls, self._limit, what))
+            return calls
+
+        calls = self._with_engines(what, attempt)
+        if self._setup.colocated:  # the rewards need the room, and the next step brings the weights again
+            self._rest("sleep", what)
+            self._fresh = True
+        looks = self._look("reward", "means", [(call.payload,) for call in calls])
+        found = wait(looks, self._limit, what)
+        self._spans(step, looks, found)
+        rows = sum(answer["rows"] for answer in found)
+        names = {"score": "eval/score", "score_raw": "eval/score_raw", "heldout": "eval/heldout_score"}
+        return {names[n]: sum(a[n] for a in found) / rows for n in names if n in found[0]}
+
+    def _spans(self, step: int, calls: list[Call], answers: list[Any]) -> None:
+        for call, answer in zip(calls, answers, strict=True):
+            self.timeline.add(call.who, "evaluate", step, answer["span"])
 
     def look(self, phase: str, step: int, rollouts: Any) -> list[Call]:
         """Calls of the workers that a phase of `LOOKS` takes, over what `take` gave; some may have answered already."""
         early = self._early.pop((step, phase), None)
-        return early or self._look(phase, [(rollouts, piece) for piece in self._pieces])
+        return early or self._look(*LOOKS[phase], [(rollouts, piece) for piece in self._pieces])
 
-    def _look(self, phase: str, each: list[tuple]) -> list[Call]:
-        role, method = LOOKS[phase]
+    def _look(self, role: str, method: str, each: list[tuple]) -> list[Call]:
         group, sharded = self._groups[role], self._setup.config.inference_sharded
         return group.submit(method, each=[own for own in each for _ in (group.workers if sharded else [None])])
 

@@ -47,7 +47,9 @@ def ppo(config: PPOConfig, inputs: StageInputs, out: StageDir) -> Manifest:
     if setup.colocated:
         inputs.setup.pool.release()  # its engines have GPUs of their own, which are about to be shared
     settings = inputs.settings
-    metrics, workers = run_ppo(setup, prompts, engines, out, settings.progress, sl_rows, settings.max_bad_fraction)
+    held = read_rows(inputs.rows[0], split="test") if config.evaluate_every else ()
+    how = (settings.progress, sl_rows, settings.max_bad_fraction, held)
+    metrics, workers = run_ppo(setup, prompts, engines, out, *how)
     return out.commit(inputs.key, {"prompts": len(prompts), **metrics}, workers=workers)
 
 

@@ -5,19 +5,25 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from contextlib import contextmanager, suppress
 from datetime import date
 
 import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from cai_ray.errors import StageFailed
+from cai_ray.models.tokenization import Tokenizer
 from cai_ray.rl.loop import TRAINER_RESTARTS
-from tests.rl.conftest import CLUSTER, config
+from cai_ray.rl.rollouts import prompts_of_steps
+from tests.rl.conftest import CLUSTER, config, prompts
 
 pytestmark = pytest.mark.full
 ROLES = ("Actor", "Critic", "Reward", "Reference", "EngineActor")
@@ -100,15 +106,28 @@ def test_with_the_same_rollouts_kills_leave_no_trace_in_the_weights(seed, undist
         torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-6, msg=f"{seed} {killer.killed} {name}")
 
 
-def test_a_kill_at_every_step_over_all_roles(train, tmp_path):
-    killer = Killer(TODAY, ROLES, 20, 1.0)
-    metrics, _ = train(tmp_path, config(steps=24, checkpoint_every=1), progress=killer.progress)
+def test_twenty_kills_over_all_roles_and_each_prompt_counts_in_one_step(train, policy, tmp_path):
+    killer, settings, counted = Killer(TODAY, ROLES, 20, 1.0), config(steps=30, checkpoint_every=1), {}
+
+    @contextmanager
+    def progress():
+        def bar(done, total, words):  # a step is logged, and its checkpoint follows; until then it can come again
+            batch = pq.read_table(tmp_path / "checkpoints" / f"rollouts-{done - 1}.parquet")
+            counted[done - 1] = batch["prompt_id"].to_pylist()
+            told(done, total, words)
+
+        with killer.progress() as told:
+            yield bar
+
+    train(tmp_path, settings, progress=progress)
     killer.end()
-    assert len(killer.killed) >= 15, f"seed {TODAY}: the run was over after {killer.killed}"
+    assert len(killer.killed) == 20, f"seed {TODAY}: the run was over after {killer.killed}"
     steps = lines(tmp_path)
-    assert [line["step"] for line in steps] == list(range(24))  # each prompt counts in one committed step
-    assert metrics["prompts_used"] == 5
+    assert [line["step"] for line in steps] == list(range(30))
+    wanted, *_ = prompts_of_steps(prompts(), settings, 7, Tokenizer.load(policy))
+    assert counted == {step: [row["id"] for row in rows] for step, rows in enumerate(wanted)}
     assert max(line["rollout/logprob_gap"] for line in steps) < 5e-5
+    assert max(line["rollout/logprob_gap_max"] for line in steps) < 1e-3
 
 
 @pytest.mark.parametrize(
@@ -159,3 +178,58 @@ def test_a_hung_worker_is_named_within_the_limit(role, ranks, named, train, tmp_
         with suppress(ProcessLookupError):
             os.kill(stopped[0], signal.SIGCONT)
     assert [line["step"] for line in lines(tmp_path)] == [0]
+
+
+DRIVER = """
+import sys
+from pathlib import Path
+from cai_ray.artifacts import StageDir
+from cai_ray.rl.loop import run_ppo
+from cai_ray.rl.setup import Setup
+from contextlib import nullcontext
+from tests.rl.conftest import CLUSTER, config, engines_of, prompts, small_pool
+out, policy, reward = map(Path, sys.argv[1:])
+settings = config(steps=5, checkpoint_every=2, kl_target=0.05, kl_horizon=40, kl_coef=0.05)
+setup = Setup(settings, policy, (reward,), None, "auto", "cpu", 7, CLUSTER, "float32")
+show = lambda: nullcontext(lambda done, total, words: None)
+with small_pool(out.parent / "logs") as pool:
+    run_ppo(setup, prompts(), engines_of(pool, policy), StageDir(out, 7), show)
+"""
+
+
+def test_a_driver_that_is_killed_goes_on_where_it_was(policy, reward_model, tmp_path):
+    """By the same command: optimizers, the KL coefficient on its way, prompts, seeds."""
+
+    def start(out):
+        environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+        return subprocess.Popen([sys.executable, "-c", DRIVER, out, policy, reward_model], env=environment)
+
+    whole, broken = tmp_path / "whole" / "ppo", tmp_path / "broken" / "ppo"
+    assert start(whole).wait(400) == 0
+    first, deadline = start(broken), time.monotonic() + 300
+    while not (broken / "metrics.jsonl").is_file() or len(lines(broken)) < 4:  # one step after the checkpoint
+        assert first.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    family = psutil.Process(first.pid).children(recursive=True)
+    first.kill()
+    first.wait(30)
+    assert psutil.wait_procs(family, timeout=120)[1] == []  # Ray's processes end with their driver
+    assert start(broken).wait(400) == 0
+    expected, found = lines(whole), lines(broken)
+    assert [line["step"] for line in found] == list(range(5))
+    assert len({line["objective/kl_coef"] for line in expected}) == 5  # it moves at every step
+    for one, other in zip(expected, found, strict=True):
+        for name in ("objective/kl_coef", "objective/score", "objective/kl", "policy/grad_norm", "rollout/length"):
+            assert other[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), (one["step"], name)
+
+
+def test_rollouts_of_weights_that_are_too_old_are_refused(train, tmp_path):
+    train(tmp_path / "one", config(steps=1, checkpoint_every=100))
+    (tmp_path / "two" / "checkpoints").mkdir(parents=True)
+    kept = pq.read_table(tmp_path / "one" / "checkpoints" / "rollouts-0.parquet")
+    for step in (0, 1):
+        kept = kept.set_column(kept.column_names.index("step"), "step", pa.array([step] * len(kept), pa.int32()))
+        pq.write_table(kept, tmp_path / "two" / "checkpoints" / f"rollouts-{step}.parquet")
+    with pytest.raises(StageFailed, match=r"the weights of steps \[0\], the oldest allowed is 1"):
+        train(tmp_path / "two", config(steps=2, checkpoint_every=100))

@@ -1,8 +1,7 @@
 """A small Ray, a tiny policy with its engine, and a tiny preference model of the same family."""
 
 import os
-from contextlib import nullcontext
-from functools import partial
+from contextlib import contextmanager, nullcontext
 
 import pytest
 
@@ -53,8 +52,8 @@ def reward_model(policy, tmp_path_factory):
     return out
 
 
-@pytest.fixture(scope="package")
-def pool(tmp_path_factory):
+@contextmanager
+def small_pool(logs):
     """Ray of our own and its engines."""
     # Nobody waits for workers that are started ahead, and at Ray's own niceness whatever else runs here comes first.
     quiet = ("RAY_usage_stats_enabled", "RAY_prestart_worker_first_driver", "RAY_enable_worker_prestart")
@@ -64,10 +63,23 @@ def pool(tmp_path_factory):
     from cai_ray.generation.pool import EnginePool
 
     ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False)
-    pool = EnginePool(CLUSTER, "cpu", tmp_path_factory.mktemp("logs"))
+    pool = EnginePool(CLUSTER, "cpu", logs)
     yield pool
     pool.release()
     ray.shutdown()
+
+
+def engines_of(pool, policy, count=1, rank=0):
+    """What `run_ppo` gets its engines by."""
+    how = {"max_model_len": 64 + 12, "count": count, "lora_rank": rank, "updated": True}
+    return lambda group=None: pool.engines(policy, dtype="float32", group=group, **how)
+
+
+@pytest.fixture(scope="package")
+def pool(tmp_path_factory):
+    """Ray of our own and its engines, for a whole package of tests."""
+    with small_pool(tmp_path_factory.mktemp("logs")) as pool:
+        yield pool
 
 
 @pytest.fixture(scope="package")
@@ -75,10 +87,6 @@ def train(pool, policy, reward_model):
     """Runs `run_ppo` into a folder with a configuration."""
     from cai_ray.rl.loop import run_ppo
     from cai_ray.rl.setup import Setup
-
-    def engines(count, group=None, rank=0):
-        how = {"max_model_len": 64 + 12, "count": count, "group": group, "lora_rank": rank, "updated": True}
-        return pool.engines(policy, dtype="float32", **how)
 
     def run(
         out,
@@ -90,11 +98,12 @@ def train(pool, policy, reward_model):
         count=1,
         sl_rows=None,
         card=None,
+        held=(),
     ):
         setup = Setup(settings, policy, rewards or (reward_model,), heldout, "auto", "cpu", 7, cluster, "float32")
         stage = StageDir(out, 7)
         stage.card = card
-        engines_of = partial(engines, count, rank=settings.adapter_rank)
-        return run_ppo(setup, prompts(), engines_of, stage, progress, sl_rows)
+        engines = engines_of(pool, policy, count, settings.adapter_rank)
+        return run_ppo(setup, prompts(), engines, stage, progress, sl_rows, held=held)
 
     return run

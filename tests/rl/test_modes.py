@@ -15,7 +15,7 @@ from cai_ray.rl.batches import plan_of
 from cai_ray.rl.guards import Guards
 from cai_ray.rl.setup import Setup
 
-from .conftest import config
+from .conftest import config, prompts
 
 
 def lines(out, name="metrics.jsonl"):
@@ -60,6 +60,7 @@ def test_one_step_ahead_rollouts_and_training_overlap(train, reward_model, tmp_p
         heldout_reward="x",
         critic_warmup_steps=1,
         ptx_coef=0.1,
+        evaluate_every=2,
     )
     answers = {
         "id": ["a", "b", "c"],
@@ -67,7 +68,7 @@ def test_one_step_ahead_rollouts_and_training_overlap(train, reward_model, tmp_p
         "response_ids": [[10, 11], [12], [13, 14, 15]],
     }
     models = {"rewards": (reward_model, reward_model), "heldout": reward_model}
-    train(tmp_path, settings, sl_rows=pa.table(answers), **models)
+    train(tmp_path, settings, sl_rows=pa.table(answers), held=prompts()[:2], **models)
     steps, seen = lines(tmp_path), spans(tmp_path)
     for step in (1, 2, 3):  # sampled while the step before was scored and trained on
         ((begun, ended),) = seen["rollout", "rollout", step]
@@ -86,6 +87,12 @@ def test_one_step_ahead_rollouts_and_training_overlap(train, reward_model, tmp_p
     assert min(step["rollout/logprob_gap"] for step in steps[2:]) > 1e-3
     for step in steps:
         assert step["objective/heldout_score"] == pytest.approx(step["objective/score"], abs=1e-6)
+        assert ("eval/score" in step) == (step["step"] in (1, 3))
+    first, last = steps[1], steps[3]
+    for step in (first, last):  # mean of all answers: the two rewards and the one that watches are one model
+        assert step["eval/heldout_score"] == pytest.approx(step["eval/score"], abs=1e-6)
+        assert step["eval/score_raw"] == pytest.approx(2 * step["eval/score"] + 0.25, abs=1e-5)
+    assert abs(first["eval/score"] - last["eval/score"]) > 1e-4  # the policy has moved
     assert {s["sample"] for s in lines(tmp_path, "samples.jsonl")} == {"best", "worst", "random"}
 
 
@@ -119,6 +126,18 @@ def test_side_by_side_responses_are_looked_at_while_others_arrive(train, reward_
 
 
 @pytest.mark.full
+def test_log_probs_of_the_engines_can_stand_for_the_actor_s(train, tmp_path):
+    for whose in ("trainer", "rollout"):
+        train(tmp_path / whose, config(steps=2, old_logprobs=whose))
+    for one, other in zip(*(lines(tmp_path / whose) for whose in ("trainer", "rollout")), strict=True):
+        for key in ("objective/kl", "objective/score", "policy/loss", "policy/grad_norm", "policy/logprob_shift"):
+            assert other[key] == pytest.approx(one[key], rel=2e-3, abs=2e-5), key
+        assert other["rollout/logprob_gap"] == 0 < one["rollout/logprob_gap"]
+        assert "time/logprobs" in one
+        assert "time/logprobs" not in other
+
+
+@pytest.mark.full
 def test_engines_that_share_gpus_rest_while_the_others_work(train, tmp_path, monkeypatch):
     """On CPU engines have nothing to free, but the order of who works when is that of GPUs, and changes no weight."""
     rests, plain = [], sampler.Sampler._rest
@@ -131,10 +150,16 @@ def test_engines_that_share_gpus_rest_while_the_others_work(train, tmp_path, mon
     monkeypatch.setattr(sampler.Sampler, "_rest", noted)
     for placement in ("separate", "colocated"):
         train(tmp_path / placement, config(steps=2, zero_stage=2, checkpoint_every=1, placement=placement))
+    how = {"steps": 2, "zero_stage": 2, "placement": "colocated", "evaluate_every": 1}
+    train(tmp_path / "evaluated", config(**how), held=prompts())
     awake = [("wake", "weights"), ("wake", "kv_cache")]
-    assert rests == [("sleep",), *awake, ("sleep",), *awake, ("sleep",), *awake]
-    one, other = (load_file(tmp_path / p / "model" / "model.safetensors") for p in ("separate", "colocated"))
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    without = [("sleep",), *awake] * 3
+    # After an evaluation rewards work, so engines sleep, and are given the weights once more before the next step.
+    assert rests == without + [*[("sleep",), *awake] * 2, ("sleep",)] * 2
+    one, *others = (
+        load_file(tmp_path / how / "model" / "model.safetensors") for how in ("separate", "colocated", "evaluated")
+    )
+    assert all(torch.equal(one[name], other[name]) for name in one for other in others)
 
 
 def test_a_judge_cannot_be_sharded():

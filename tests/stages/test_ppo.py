@@ -50,11 +50,14 @@ def test_rewards_are_folders_judges_and_functions(tmp_path: Path, monkeypatch: p
     names = ("sft", "preference_model", "/models/pm", "pretrained", "/models/other")
     judge, folders = model("judge", "chat"), {name: model(name.strip("/")) for name in names}
     config = PPOConfig(
-        reward=("preference_model", "/models/pm", "feedback_model", "mine.module:score"), heldout_reward="/models/other"
+        reward=("preference_model", "/models/pm", "feedback_model", "mine.module:score"),
+        heldout_reward="/models/other",
+        evaluate_every=5,
     )
     turn = {"role": "user", "content": "Hi"}
     prompt = {"id": "p", "messages": [turn], "kind": "harmful", "source": "s", "split": "train"}
-    rows, constitution = write_rows([prompt], PROMPT, tmp_path / "prompts"), load_constitution("default")
+    rows = write_rows([prompt, {**prompt, "id": "q", "split": "test"}], PROMPT, tmp_path / "prompts")
+    constitution = load_constitution("default")
     show = MapSettings(8, 0.25, 60, nullcontext)  # type: ignore[arg-type]
     key, models = StageKey({}, {}, {}), {**folders, "feedback_model": judge}
     given: list[Any] = []
@@ -67,8 +70,9 @@ def test_rewards_are_folders_judges_and_functions(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(stage, "run_ppo", run_ppo)
     inputs = StageInputs(key, (rows,), models, show, Cluster(), "cpu", 1, constitution)
     stage.ppo(config, inputs, StageDir(tmp_path / "ppo", 7))
-    setup, prompts, *_, sl_rows, max_bad_fraction = given
+    setup, prompts, *_, sl_rows, max_bad_fraction, held = given
     assert (setup.policy, setup.heldout_reward) == (tmp_path / "sft", tmp_path / "models/other")
     scored_by = (tmp_path / "preference_model", tmp_path / "models/pm", Judge(judge.model, "chat", constitution))
     assert setup.rewards == (*scored_by, "mine.module:score")
     assert ([p["id"] for p in prompts], sl_rows, max_bad_fraction) == (["p"], None, 0.25)
+    assert [p["id"] for p in held] == ["q"]
