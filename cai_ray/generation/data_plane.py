@@ -250,7 +250,7 @@ def _run(job: Callable[[], None], crew: _Crew, before: int, total: int, settings
                 last = infos
                 pairs = [(i, first) for i, first in zip(infos.values(), crew.ready.values(), strict=True) if i]
                 rows, tokens = (sum(info[k] - first[k] for info, first in pairs) for k in ("rows", "tokens"))
-                show(min(total, before + rows), total, f"{tokens / (now - start):.0f} tokens/s")
+                show(min(total, before + rows), total, f"{tokens / (now - start):.0f} tokens/s" if tokens else "")
                 if now - moved > settings.timeout_s:
                     names = ", ".join(name for name, info in infos.items() if info.get("unfinished", 1))
                     raise StageFailed(

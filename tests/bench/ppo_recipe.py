@@ -10,7 +10,8 @@ conversations. FOLDER keeps models, metrics.jsonl and the timeline; the same com
 
 The last line is one JSON object: reward and held-out score at the first and last ten steps with 95% intervals over
 steps, KL in nats per response, both models' accuracy on held-out pairs, the curve (step, score, held-out score, KL),
-and the settings.
+how far engines and actor were from each other and how far each step moved the actor (both nats a token; the mean and
+the largest gap), and the settings.
 """
 
 import argparse
@@ -45,8 +46,8 @@ def settings(steps: int) -> PPOConfig:
     sizes = {"rollout_batch_size": 32, "minibatch_size": 32, "max_prompt_tokens": MAX_PROMPT, "max_new_tokens": MAX_NEW}
     return PPOConfig(
         steps=steps,
-        # Four samples of a prompt against each other: prompts differ more than their answers do, and in so few steps no
-        # critic learns that (with 16 responses a step its explained variance was still below 0 after 17).
+        # Four samples of a prompt against each other: prompts differ more than their answers do, which a critic would
+        # have to learn in so few steps.
         advantage="rloo",
         samples_per_prompt=4,
         kl_coef=0.05,
@@ -128,6 +129,8 @@ def main() -> None:
     out["accuracy"] = {name: found["eval/accuracy"] for name, found in judged.items()}
     keys = ("objective/score", "objective/heldout_score", "objective/kl")
     out["curve"] = [[s["step"], *(round(s[key], 3) for key in keys)] for s in steps]
+    keys = ("rollout/logprob_gap", "rollout/logprob_gap_max", "policy/logprob_shift")
+    out["gap_gap_max_shift"] = [[float(f"{s[key]:.2g}") for key in keys] for s in steps]
     print(json.dumps({**out, "settings": settings(told.steps).model_dump(), "threads": THREADS}))
 
 
