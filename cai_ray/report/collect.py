@@ -8,7 +8,7 @@ import math
 import re
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -35,7 +35,7 @@ EXPECT = {
     "ppo": "score rises, KL stays in the tens of nats or below",
     "evaluate": "the policy wins more than half",
 }
-# Of a model that comes with cai-ray and is too small to judge.
+# Where a model that comes with cai-ray has labelled: it is too small to judge.
 EXPECT_OF_SHIPPED = {
     "label": "a judge at chance: half of the gold, entropy near 0.69 nats, one letter nearly always",
     "preference_model": "chance on the judge's pairs",
@@ -143,7 +143,8 @@ def win_rates(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 def summary_lines(run: RunDir) -> list[tuple[str, str, str]]:
     """One line per finished stage: its name, its key numbers, what to expect of them."""
     record = collect(run)
-    expect = EXPECT | (EXPECT_OF_SHIPPED if _shipped_model(record) else {})
+    judge = record.manifests.get("label")
+    expect = EXPECT | (EXPECT_OF_SHIPPED if judge and _shipped_models([judge]) else {})
     return [(s.name, s.key_numbers, expect[s.name]) for s in record.stages if s.manifest]
 
 
@@ -256,16 +257,15 @@ def _data_cautions(record: Record) -> Iterator[str]:
     sections = json.dumps([m.config for m in record.manifests.values()] or record.config)
     if re.search(r'"starter:(?!judge_gold")', sections):  # the gold of the judge's gate teaches nothing
         yield "The starter prompts and comparisons were written for cai-ray: they are not human labels, no benchmark."
-    if _shipped_model(record):
+    if _shipped_models(record.manifests.values()):
         yield (
             "A model that comes with cai-ray took part (135 million parameters or fewer). Such a run proves the "
             "mechanics, not the quality: do not read its scores or win rates as evidence about the method."
         )
 
 
-def _shipped_model(record: Record) -> bool:
-    identities = [i for m in record.manifests.values() for i in m.models.values()]
-    return any(i.startswith(("embedded@", "tiny@")) for i in identities)
+def _shipped_models(manifests: Iterable[Manifest]) -> bool:
+    return any(i.startswith(("embedded@", "tiny@")) for m in manifests for i in m.models.values())
 
 
 def truncated(record: Record) -> list[tuple[str, float]]:

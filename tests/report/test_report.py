@@ -238,18 +238,18 @@ def test_a_stage_of_another_run_shows_its_place(half_run: RunDir, tmp_path: Path
 def test_summary_lines(full_run: RunDir):
     lines = {stage: (numbers, expect) for stage, numbers, expect in summary_lines(full_run)}
     assert list(lines) == list(STAGES)
-    # The judge is a model that comes with cai-ray: what is said to expect is what it can do.
-    assert lines["label"][0] == "entropy 0.69 nats, A preferred in 90%"
-    assert lines["label"][1].startswith("a judge at chance")
+    assert lines["label"] == ("entropy 0.69 nats, A preferred in 90%", "entropy well below 0.69 nats, A in about half")
     assert lines["ppo"][0] == "score +0.00 at first, +2.40 at last, KL 4.80 nats"
     assert lines["evaluate"][0] == "ppo wins 75% (50% to 95%) over helpful"
     assert not [line for line in summary_lines(full_run) if "[" in "".join(line)]  # the terminal would read markup
 
 
-def test_summary_lines_of_a_model_that_can_judge(tmp_path: Path):
+@pytest.mark.parametrize(("judge", "expected"), [("org/big@main", "entropy well"), ("tiny@main", "a judge at")])
+def test_what_to_expect_of_labels_is_what_the_judge_can_do(tmp_path: Path, judge: str, expected: str):
     run = RunDir(tmp_path)
-    commit(run.stage("label"), {}, {"mean_entropy": 0.4}, models={"feedback": "org/big@main"})
-    assert summary_lines(run) == [("label", "entropy 0.40 nats", "entropy well below 0.69 nats, A in about half")]
+    commit(run.stage("revise"), {}, {}, models={"helpful": "embedded@main"})
+    commit(run.stage("label"), {}, {"mean_entropy": 0.4}, models={"feedback": judge})
+    assert summary_lines(run)[1][2].startswith(expected)
 
 
 def test_a_damaged_configuration_is_one_message(full_run: RunDir):
