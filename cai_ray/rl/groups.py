@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import accumulate
+from random import SystemRandom
 from typing import Any
 
 import ray
@@ -18,6 +19,7 @@ from cai_ray.generation.pool import SHARED_GPU
 
 CPU_SHARE = 0.1  # logical CPUs of a worker: roles take turns, threads are set apart from this
 RETRIES = 3  # of a call to a stateless worker that dies; Ray starts it again as often as it takes
+PORTS = range(20_000, 32_000)  # above those of Ray's workers, below those of outgoing connections
 SETTLE_S = 10.0  # until Ray has told of a process's end, and counts as free what it held
 
 
@@ -144,10 +146,15 @@ class Placement:
 
 
 def free_address() -> tuple[str, int]:
-    """This node's address and a port that is free now."""
-    with socket.socket() as s:
-        s.bind(("", 0))
-        return ray.util.get_node_ip_address(), s.getsockname()[1]
+    """This node's address and a port that is free now.
+
+    The system would offer one that an outgoing connection may have taken before it is used; these it gives to none.
+    """
+    for port in SystemRandom().sample(PORTS, 100):
+        with suppress(OSError), socket.socket() as s:
+            s.bind(("", port))
+            return ray.util.get_node_ip_address(), port
+    raise StageFailed(f"no port from {PORTS[0]} to {PORTS[-1]} is free", "end what listens there")
 
 
 def _free(kind: str, wanted: float) -> float:

@@ -154,11 +154,14 @@ def test_ranks_that_a_death_leaves_alone_start_again(train, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("role", "ranks", "named"),
-    [("Reward", 1, "score: no answer within 15 s from reward 0"), ("Actor", 2, "from actor 0, actor 1")],
+    ("role", "changes", "named"),
+    [
+        ("Reward", {}, "score: no answer within 15 s from reward 0"),
+        # The other rank waits for it in a collective, and must not be told to have failed.
+        ("Actor", {"ranks": 2, "zero_stage": 3}, "no answer within 15 s from actor 0, actor 1"),
+    ],
 )
-def test_a_hung_worker_is_named_within_the_limit(role, ranks, named, train, tmp_path):
-    """Of two ranks the other one waits for it in a collective, and must not be told to have failed."""
+def test_a_hung_worker_is_named_within_the_limit(role, changes, named, train, tmp_path):
     stopped = []
 
     @contextmanager
@@ -173,7 +176,7 @@ def test_a_hung_worker_is_named_within_the_limit(role, ranks, named, train, tmp_
     cluster = CLUSTER.model_copy(update={"step_timeout_s": 15.0})
     try:
         with pytest.raises(StageFailed, match=named):
-            train(tmp_path, config(ranks=ranks), progress=progress, cluster=cluster)
+            train(tmp_path, config(**changes), progress=progress, cluster=cluster)
     finally:
         with suppress(ProcessLookupError):
             os.kill(stopped[0], signal.SIGCONT)

@@ -1,6 +1,7 @@
 """What methods of workers and engines answer, and what Ray keeps apart of it."""
 
 import asyncio
+import socket
 from pathlib import Path
 
 import pyarrow as pa
@@ -9,6 +10,7 @@ import torch
 
 from cai_ray.config import PPOConfig
 from cai_ray.generation.actor import EngineActor
+from cai_ray.rl import groups
 from cai_ray.rl.forward import ScoreForward
 from cai_ray.rl.setup import Setup
 from cai_ray.rl.worker import Worker
@@ -51,6 +53,20 @@ def test_a_critic_that_begins_as_the_reward_predicts_in_the_rewards_units(change
     with torch.no_grad():
         values_N, score = critic(ids, [5], response), ScoreForward(critic.hf)(ids[:, :4], [4])
     assert values_N[-1].item() == pytest.approx((score.item() - scale[0]) / scale[1], abs=1e-5)
+
+
+def test_the_port_where_ranks_meet_is_one_that_nobody_else_is_given(monkeypatch):
+    monkeypatch.setattr("ray.util.get_node_ip_address", lambda: "10.0.0.1")
+    first = groups.free_address()[1]
+    monkeypatch.setattr(groups, "PORTS", range(first, first + 100))
+    with socket.socket() as taken:
+        taken.bind(("", first))
+        taken.listen()
+        found = {groups.free_address() for _ in range(20)}
+    assert {host for host, _ in found} == {"10.0.0.1"}
+    assert first not in {port for _, port in found}
+    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    assert 20_000 <= first < min(32_000, lowest)
 
 
 class Rolling(EngineActor):
