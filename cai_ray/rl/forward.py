@@ -8,27 +8,18 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from cai_ray.models.scalar import Forward, document_scores, document_states
 
 
 class ValueForward(Forward):
-    """The critic's values of the states in which each response token was chosen.
-
-    One that begins as a preference model predicts, as the rewards are, in units of that model's `mean` and `std`: in
-    others every last token's first advantage would be off by their mean, which whitening does not take out.
-    """
-
-    def __init__(self, hf: PreTrainedModel, mean: float = 0.0, std: float = 1.0):
-        super().__init__(hf)
-        self._mean, self._std = mean, std
+    """The critic's values of the states in which each response token was chosen."""
 
     def forward(self, ids_1T: Tensor, documents: Sequence[int], response_1T: Tensor) -> Tensor:
         """values_N in float32."""
         hidden_TH = document_states(self.hf, ids_1T, documents)
         before_T = torch.roll(response_1T[0], -1)  # one place to the left; no sequence begins with its response
-        return (self.hf.get_submodule("score")(hidden_TH[before_T])[:, 0] - self._mean) / self._std
+        return self.hf.get_submodule("score")(hidden_TH[before_T])[:, 0]
 
 
 class ScoreForward(Forward):

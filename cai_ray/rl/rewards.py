@@ -74,7 +74,7 @@ class Model:
             setup, config.critic, lambda dtype: ScoreForward(load_scalar_model(folder, dtype))
         )
         self._tokenizer = _same_tokens(folder, setup)
-        self.mean, self.std = score_scale(config, folder, self._model.hf)
+        self.mean, self.std = _scale(config, folder, self._model.hf)
 
     def raw(self, part: pa.Table) -> list[float]:
         """Scores of a micro-batch, in the model's own units."""
@@ -185,7 +185,7 @@ def _same_tokens(folder: Path, setup: Setup) -> Tokenizer:
     return policy
 
 
-def score_scale(config: PPOConfig, folder: Path, model: PreTrainedModel) -> tuple[float, float]:
+def _scale(config: PPOConfig, folder: Path, model: PreTrainedModel) -> tuple[float, float]:
     """Mean and std of a preference model's scores on held-out responses; without `normalize_scores` 0 and 1.
 
     Raises:

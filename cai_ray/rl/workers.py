@@ -25,7 +25,6 @@ from cai_ray.rl.experience import make_experience
 from cai_ray.rl.forward import ValueForward
 from cai_ray.rl.groups import Group
 from cai_ray.rl.losses import ACTOR_COLUMNS, actor_loss
-from cai_ray.rl.rewards import score_scale
 from cai_ray.rl.rollouts import keep_rollouts
 from cai_ray.rl.setup import Setup
 from cai_ray.rl.weight_sync import Engines, Sender
@@ -236,9 +235,7 @@ class Critic(_Trained):
     _columns = ("values", "returns")
 
     def _build(self) -> ValueForward:
-        config, dtype = self._setup.config, self._learner.sharding.dtype
-        model = load_scalar_model(self._start, dtype, seed=self._setup.seed)
-        return ValueForward(model, *(score_scale(config, self._start, model) if config.critic_init == "reward" else ()))
+        return ValueForward(load_scalar_model(self._start, self._learner.sharding.dtype, seed=self._setup.seed))
 
     def _predict(self, micro: Micro) -> tuple[Tensor]:
         return (self._model.module(micro.ids_1T, micro.documents, micro.response_1T),)

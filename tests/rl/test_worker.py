@@ -5,18 +5,14 @@ import socket
 from pathlib import Path
 
 import pyarrow as pa
-import pytest
-import torch
 
 from cai_ray.config import PPOConfig
 from cai_ray.generation.actor import EngineActor
 from cai_ray.rl import groups
-from cai_ray.rl.forward import ScoreForward
 from cai_ray.rl.setup import Setup
 from cai_ray.rl.worker import Worker
-from cai_ray.rl.workers import Critic
 
-from .conftest import CLUSTER, config
+from .conftest import CLUSTER
 
 
 class Busy(Worker):
@@ -39,20 +35,6 @@ def test_tables_go_to_other_workers_and_scalars_to_the_controller():
     assert spans == sorted(spans)
     assert all(begun <= ended for begun, ended in spans)
     assert scalars == ({}, {"loss": 0.5}, {})
-
-
-@pytest.mark.parametrize(
-    ("changes", "scale"),
-    [({}, (0.25, 2.0)), ({"normalize_scores": False}, (0.0, 1.0)), ({"critic_init": "policy"}, (0.0, 1.0))],
-    ids=str,
-)
-def test_a_critic_that_begins_as_the_reward_predicts_in_the_rewards_units(changes, scale, policy, reward_model):
-    setup = Setup(config(**changes), policy, (reward_model,), None, "auto", "cpu", 7, CLUSTER, "float32")
-    critic = Critic("critic", 0, 1, setup)._build()
-    ids, response = torch.tensor([[5, 6, 7, 8, 9]]), torch.tensor([[False, False, True, True, True]])
-    with torch.no_grad():
-        values_N, score = critic(ids, [5], response), ScoreForward(critic.hf)(ids[:, :4], [4])
-    assert values_N[-1].item() == pytest.approx((score.item() - scale[0]) / scale[1], abs=1e-5)
 
 
 def test_the_port_where_ranks_meet_is_one_that_nobody_else_is_given(monkeypatch):
