@@ -12,10 +12,8 @@ from typing import Any
 
 import pyarrow as pa
 import torch
-from transformers import PreTrainedModel
 
 from cai_ray.algo.scores import choice_distribution, expected_score
-from cai_ray.config import PPOConfig
 from cai_ray.constitution import Principle, draw
 from cai_ray.errors import ConfigError, DataError
 from cai_ray.generation.engine import ChoicePlan, ChoiceRequest, plan_choices
@@ -74,7 +72,7 @@ class Model:
             setup, config.critic, lambda dtype: ScoreForward(load_scalar_model(folder, dtype))
         )
         self._tokenizer = _same_tokens(folder, setup)
-        self.mean, self.std = _scale(config, folder, self._model.hf)
+        self.mean, self.std = _moments(folder, self._model.hf.config) if config.normalize_scores else (0.0, 1.0)
 
     def raw(self, part: pa.Table) -> list[float]:
         """Scores of a micro-batch, in the model's own units."""
@@ -185,15 +183,8 @@ def _same_tokens(folder: Path, setup: Setup) -> Tokenizer:
     return policy
 
 
-def _scale(config: PPOConfig, folder: Path, model: PreTrainedModel) -> tuple[float, float]:
-    """Mean and std of a preference model's scores on held-out responses; without `normalize_scores` 0 and 1.
-
-    Raises:
-        DataError: the model stores none.
-    """
-    if not config.normalize_scores:
-        return 0.0, 1.0
-    mean, std = (getattr(model.config, name, None) for name in ("reward_mean", "reward_std"))
+def _moments(folder: Path, config: Any) -> tuple[float, float]:
+    mean, std = (getattr(config, name, None) for name in ("reward_mean", "reward_std"))
     if mean is None or not std:
         raise DataError(
             f"the preference model {folder} stores reward_mean {mean} and reward_std {std}",
