@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 
 from cai_ray.errors import StageFailed
 from cai_ray.models.tokenization import Tokenizer
+from cai_ray.rl.groups import Group
 from cai_ray.rl.loop import TRAINER_RESTARTS
 from cai_ray.rl.rollouts import prompts_of_steps
 from tests.rl.conftest import CLUSTER, config, prompts
@@ -154,32 +155,33 @@ def test_ranks_that_a_death_leaves_alone_start_again(train, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("role", "changes", "named"),
+    ("role", "method", "ranks", "named"),
     [
-        ("Reward", {}, "score: no answer within 15 s from reward 0"),
-        # The other rank waits for it in a collective, and must not be told to have failed.
-        ("Actor", {"ranks": 2, "zero_stage": 3}, "no answer within 15 s from actor 0, actor 1"),
+        ("Reward", "score", 1, "score: no answer within 15 s from reward 0"),
+        # The other rank waits for its gradients, and must not be told to have failed.
+        ("Actor", "update", 2, "update_actor: no answer within 15 s from actor 0, actor 1"),
     ],
 )
-def test_a_hung_worker_is_named_within_the_limit(role, changes, named, train, tmp_path):
-    stopped = []
+def test_a_hung_worker_is_named_within_the_limit(role, method, ranks, named, train, tmp_path, monkeypatch):
+    stopped, submit, asked = [], Group.submit, []
 
-    @contextmanager
-    def progress():
-        def bar(done, total, words):
-            if not stopped:
+    def stopping(self, wanted, *args, **how):
+        if (self.role, wanted) == (role.lower(), method):
+            asked.append(wanted)
+            if len(asked) == 2:  # in the second step
                 stopped.extend(workers_of(role))
                 os.kill(stopped[0], signal.SIGSTOP)
+        return submit(self, wanted, *args, **how)
 
-        yield bar
-
+    monkeypatch.setattr(Group, "submit", stopping)
     cluster = CLUSTER.model_copy(update={"step_timeout_s": 15.0})
     try:
         with pytest.raises(StageFailed, match=named):
-            train(tmp_path, config(**changes), progress=progress, cluster=cluster)
+            train(tmp_path, config(ranks=ranks), cluster=cluster)
     finally:
-        with suppress(ProcessLookupError):
-            os.kill(stopped[0], signal.SIGCONT)
+        for pid in stopped[:1]:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
     assert [line["step"] for line in lines(tmp_path)] == [0]
 
 
