@@ -30,14 +30,14 @@ def logprobs_from_hidden(
     """Log-probs of the labels, and the entropy of softmax(hidden · weightᵀ / temperature), without keeping [N, V].
 
     The head's product runs in the weight's dtype, as in the model itself; the log-softmax runs in float32. Backward
-    computes each chunk again. Both results carry gradients to `hidden_NH` and `weight_VH`.
+    computes each chunk again but the last, which is kept. Both results carry gradients to `hidden_NH` and `weight_VH`.
 
     Args:
         hidden_NH: last hidden states, at the positions that predict the labels.
         weight_VH: the LM head.
         labels_N: token ids in [0, V).
         temperature: what the logits are divided by, as in the sampler.
-        chunk: tokens at a time; two float32 buffers of [chunk, V] are the peak.
+        chunk: tokens at a time; two float32 buffers of [chunk, V] are the peak, and one waits for the backward pass.
 
     Returns (logprobs [N], entropy [N]) in float32 nats.
     """
@@ -57,28 +57,36 @@ class _HeadLogprobs(torch.autograd.Function):
     """
 
     @staticmethod
-    def _chunks(hidden_NH: Tensor, weight_VH: Tensor, temperature: float, chunk: int):
-        """Yield (slice, log-probs [n, V], probabilities [n, V]); the next chunk overwrites both."""
-        shape = min(chunk, len(hidden_NH)), len(weight_VH)
-        first, second = (hidden_NH.new_empty(shape, dtype=torch.float32) for _ in range(2))
-        for start in range(0, len(hidden_NH), chunk):
-            hidden = hidden_NH[start : start + chunk].to(weight_VH.dtype)
+    def _chunks(hidden_NH: Tensor, weight_VH: Tensor, temperature: float, parts: list[slice], kept: Tensor | None):
+        """Yield (slice, log-probs [n, V], probabilities [n, V]); the next chunk overwrites both.
+
+        `kept`: the first part's log-probs, in a buffer that all parts fit in.
+        """
+        shape = max((part.stop - part.start for part in parts), default=0), len(weight_VH)
+        first = hidden_NH.new_empty(shape, dtype=torch.float32)
+        second = torch.empty_like(first) if kept is None else kept
+        for part in parts:
+            hidden = hidden_NH[part].to(weight_VH.dtype)
             logits, logprobs = first[: len(hidden)], second[: len(hidden)]
-            if weight_VH.dtype == torch.float32:
-                torch.mm(hidden, weight_VH.T, out=logits)
-            else:
-                logits.copy_(hidden @ weight_VH.T)
-            torch.log_softmax(logits.div_(temperature), -1, out=logprobs)
-            yield slice(start, start + len(hidden)), logprobs, torch.exp(logprobs, out=logits)
+            if kept is None:
+                if weight_VH.dtype == torch.float32:
+                    torch.mm(hidden, weight_VH.T, out=logits)
+                else:
+                    logits.copy_(hidden @ weight_VH.T)
+                torch.log_softmax(logits.div_(temperature), -1, out=logprobs)
+            kept = None
+            yield part, logprobs, torch.exp(logprobs, out=logits)
 
     @staticmethod
     def forward(ctx, hidden_NH, weight_VH, labels_N, temperature, chunk):
         logprobs_N, entropy_N = (hidden_NH.new_empty(len(hidden_NH), dtype=torch.float32) for _ in range(2))
-        for part, logprobs, probs in _HeadLogprobs._chunks(hidden_NH, weight_VH, temperature, chunk):
+        n, logprobs = len(hidden_NH), None
+        parts = [slice(max(0, end - chunk), end) for end in range(n, 0, -chunk)]  # the last one, which is whole, first
+        for part, logprobs, probs in _HeadLogprobs._chunks(hidden_NH, weight_VH, temperature, parts[::-1], None):
             logprobs_N[part] = logprobs.gather(1, labels_N[part, None]).squeeze(1)
             entropy_N[part] = -probs.mul_(logprobs).sum(1)
         ctx.save_for_backward(hidden_NH, weight_VH, labels_N, entropy_N)
-        ctx.temperature, ctx.chunk = temperature, chunk
+        ctx.temperature, ctx.parts, ctx.kept = temperature, parts, logprobs
         ctx.set_materialize_grads(False)
         return logprobs_N, entropy_N
 
@@ -91,7 +99,8 @@ class _HeadLogprobs(torch.autograd.Function):
             grad_logprobs_N = torch.zeros_like(entropy_N)
         grad_hidden_NH = torch.empty_like(hidden_NH) if ctx.needs_input_grad[0] else None
         grad_weight_VH = torch.zeros_like(weight_VH, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        for part, logprobs, probs in _HeadLogprobs._chunks(hidden_NH, weight_VH, ctx.temperature, ctx.chunk):
+        kept, ctx.kept = ctx.kept, None  # overwritten below: a second backward pass computes it too
+        for part, logprobs, probs in _HeadLogprobs._chunks(hidden_NH, weight_VH, ctx.temperature, ctx.parts, kept):
             # d logprob / d logits = onehot - p ;  d entropy / d logits = -p (log p + entropy)
             grad_N1 = grad_logprobs_N[part, None]
             if grad_entropy_N is None:

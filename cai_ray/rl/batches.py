@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -28,6 +29,14 @@ def flat(batch: pa.Table, name: str) -> Tensor:
 def padded(batch: pa.Table, name: str) -> Tensor:
     """A list column as a tensor with a row per response, zeros on the right."""
     return pad_sequence(list(flat(batch, name).split(row_lengths(batch, name))), batch_first=True)
+
+
+def beginnings(batch: pa.Table, size: int, *names: str) -> pa.Table:
+    """The batch with the first `size` values of each row of some list columns."""
+    cut = {name: pc.list_slice(batch[name], 0, size) for name in names}  # pyright: ignore[reportAttributeAccessIssue]
+    for name, column in cut.items():
+        batch = batch.set_column(batch.column_names.index(name), name, column)
+    return batch
 
 
 def ragged(values_N: Tensor, lengths: Sequence[int]) -> pa.Array:

@@ -20,7 +20,7 @@ from cai_ray.records import PROMPT, Row, derive_seed, to_table
 from cai_ray.rl.batches import row_lengths
 from cai_ray.templates import STOP_PLAIN
 
-PROBES, PROBE_TOKENS = 2, 64  # responses that are compared after a weight sync, and tokens of each
+PROBES, PROBE_TOKENS = 2, 64  # responses that are compared after a weight sync, and first tokens of each
 
 _INT, _TEXT = pa.int32(), pa.string()
 _HEAD = [("row", _INT), ("id", _TEXT), ("prompt_id", _TEXT), ("step", _INT), ("kind", _TEXT)]  # row: 0 ... B - 1

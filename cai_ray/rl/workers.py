@@ -20,12 +20,12 @@ from cai_ray.models.checkpoints import load_causal_lm, load_scalar_model
 from cai_ray.models.memory import give_back
 from cai_ray.models.tokenization import Tokenizer
 from cai_ray.records import derive_seed
-from cai_ray.rl.batches import Micro, Plan, collate, plan_of, ragged, table
+from cai_ray.rl.batches import Micro, Plan, beginnings, collate, plan_of, ragged, table
 from cai_ray.rl.experience import make_experience
 from cai_ray.rl.forward import ValueForward
 from cai_ray.rl.groups import Group
 from cai_ray.rl.losses import ACTOR_COLUMNS, actor_loss
-from cai_ray.rl.rollouts import keep_rollouts
+from cai_ray.rl.rollouts import PROBE_TOKENS, keep_rollouts
 from cai_ray.rl.setup import Setup
 from cai_ray.rl.weight_sync import Engines, Sender
 from cai_ray.rl.worker import Onlooker, Worker, load_to_look
@@ -211,11 +211,12 @@ class Actor(_Trained):
 
     @torch.no_grad()
     def probe(self, batch: pa.Table, rows: list[int]) -> dict[str, Any]:
-        """Log-probs of some responses at temperature 1, as an engine states them for given tokens.
+        """Log-probs of the first tokens of some responses at temperature 1, as an engine states them for given tokens.
 
-        Also `shift`: mean |log-prob now - old_logprobs| over their tokens, at the sampling temperature.
+        Also `shift`: mean |log-prob now - old_logprobs| over these tokens, at the sampling temperature.
         """
-        micro = collate(batch, rows, self._device, ("old_logprobs",))
+        part = beginnings(batch.take(rows), PROBE_TOKENS, "response_ids", "old_logprobs")
+        micro = collate(part, range(len(part)), self._device, ("old_logprobs",))
         logprobs_N = self._predict(micro, 1.0)[0]
         now_N = logprobs_N if self._setup.config.temperature == 1 else self._predict(micro)[0]
         shift = float((now_N - micro.columns["old_logprobs"]).abs().mean())

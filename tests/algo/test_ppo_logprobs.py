@@ -129,12 +129,13 @@ def test_only_what_asks_for_a_gradient_gets_one(frozen):
 
 
 class Largest(TorchDispatchMode):
-    """Notes the number of elements of the largest tensor that any operation returns."""
+    """Notes the number of elements of the largest tensor that any operation returns, and counts softmaxes."""
 
-    elements = 0
+    elements, softmaxes = 0, 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
+        self.softmaxes += "log_softmax" in str(function)
         for tensor in out if isinstance(out, (tuple, list)) else [out]:
             if isinstance(tensor, torch.Tensor):
                 self.elements = max(self.elements, tensor.numel())
@@ -153,6 +154,17 @@ def test_no_tensor_is_as_large_as_all_logits():
     with Largest() as default:
         logprobs_from_hidden(hidden, weight, labels)
     assert default.elements == 64 * 512  # a chunk longer than the tokens takes no more than they do
+
+
+def test_the_backward_pass_computes_all_chunks_again_but_the_last():
+    hidden, weight, labels, a, b = draw(8, 10, 8, 32)
+    logprobs, entropy = logprobs_from_hidden(hidden, weight, labels, chunk=4)
+    loss, found = (logprobs * a + entropy * b).sum(), []
+    for softmaxes in (2, 3):  # of tokens 0 and 1, and 2 to 5; what was kept is spent after the first pass
+        with Largest() as again:
+            found.append(torch.autograd.grad(loss, (hidden, weight), retain_graph=True))
+        assert again.softmaxes == softmaxes
+    close(found[1], found[0], atol=0, rtol=0)
 
 
 def test_the_temperature_is_1_unless_given():

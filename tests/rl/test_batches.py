@@ -3,7 +3,7 @@
 import pyarrow as pa
 import torch
 
-from cai_ray.rl.batches import collate, flat, padded, ragged
+from cai_ray.rl.batches import beginnings, collate, flat, padded, ragged
 
 CPU = torch.device("cpu")
 BATCH = pa.table(
@@ -35,6 +35,15 @@ def test_a_filler_has_a_shape_and_counts_for_nothing():
     micro = collate(BATCH, [], CPU)
     assert micro.ids_1T.numel()
     assert not micro.mask_N.any()
+
+
+def test_the_beginnings_of_some_columns():
+    part = beginnings(BATCH.take([1, 0]), 2, "response_ids", "old_logprobs")
+    assert part.select(["row", "prompt_ids"]) == BATCH.select(["row", "prompt_ids"]).take([1, 0])
+    assert part["response_ids"].to_pylist() == [[3, 4], [1, 2]]
+    micro = collate(part, [0, 1], CPU, ["old_logprobs"])
+    assert micro.ids_1T.tolist() == [[8, 3, 4, 5, 6, 7, 1, 2]]
+    assert micro.columns["old_logprobs"].tolist() == [-3, -4, -1, -2]
 
 
 def test_ragged_columns_survive_the_way_there_and_back():
