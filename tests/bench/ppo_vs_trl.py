@@ -59,12 +59,10 @@ LIMIT_S = 5400  # for an arm
 
 def our_config(size: Size) -> PPOConfig:
     """Our side's configuration; a minibatch is the whole batch."""
-
-    def learner(gradient_checkpointing: Any) -> Learner:
-        how = {"ranks": 1, "dtype": "float32", "microbatch_tokens": size.tokens, "cpus_per_rank": THREADS}
-        sharding = Sharding(gradient_checkpointing=gradient_checkpointing, **how)
-        return Learner(optim=Optim(lr=work.LR, betas=work.BETAS), sharding=sharding)
-
+    # Actor and critic both keep all of the batch's forward pass for the update.
+    how = {"ranks": 1, "dtype": "float32", "microbatch_tokens": size.tokens, "cpus_per_rank": THREADS}
+    sharding = Sharding(gradient_checkpointing=False, **how)
+    learner = Learner(optim=Optim(lr=work.LR, betas=work.BETAS), sharding=sharding)
     return PPOConfig(
         steps=WARMUP + COUNTED,
         rollout_batch_size=size.batch,
@@ -78,8 +76,8 @@ def our_config(size: Size) -> PPOConfig:
         value_clip_range=work.CLIP,
         gamma=work.GAMMA,
         gae_lambda=work.LAMBDA,
-        actor=learner("selective"),  # so that both can keep the whole batch's forward pass for the update
-        critic=learner(False),
+        actor=learner,
+        critic=learner,
         checkpoint_every=1000,
     )
 
@@ -114,7 +112,7 @@ def train(size: Size, policy: Path, reward: Path, rows: list[Any], out: StageDir
     from cai_ray.rl.loop import run_ppo
     from cai_ray.rl.setup import Setup
 
-    cluster = Cluster(device="cpu", kv_cache_gib=0.5, max_num_seqs=size.batch)
+    cluster = Cluster(device="cpu", kv_cache_gib=0.25, max_num_seqs=size.batch)
     config = our_config(size)
     setup = Setup(
         config=config,
