@@ -61,13 +61,8 @@ def read_published(folder: Path) -> dict[str, Any]:
 
 def _content(pairs: Any, questions: Any, critiques: Any, comparisons: Any, cots: Any) -> dict[str, Any]:
     principles = [
-        {
-            "id": name,
-            "tags": ["critique"],
-            **_match(_REQUEST, pair["prompt"][0]),
-            **_match(_MENDING, pair["edit_request"]),
-        }
-        for name, pair in pairs.items()
+        {"id": name, "tags": ["critique"], **_match(_REQUEST, x["prompt"][0]), **_match(_MENDING, x["edit_request"])}
+        for name, x in pairs.items()
     ]
     for i, question in enumerate(questions):
         principles.append({"id": f"question{i}", "tags": ["feedback"], "preference_question": question})

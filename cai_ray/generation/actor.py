@@ -23,15 +23,7 @@ import pyarrow as pa
 
 from cai_ray.artifacts import print_to
 from cai_ray.errors import CaiError, DataError
-from cai_ray.generation.engine import (
-    ChoiceRequest,
-    Completion,
-    Engine,
-    Request,
-    Result,
-    ScoreRequest,
-    plan_choices,
-)
+from cai_ray.generation.engine import ChoiceRequest, Completion, Engine, Request, Result, ScoreRequest, plan_choices
 from cai_ray.generation.ledger import Ledger, RowLog
 from cai_ray.models.tokenization import Tokenizer
 from cai_ray.records import Row, to_table

@@ -20,16 +20,7 @@ from cai_ray.generation.data_plane import map_rows
 from cai_ray.generation.engine import Completion
 from cai_ray.models.tokenization import Tokenizer
 from cai_ray.records import PROMPT, REVISION, Row, derive_seed, row_id
-from cai_ray.stages.shared import (
-    PromptOf,
-    StageInputs,
-    around,
-    ask,
-    fit_turns,
-    iter_rows,
-    warn_of_few,
-    write_rows,
-)
+from cai_ray.stages.shared import PromptOf, StageInputs, around, ask, fit_turns, iter_rows, warn_of_few, write_rows
 from cai_ray.templates import FRAMES, escape
 
 OPENING = (12, 40)  # a revision leaks its critique when it begins with its first 40 characters, or all of 12 or more

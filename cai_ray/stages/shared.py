@@ -192,11 +192,7 @@ def write_rows(rows: Iterable[Row], schema: pa.Schema, folder: Path) -> Path:
 
 
 def fit(
-    kind: Kind,
-    config: SftConfig | PreferenceModelConfig,
-    rows: Sequence[Path],
-    inputs: StageInputs,
-    out: StageDir,
+    kind: Kind, config: SftConfig | PreferenceModelConfig, rows: Sequence[Path], inputs: StageInputs, out: StageDir
 ) -> dict[str, float]:
     """Trains on folders of rows and leaves the model in `out`; returns counts and the last metrics."""
     if inputs.device == "gpu":  # engines leave the GPUs that training is about to take
