@@ -119,7 +119,8 @@ def _fit(job: Job, max_failures: int) -> Any:
                 checkpoint_score_attribute=SCORE if job.config.keep_checkpoints > 1 else None,
                 checkpoint_score_order="min",
             ),
-            worker_runtime_env={"env_vars": memory},
+            # Ray Train's own `print` would write each line twice into a rank's log.
+            worker_runtime_env={"env_vars": {**memory, "RAY_TRAIN_ENABLE_PRINT_PATCH": "0"}},
             failure_config=FailureConfig(max_failures=max_failures, controller_failure_limit=1),
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
