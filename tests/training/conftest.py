@@ -12,7 +12,7 @@ import pytest
 from cai_ray.records import LABELED_PAIR, REVISION, Row, to_table
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def ray_cluster() -> Iterator[None]:
     """A small local cluster with more logical CPUs than cores, quiet on the terminal."""
     for name in ("RAY_prestart_worker_first_driver", "RAY_enable_worker_prestart", "RAY_worker_niceness"):
