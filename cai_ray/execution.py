@@ -274,9 +274,9 @@ class Execution:
         out.on_metrics, out.on_sample = tracker.log, tracker.sample
         out.on_warning = lambda text: self.reporter.say(f"    {text}", style="bold red")
         if stage.name in pipeline.STAGE_MODELS:
-            from cai_ray.model_card import model_card
+            from cai_ray.report.cards import model_card
 
-            out.card = lambda metrics: model_card(self.run, config, stage, key, metrics)
+            out.card = lambda metrics: model_card(self.run, stage.name, key, metrics)
         try:
             function = getattr(import_module(f"cai_ray.stages.{stage.name}"), stage.name)
             inputs = self._inputs(stage, key)

@@ -9,20 +9,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import yaml
 
-from cai_ray.artifacts import RunDir, StageDir, StageKey, package_versions
+from cai_ray.artifacts import RunDir
 from cai_ray.config import Config
 from cai_ray.config_files import load_config
-from cai_ray.constitution import Constitution, Principle, load_constitution
+from cai_ray.constitution import Principle
 from cai_ray.errors import ConfigError, DataError
 from cai_ray.models.hub import whole_folder
-from cai_ray.pipeline import STAGES, Stage, needed
 from cai_ray.records import PROMPT, Row, answers, to_table
+from cai_ray.report.cards import LIMITS, card, drawn_from, numbers, provenance, table
 from cai_ray.report.collect import cautions, collect
 from cai_ray.templates import render_turns
 
@@ -35,15 +33,7 @@ SFT = pa.schema([("messages", _MESSAGES), *_HEAD])
 PREFERENCES = pa.schema([*_PAIR, *_HEAD, ("principle_ids", pa.list_(_TEXT))])
 CAI = pa.schema([*((name, _TEXT) for name in _STEPS), *_HEAD, ("round", pa.int32()), ("principle_id", _TEXT)])
 _BATCH = 1024  # rows that are held at once
-BY_NAME = {stage.name: stage for stage in STAGES}
 Known = Mapping[str, Principle]  # by id
-
-LIMITS = (
-    "Models wrote the responses, critiques and revisions. No human labelled anything here: a preference is a model's "
-    "judgement under a written principle. The starter prompts (`starter:…` in `source`) were written for cai-ray; they "
-    "are neither human labels nor a benchmark.",
-    "Harmful requests and harmful answers are part of the data; they are meant for safety training and research.",
-)
 
 
 def sft_rows(row: Row, config: Config, principles: Known) -> Iterator[Row]:
@@ -163,20 +153,11 @@ def _left_out(run: RunDir) -> tuple[dict[str, str], Known]:
             left_out[export.name] = f"the stage {export.stage} is not finished"
         elif export.name == "cai":
             sha = manifest.constitution_sha256
-            if found := _constitution(out, sha):
+            if found := drawn_from(out, sha):
                 principles = {p.id: p for p in found.principles}
             else:
                 left_out["cai"] = f"{out.constitution} is not the constitution that the stage drew from (sha256 {sha})"
     return left_out, principles
-
-
-def _constitution(out: StageDir, sha256: str | None) -> Constitution | None:
-    """The constitution that a stage drew from; None if somebody has changed or removed it."""
-    try:
-        found = load_constitution(out.constitution)
-    except ConfigError:
-        return None
-    return found if found.sha256 == sha256 else None
 
 
 def _write(export: Export, run: RunDir, config: Config, principles: Known, folder: Path) -> Counter[tuple[str, str]]:
@@ -216,50 +197,7 @@ def _card(export: Export, counts: Counter[tuple[str, str]], run: RunDir, config:
     parts = [_ABOUT[export.name].format(rounds=config.sft.rounds), table(["split", "kind", "rows"], made)]
     if none:
         parts.append(f"Rows of `{export.stage}` that became none: {none:,}, because {_NOTHING[export.name]}.")
-    parts.append(provenance(BY_NAME[export.stage], run, config))
+    parts.append(provenance(run, export.stage))
     if export.stage == "label" and (label := run.stage("label").manifest()):
         parts += ["## What the labels are like", numbers("of the stage label", label.metrics)]
     return card(head, export.name, parts, limits)
-
-
-def card(head: Mapping[str, Any], title: str, parts: Iterable[str], limits: Iterable[str]) -> str:
-    """A README.md in the Hugging Face hub's form; `head` is what the hub and its libraries read."""
-    start = f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n# {title}"
-    return "\n\n".join([start, *parts, "## Limits", "\n".join(f"- {limit}" for limit in limits)]) + "\n"
-
-
-def provenance(stage: Stage, run: RunDir, config: Config, key: StageKey | None = None) -> str:
-    """A card's section on the stages that had a part in something: models, constitution, seed, version.
-
-    Args:
-        stage: that made it; before it come those whose rows or models it or they read, as far as they are finished.
-        run: the run's directory.
-        config: the run's.
-        key: of the stage, while it is not finished.
-    """
-    stages = needed(config, stage.name)
-    made = {s.name: (m.parts, m.packages) for s in stages if (m := run.stage(s.name).manifest())}
-    if key:
-        made[stage.name] = (key.parts, package_versions())
-    rows: list[list[str]] = []
-    for name, (parts, packages) in made.items():
-        sha = parts.get("principles")
-        found = _constitution(run.stage(name), sha) if sha else None
-        constitution = f"{found.name}, version {found.version}, " if found else ""
-        constitution += f"sha256 {sha}" if sha else ""
-        models = ", ".join(f"{role}: {identity}" for role, identity in parts.get("models", {}).items())
-        rows.append([name, models, constitution, str(parts["seed"]), packages.get("cai-ray", "")])
-    made_by = "## Where it comes from\n\nMade by cai-ray (Constitutional AI, Bai et al. 2022, arXiv 2212.08073).\n\n"
-    return made_by + table(["stage", "models", "constitution", "seed", "cai-ray"], rows)
-
-
-def numbers(title: str, metrics: Mapping[str, Any]) -> str:
-    """A Markdown table of those metrics that are numbers: texts could quote data."""
-    rows = [[name, f"{value:.4g}"] for name, value in metrics.items() if isinstance(value, int | float)]
-    return table([title, "value"], rows)
-
-
-def table(head: list[str], rows: Iterable[list[str]]) -> str:
-    """A Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

@@ -71,13 +71,20 @@ def finish_revise(run: RunDir, *files: list[Row]) -> None:
 
 
 def commit(
-    run: RunDir, stage: str, files: list[list[Row]], schema: Any, metrics: Row | None = None, **parts: Any
+    run: RunDir,
+    stage: str,
+    files: list[list[Row]],
+    schema: Any,
+    metrics: Row | None = None,
+    reads: str | None = None,
+    **parts: Any,
 ) -> None:
     out = run.stage(stage, 7)
+    read = run.stage(reads).manifest() if reads else None
     out.data.mkdir(parents=True)
     for number, rows in enumerate(files):
         pq.write_table(to_table(rows, schema), out.data / f"part-{number:05}.parquet")
-    out.commit(StageKey({}, {"seed": 7, **parts}, {}), metrics or {})
+    out.commit(StageKey({}, {"seed": 7, **parts}, {reads: read.sha256} if reads and read else {}), metrics or {})
 
 
 @pytest.fixture(autouse=True)
@@ -90,11 +97,14 @@ def _caches(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFa
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunDir:
-    """Revisions and labels are finished; no stage trains anything here."""
+    """Revisions, labels and what lies between them are finished; no stage trains anything here."""
     run = RunDir(tmp_path / "run")
     finish_revise(run, REVISIONS[:2], REVISIONS[2:])
     metrics = {"rows_out": 3, "mean_entropy": 0.6743, "note": DANGER}
-    commit(run, "label", [PAIRS], LABELED_PAIR, metrics, models={"pretrained": "tiny@main"}, principles="gone")
+    commit(run, "sft", [], None, reads="revise")
+    commit(run, "sample_pairs", [], None, reads="sft")
+    models = {"pretrained": "tiny@main"}
+    commit(run, "label", [PAIRS], LABELED_PAIR, metrics, "sample_pairs", models=models, principles="gone")
     (run.path / "config.yaml").write_text(yaml.safe_dump(CONFIG), "utf-8")
     return run
 

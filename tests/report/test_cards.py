@@ -12,9 +12,9 @@ from huggingface_hub import ModelCard
 from cai_ray.artifacts import RunDir, StageKey
 from cai_ray.config_files import load_config
 from cai_ray.constitution import load_constitution, to_yaml
-from cai_ray.model_card import model_card
 from cai_ray.pipeline import STAGES
 from cai_ray.records import LABELED_PAIR, PROMPT, REVISION, to_table
+from cai_ray.report.cards import model_card
 from tests.test_export import DANGER, PAIRS, REVISIONS
 
 BY_NAME = {stage.name: stage for stage in STAGES}
@@ -24,7 +24,7 @@ CONFIG = {"run": {"name": "mine"}, "models": {"helpful": "tiny", "pretrained": "
 @pytest.fixture
 def run(tmp_path: Path) -> RunDir:
     """Everything before a training stage is finished, and `sft` too."""
-    run = RunDir(tmp_path / "run")
+    run = RunDir(tmp_path / "mine")
     run.path.mkdir()
     (run.path / "config.yaml").write_text(yaml.safe_dump(CONFIG), "utf-8")
     sha = load_constitution("default").sha256
@@ -43,15 +43,28 @@ def run(tmp_path: Path) -> RunDir:
             pq.write_table(to_table(rows, schema), out.data / "part-00000.parquet")
         if "principles" in parts:
             out.constitution.write_text(to_yaml(load_constitution("default")), "utf-8")
-        out.commit(StageKey({}, {"seed": 7, **parts}, {}), {"rows": len(rows), "note": DANGER})
+        key = StageKey(section(run, name), {"seed": 7, **parts}, inputs(run, name))
+        out.commit(key, {"rows": len(rows), "note": DANGER})
     return run
 
 
-def card(run: RunDir, name: str, metrics: dict[str, Any], **parts: Any) -> ModelCard:
+def section(run: RunDir, name: str) -> dict[str, Any]:
     config = load_config(str(run.path / "config.yaml"))
-    section = getattr(config, name).model_dump(mode="json")
-    key = StageKey(section, {"seed": 7, "models": {"pretrained": "embedded@main"}, **parts}, {})
-    return ModelCard(model_card(run, config, BY_NAME[name], key, metrics))
+    return getattr(config, name).model_dump(mode="json")
+
+
+def inputs(run: RunDir, name: str) -> dict[str, str]:
+    """What the table of stages says that a stage reads."""
+    config = load_config(str(run.path / "config.yaml"))
+    found = {read: run.stage(read).manifest() for read in BY_NAME[name].reads(config)}
+    return {read: manifest.sha256 if manifest else "" for read, manifest in found.items()}
+
+
+def card(run: RunDir, name: str, metrics: dict[str, Any], **parts: Any) -> ModelCard:
+    key = StageKey(
+        section(run, name), {"seed": 7, "models": {"pretrained": "embedded@main"}, **parts}, inputs(run, name)
+    )
+    return ModelCard(model_card(run, name, key, metrics))
 
 
 def test_a_card_says_what_the_model_is_made_of(run: RunDir) -> None:
@@ -103,13 +116,12 @@ def test_a_policy_that_a_feedback_model_rates_names_its_constitution(run: RunDir
     assert f"| default, version {constitution.version}, sha256 {constitution.sha256} | 7 |" in line
 
 
-def test_a_local_beginning_is_no_hub_id(run: RunDir) -> None:
-    folder = run.path / "own"
-    folder.mkdir()
-    (run.path / "config.yaml").write_text(
-        yaml.safe_dump({**CONFIG, "models": {"helpful": "tiny", "pretrained": str(folder)}})
-    )
-    assert card(run, "ppo", {}).data.base_model is None
+def test_where_a_model_began(run: RunDir) -> None:
+    assert card(run, "ppo", {}).data.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct"  # by way of the SL model
+    for identity, hub_id in (("org/base-7b@main", "org/base-7b"), ("org/b@v1 plain", "org/b"), ("0f3a" * 16, None)):
+        assert card(run, "sft", {}, models={"pretrained": identity}).data.base_model == hub_id
+    other = {"preference_base": "org/other@main"}
+    assert card(run, "preference_model", {}, models=other).data.base_model == "org/other"
 
 
 def test_the_card_is_part_of_what_a_stage_commits(tmp_path: Path) -> None:
