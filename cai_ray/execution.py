@@ -25,7 +25,7 @@ from cai_ray.constitution import to_yaml as constitution_yaml
 from cai_ray.errors import CaiError, ConfigError, ResourceError, StageFailed
 from cai_ray.progress import Reporter, quiet_libraries
 from cai_ray.resources import check, check_for_gpus, check_here, context_tokens
-from cai_ray.tracking import StageTracker
+from cai_ray.tracking import tracked
 
 MIN_FREE_GIB = 2.0
 
@@ -270,24 +270,22 @@ class Execution:
         self.reporter.say(f"{number} {stage.name}{again}", style="bold")
         out.path.mkdir(parents=True, exist_ok=True)
         write_atomic(out.path / "key.json", json.dumps(key.begun, indent=1, default=str))
-        start, tracker = time.monotonic(), StageTracker(config, out, self.run.path)
-        out.on_metrics, out.on_sample = tracker.log, tracker.sample
+        start = time.monotonic()
         out.on_warning = lambda text: self.reporter.say(f"    {text}", style="bold red")
         if stage.name in pipeline.STAGE_MODELS:
             from cai_ray.report.cards import model_card
 
             out.card = lambda metrics: model_card(self.run, stage.name, key, metrics)
         try:
-            function = getattr(import_module(f"cai_ray.stages.{stage.name}"), stage.name)
-            inputs = self._inputs(stage, key)
-            if stage.principles(config):  # rows name its principles, and its file may change
-                write_atomic(out.constitution, constitution_yaml(inputs.constitution))
-            out.devices = self._devices
-            manifest: Manifest = function(getattr(config, stage.name, None), inputs, out)
+            with tracked(config, out, self.run.path):
+                function = getattr(import_module(f"cai_ray.stages.{stage.name}"), stage.name)
+                inputs = self._inputs(stage, key)
+                if stage.principles(config):  # rows name its principles, and its file may change
+                    write_atomic(out.constitution, constitution_yaml(inputs.constitution))
+                out.devices = self._devices
+                manifest: Manifest = function(getattr(config, stage.name, None), inputs, out)
         except BaseException as e:
-            tracker.finish(None)
             raise _readable(e, stage.name, out) from e
-        tracker.finish(manifest)
         # Resume state of a finished stage, and folders that somebody who was killed has left half-written: only weight.
         for spent in [*out.path.rglob("checkpoints"), *out.path.rglob(".*/")]:
             shutil.rmtree(spent, ignore_errors=True)

@@ -2,12 +2,13 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from cai_ray.artifacts import Manifest, StageDir
+from cai_ray.artifacts import StageDir, write_atomic
 from cai_ray.config import Config, Tracking
 from cai_ray.errors import ConfigError
 
@@ -19,72 +20,65 @@ def wandb_wanted(tracking: Tracking) -> bool:
     return tracking.wandb == "on"
 
 
-class StageTracker:
-    """One W&B run for one stage.
+@contextmanager
+def tracked(config: Config, out: StageDir, folder: Path) -> Iterator[None]:
+    """What a stage notes within the block goes to a W&B run of its own too, where W&B is wanted.
 
-    Its id is kept in the stage's directory: a resumed stage continues its own curve.
+    Its id is kept in the stage's directory: a resumed stage continues its own curve. At the end come the key numbers
+    and the samples that are left; without a manifest it counts as failed.
+
+    Args:
+        config: of the run.
+        out: the stage.
+        folder: of W&B's own files.
 
     Raises:
         ConfigError: W&B is wanted, and there is no key, no network or no such entity.
     """
+    if not wandb_wanted(config.tracking):
+        yield
+        return
+    import wandb
 
-    def __init__(self, config: Config, out: StageDir, run_path: Path):
-        self._out, self._samples = out, list[Mapping[str, Any]]()
-        self._run: Any = None
-        if not wandb_wanted(config.tracking):
-            return
-        import wandb
-
-        known = out.path / "tracking.json"
-        identity = json.loads(known.read_text("utf-8")) if known.is_file() else {"id": uuid4().hex[:8]}
+    known = out.path / "tracking.json"
+    if not known.is_file():
         out.path.mkdir(parents=True, exist_ok=True)
-        known.write_text(json.dumps(identity), "utf-8")
-        try:
-            self._run = wandb.init(
-                project=config.tracking.project,
-                entity=config.tracking.entity,
-                group=config.run.name,
-                name=f"{config.run.name}/{out.name}",
-                job_type=out.name,
-                id=identity["id"],
-                resume="allow",
-                dir=str(run_path),
-                config=config.model_dump(mode="json"),
-                settings=wandb.Settings(console="off", silent=True),
-            )
-        except wandb.Error as e:
-            fix = "log in with `wandb login` or WANDB_API_KEY, or set WANDB_MODE=offline or tracking.wandb=off"
-            raise ConfigError(f"W&B does not take the run: {e}", fix) from None
+        write_atomic(known, json.dumps({"id": uuid4().hex[:8]}))
+    try:
+        run = wandb.init(
+            project=config.tracking.project,
+            entity=config.tracking.entity,
+            group=config.run.name,
+            name=f"{config.run.name}/{out.name}",
+            job_type=out.name,
+            id=json.loads(known.read_text("utf-8"))["id"],
+            resume="allow",
+            dir=str(folder),
+            config=config.model_dump(mode="json"),
+            settings=wandb.Settings(console="off", silent=True),
+        )
+    except wandb.Error as e:
+        fix = "log in with `wandb login` or WANDB_API_KEY, or set WANDB_MODE=offline or tracking.wandb=off"
+        raise ConfigError(f"W&B does not take the run: {e}", fix) from None
+    samples: list[Mapping[str, Any]] = []  # since the last line of metrics
 
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Passes on one line of metrics, and a table of the samples since the last; `step` becomes `STAGE/step`."""
-        if self._run is not None:
-            self._run.log({**values, f"{self._out.name}/step": step, **self._table()})
+    def log(values: Mapping[str, Any]) -> None:
+        columns: list[Any] = sorted({k for r in samples for k in r})
+        cells: list[Any] = [[_cell(r.get(c)) for c in columns] for r in samples]
+        samples.clear()
+        run.log({**values, **({"samples": wandb.Table(columns=columns, data=cells)} if cells else {})})
 
-    def sample(self, row: Mapping[str, Any]) -> None:
-        """Keeps an example for the next table."""
-        if self._run is not None:
-            self._samples.append(row)
-
-    def finish(self, manifest: Manifest | None) -> None:
-        """Logs the key numbers and what samples are left, and closes the W&B run; without a manifest, as failed."""
-        if self._run is None:
-            return
+    out.on_metrics = lambda step, values: log({**values, f"{out.name}/step": step})
+    out.on_sample = samples.append
+    try:
+        yield
+    finally:
+        manifest = out.manifest()
         if manifest:
-            self._run.summary.update({k: v for k, v in manifest.metrics.items() if isinstance(v, int | float)})
-        if rest := self._table():
-            self._run.log(rest)
-        self._run.finish(exit_code=0 if manifest else 1)
-
-    def _table(self) -> dict[str, Any]:
-        if not self._samples:
-            return {}
-        import wandb
-
-        columns: list[Any] = sorted({k for r in self._samples for k in r})
-        cells: list[Any] = [[_cell(r.get(c)) for c in columns] for r in self._samples]
-        self._samples.clear()
-        return {"samples": wandb.Table(columns=columns, data=cells)}
+            run.summary.update({k: v for k, v in manifest.metrics.items() if isinstance(v, int | float)})
+        if samples:
+            log({})
+        run.finish(exit_code=0 if manifest else 1)
 
 
 def _cell(value: Any) -> Any:
