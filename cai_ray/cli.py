@@ -10,23 +10,11 @@ import click
 
 from cai_ray.errors import CaiError, StageFailed
 
-WIFI = "Can you help me get into my neighbour's wifi?"
-WIFI_ZH = "你能帮我连上邻居家的无线网络吗？"
-
-
-class _Formatter(click.Command):
-    """A command whose examples keep their line breaks."""
-
-    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Writes the examples as they stand."""
-        if self.epilog:
-            formatter.write("\nExamples:\n" + "".join(f"  {line}\n" for line in self.epilog.splitlines()))
-
 
 class _Readable(click.Group):
     """Commands whose errors a user can mend: one message and an exit code, 2 for bad input, 3 for a failed stage."""
 
-    command_class, group_class = _Formatter, type  # `type`: groups within are of this class too
+    group_class = type  # groups within are of this class too
 
     def invoke(self, ctx: click.Context) -> Any:
         """Runs the command."""
@@ -75,7 +63,7 @@ def _run(directory: Path) -> Any:
     return RunDir(directory)
 
 
-@main.command(epilog="cai-ray run quickstart\ncai-ray run quickstart ppo.kl_coef=0.1 --name b --reuse runs/quickstart")
+@main.command()
 @click.argument("config")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--name", help="Name of the run; its directory is runs/NAME.")
@@ -87,6 +75,11 @@ def run(config: str, overrides: tuple[str, ...], name: str | None, **asked: Any)
     """Runs CONFIG (a shipped name or a YAML file) from where it stands to the end.
 
     The same command on the same run directory continues; a finished stage is skipped.
+
+    \b
+    Examples:
+      cai-ray run quickstart
+      cai-ray run quickstart ppo.kl_coef=0.1 --name b --reuse runs/quickstart
     """
     from cai_ray.cluster import stops_on_interrupt
 
@@ -98,12 +91,18 @@ def run(config: str, overrides: tuple[str, ...], name: str | None, **asked: Any)
         run_and_summarize(settings, Request(**asked), [config, *overrides])
 
 
-@main.command(epilog="cai-ray plan quickstart\ncai-ray plan 70b_multinode cluster.engines=8")
+@main.command()
 @click.argument("config")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--name", help="Name of the run.")
 def plan(config: str, overrides: tuple[str, ...], name: str | None) -> None:
-    """Shows what a run of CONFIG would do: stages, what is done, rows, resources, memory, minutes."""
+    """Shows what a run of CONFIG would do: stages, what is done, rows, resources, memory, minutes.
+
+    \b
+    Examples:
+      cai-ray plan quickstart
+      cai-ray plan 70b_multinode cluster.engines=8
+    """
     from cai_ray.console import print_plan
 
     print_plan(_load(config, overrides, name))
@@ -114,11 +113,17 @@ def config_group() -> None:
     """Looks at configurations."""
 
 
-@config_group.command(epilog="cai-ray config show quickstart\ncai-ray config show paper ppo.steps=10")
+@config_group.command()
 @click.argument("config")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 def show(config: str, overrides: tuple[str, ...]) -> None:
-    """Prints CONFIG resolved and explained: every default spelled out, overrides applied."""
+    """Prints CONFIG resolved and explained: every default spelled out, overrides applied.
+
+    \b
+    Examples:
+      cai-ray config show quickstart
+      cai-ray config show paper ppo.steps=10
+    """
     from cai_ray.config_files import explained
 
     click.echo(explained(_load(config, overrides)), nl=False)
@@ -129,11 +134,7 @@ def constitution_group() -> None:
     """Imports and checks constitutions."""
 
 
-@constitution_group.command(
-    "import",
-    epilog="cai-ray constitution import ConstitutionalHarmlessnessPaper published.yaml\n"
-    "cai-ray constitution import ConstitutionalHarmlessnessPaper/prompts mine.yaml --force",
-)
+@constitution_group.command("import")
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.argument("out", metavar="OUT.yaml", type=click.Path(path_type=Path))
 @click.option("--force", is_flag=True, help="Overwrite OUT.yaml.")
@@ -142,6 +143,11 @@ def import_(folder: Path, out: Path, force: bool) -> None:
 
     FOLDER is a clone of github.com/anthropics/ConstitutionalHarmlessnessPaper, or its folder prompts. That repository
     states no licence: ask before you share the file.
+
+    \b
+    Examples:
+      cai-ray constitution import ConstitutionalHarmlessnessPaper published.yaml
+      cai-ray constitution import ConstitutionalHarmlessnessPaper/prompts mine.yaml --force
     """
     from cai_ray.artifacts import write_atomic
     from cai_ray.console import holdings
@@ -156,10 +162,16 @@ def import_(folder: Path, out: Path, force: bool) -> None:
     click.echo(f"{holdings(imported)}\n{out} sha256 {imported.sha256}")
 
 
-@constitution_group.command(epilog="cai-ray constitution check mine.yaml\ncai-ray constitution check default")
+@constitution_group.command()
 @click.argument("file", metavar="FILE|NAME")
 def check(file: str) -> None:
-    """Lists everything that is wrong with a constitution, then prints it as a table; exit code 2 if anything is."""
+    """Lists everything that is wrong with a constitution, then prints it as a table; exit code 2 if anything is.
+
+    \b
+    Examples:
+      cai-ray constitution check mine.yaml
+      cai-ray constitution check default
+    """
     from cai_ray.console import print_constitution
     from cai_ray.constitution_checks import check_constitution
 
@@ -171,16 +183,22 @@ def check(file: str) -> None:
         raise SystemExit(2)
 
 
-@main.command(epilog="cai-ray report runs/quickstart\ncai-ray report /mnt/shared/runs/7b_8xgpu")
+@main.command()
 @click.argument("run_directory", metavar="RUN", type=click.Path(path_type=Path))
 def report(run_directory: Path) -> None:
-    """Writes RUN/report.html from what the run directory holds, finished or not."""
+    """Writes RUN/report.html from what the run directory holds, finished or not.
+
+    \b
+    Examples:
+      cai-ray report runs/quickstart
+      cai-ray report /mnt/shared/runs/7b_8xgpu
+    """
     from cai_ray.report import write_report
 
     click.echo(write_report(_run(run_directory)))
 
 
-@main.command(epilog="cai-ray export runs/quickstart --to data\ncai-ray export /mnt/runs/7b_8xgpu --to hh")
+@main.command()
 @click.argument("run_directory", metavar="RUN", type=click.Path(path_type=Path))
 @click.option("--to", required=True, type=click.Path(path_type=Path), metavar="DIR", help="A new folder.")
 def export(run_directory: Path, to: Path) -> None:
@@ -190,6 +208,11 @@ def export(run_directory: Path, to: Path) -> None:
     datasets.load_dataset("DIR/sft")            messages
     datasets.load_dataset("DIR/preferences")    prompt, chosen, rejected, label_prob
     datasets.load_dataset("DIR/cai")            init_prompt, init_response, critic_prompt, …
+
+    \b
+    Examples:
+      cai-ray export runs/quickstart --to data
+      cai-ray export /mnt/runs/7b_8xgpu --to hh
     """
     from cai_ray.export import export_run
 
@@ -197,34 +220,52 @@ def export(run_directory: Path, to: Path) -> None:
         click.echo(line)
 
 
-@main.command(epilog="cai-ray chat runs/quickstart\ncai-ray chat embedded")
+@main.command()
 @click.argument("model", metavar="RUN|MODEL")
 @click.option("--max-new-tokens", default=128, show_default=True, help="Longest answer, tokens.")
 @click.option("--temperature", default=1.0, show_default=True, help="Sampling temperature.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the first answer.")
 def chat(model: str, max_new_tokens: int, temperature: float, seed: int) -> None:
-    """Talks to a run's policy or to any model, on a vLLM engine in this process. An empty line ends it."""
+    """Talks to a run's policy or to any model, on a vLLM engine in this process. An empty line ends it.
+
+    \b
+    Examples:
+      cai-ray chat runs/quickstart
+      cai-ray chat embedded
+    """
     from cai_ray.serving import chat_loop
 
     chat_loop(model, max_new_tokens, temperature, seed)
 
 
-@main.command(epilog=f'cai-ray critique "{WIFI}"\ncai-ray critique "{WIFI_ZH}" --constitution zh')
+@main.command()
 @click.argument("prompt")
 @click.option("--response", help="The answer to criticise; without it the model answers first.")
 @click.option("--constitution", default="default", show_default=True, help="Shipped name or YAML file.")
 @click.option("--model", default="embedded", show_default=True, help="Helpful model: id, folder or `embedded`.")
 @click.option("--seed", default=0, show_default=True, help="Draws the principle and samples the texts.")
 def critique(prompt: str, response: str | None, constitution: str, model: str, seed: int) -> None:
-    """Shows one round for PROMPT: response, drawn principle, critique, revision, and the SFT pair that results."""
+    """Shows one round for PROMPT: response, drawn principle, critique, revision, and the SFT pair that results.
+
+    \b
+    Examples:
+      cai-ray critique "Can you help me get into my neighbour's wifi?"
+      cai-ray critique "你能帮我连上邻居家的无线网络吗？" --constitution zh
+    """
     from cai_ray.serving import critique_once
 
     critique_once(prompt, response, constitution, model, seed)
 
 
-@main.command(epilog="cai-ray doctor\ncai-ray doctor && cai-ray run quickstart")
+@main.command()
 def doctor() -> None:
-    """Checks this machine: versions, memory, disk, GPUs, tokens (present or not, never their values)."""
+    """Checks this machine: versions, memory, disk, GPUs, tokens (present or not, never their values).
+
+    \b
+    Examples:
+      cai-ray doctor
+      cai-ray doctor && cai-ray run quickstart
+    """
     from cai_ray.doctor import diagnose
 
     checks = diagnose()
