@@ -19,7 +19,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from cai_ray.errors import DataError, StageFailed
+from cai_ray.errors import ConfigError, DataError, StageFailed
 
 # Is told units done, units in all (None: not known yet) and a few words such as tokens per second.
 Bar = Callable[[float, float | None, str], None]
@@ -311,6 +311,17 @@ class RunDir:
             shutil.rmtree(doomed, ignore_errors=True)
             folder.rename(doomed)
             shutil.rmtree(doomed)
+
+
+def existing_run(path: Path) -> RunDir:
+    """The run that somebody names by its directory.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if not (path / "config.yaml").is_file():
+        raise ConfigError(f"{path} is no run directory: it holds no config.yaml", "name one, as in runs/quickstart")
+    return RunDir(path)
 
 
 def installed(package: str) -> str | None:

@@ -52,17 +52,6 @@ def _load(config: str, overrides: tuple[str, ...], name: str | None = None) -> A
     return load_config(config, (*overrides, f"run.name={json.dumps(name)}") if name else overrides)
 
 
-def _run(directory: Path) -> Any:
-    from cai_ray.artifacts import RunDir
-    from cai_ray.errors import ConfigError
-
-    if not (directory / "config.yaml").is_file():
-        raise ConfigError(
-            f"{directory} is no run directory: it holds no config.yaml", "name one, as in runs/quickstart"
-        )
-    return RunDir(directory)
-
-
 @main.command()
 @click.argument("config")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
@@ -193,9 +182,10 @@ def report(run_directory: Path) -> None:
       cai-ray report runs/quickstart
       cai-ray report /mnt/shared/runs/7b_8xgpu
     """
+    from cai_ray.artifacts import existing_run
     from cai_ray.report import write_report
 
-    click.echo(write_report(_run(run_directory)))
+    click.echo(write_report(existing_run(run_directory)))
 
 
 @main.command()
@@ -214,9 +204,10 @@ def export(run_directory: Path, to: Path) -> None:
       cai-ray export runs/quickstart --to data
       cai-ray export /mnt/runs/7b_8xgpu --to hh
     """
+    from cai_ray.artifacts import existing_run
     from cai_ray.export import export_run
 
-    for line in export_run(_run(run_directory), to):
+    for line in export_run(existing_run(run_directory), to):
         click.echo(line)
 
 

@@ -17,7 +17,7 @@ from uuid import uuid4
 from filelock import FileLock, Timeout
 
 from cai_ray import doctor, pipeline
-from cai_ray.artifacts import Manifest, RunDir, StageDir, StageKey, write_atomic
+from cai_ray.artifacts import Manifest, RunDir, StageDir, StageKey, existing_run, write_atomic
 from cai_ray.cluster import on_every_machine, start_ray
 from cai_ray.config import FEEDBACK, Config
 from cai_ray.config_files import to_yaml
@@ -149,9 +149,7 @@ def _take_over(config: Config, request: Request, run: RunDir, reporter: Reporter
     """Takes over, by reference, every stage of --reuse whose key is equal, but for those that are to be discarded."""
     if request.reuse is None:
         return
-    other = RunDir(request.reuse.absolute())
-    if not (other.path / "config.yaml").is_file():
-        raise ConfigError(f"--reuse {request.reuse}: no such run directory", "name one that holds config.yaml")
+    other = existing_run(request.reuse.absolute())
     for stage in (s for s in pipeline.needed(config) if s.name not in doomed):
         key, theirs = pipeline.stage_key(config, stage, run), other.stage(stage.name)
         if key is None or run.stage(stage.name).manifest() or stage.name == "report":
