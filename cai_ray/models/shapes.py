@@ -70,26 +70,21 @@ def training_memory(
     """(parts in a rank's CPU or GPU memory, parts in a GPU rank's host memory), as `training.deepspeed` builds it."""
     n, width, zero = sharding.ranks, WIDTH[sharding.dtype], sharding.stage
     trained = shape.lora_parameters(lora.rank) if lora else shape.parameters
-    weights: Part = ("weights", shape.gib(width), n if zero == 3 else 1)
-    # AdamW keeps two moments, and from stage 1 on a float32 copy of the weights.
-    optimizer: Part = ("optimizer", trained * (12 if zero else 8) / GIB, n if zero else 1)
-    offloaded = [
-        part
-        for part, wanted in ((weights, sharding.offload_parameters), (optimizer, sharding.offload_optimizer and zero))
-        if wanted and device == "gpu"
-    ]
     kept = {False: (shape.layers, 0), True: (1, shape.layers), "selective": (1 + SELECTIVE * shape.layers, 0)}
     layers, inputs = kept[sharding.gradient_checkpointing]
     parts: list[Part] = [
-        weights,
+        ("weights", shape.gib(width), n if zero == 3 else 1),
         ("gradients", trained * 4 / GIB, n if zero >= 2 else 1),
-        optimizer,
+        # AdamW keeps two moments, and from stage 1 on a float32 copy of the weights.
+        ("optimizer", trained * (12 if zero else 8) / GIB, n if zero else 1),
         ("activations", shape.work_gib(sharding.microbatch_tokens, width, layers, inputs), 1),
         ("libraries", LIBRARIES_GIB[device], 1),
     ]
     if zero == 3 and n > 1:
         parts.append(("gathered layers", min(GATHERED, shape.parameters) * width / GIB, 1))
-    return tuple(part for part in parts if part not in offloaded), tuple(offloaded)
+    offloaded = {"weights": sharding.offload_parameters, "optimizer": sharding.offload_optimizer and zero > 0}
+    host = [part for part in parts if device == "gpu" and offloaded.get(part[0])]
+    return tuple(part for part in parts if part not in host), tuple(host)
 
 
 def memory_sum(parts: Iterable[Part]) -> str:
