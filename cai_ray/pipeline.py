@@ -148,11 +148,11 @@ def stage_of_path(path: str) -> StageDir | None:
 
 
 def model_folder(spec: ModelSpec) -> Path:
-    """The folder of a model: a finished stage's output, or what `models.resolve_model` finds."""
+    """The folder of a model: what `models.resolve_model` finds, for `run:DIR/stage` in that stage's directory."""
     from cai_ray.models import resolve_model
 
     stage = stage_of_path(spec.path)
-    return stage.model if stage else resolve_model(spec.path, spec.revision)
+    return resolve_model(str(stage.model) if stage else spec.path, spec.revision)
 
 
 def model_identity(spec: ModelSpec) -> str:

@@ -18,6 +18,7 @@ from cai_ray.pipeline import (
     GENERATING,
     STAGES,
     downstream,
+    model_folder,
     model_identity,
     model_spec,
     needed,
@@ -356,6 +357,8 @@ def test_models_by_key_run_and_path(tmp_path: Path) -> None:
     manifest = run.stage("sft").manifest()
     assert manifest is not None
     assert model_identity(spec) == manifest.sha256
+    with pytest.raises(DataError, match=f"{tmp_path}/label/model.* is neither a folder"):
+        model_folder(model_spec(config, f"run:{tmp_path}/label"))  # before anything starts
 
 
 def test_a_model_s_format_counts_wherever_it_lies(tmp_path: Path) -> None:
