@@ -18,6 +18,7 @@ from cai_ray.sources import data_files
 
 GENERATING = ("revise", "sample_pairs", "label", "ppo", "evaluate")  # stages that sample from engines
 STAGE_MODELS = ("sft", "preference_model", "ppo")  # stages that publish a model
+SHIPPED_MODELS = ("embedded", "tiny")  # whatever folders are called so
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,7 @@ def model_identity(spec: ModelSpec) -> str:
     if stage:
         manifest = stage.manifest()
         identity = manifest.sha256 if manifest else ""
-    elif folder.is_dir():
+    elif folder.is_dir() and spec.path not in SHIPPED_MODELS:
         from cai_ray.models.checkpoints import fingerprint
 
         identity = fingerprint(folder)

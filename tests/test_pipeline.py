@@ -373,6 +373,15 @@ def test_a_model_s_format_counts_wherever_it_lies(tmp_path: Path) -> None:
         assert (plain, auto.endswith("plain")) == (f"{auto} plain", False)
 
 
+def test_a_folder_that_is_called_as_a_shipped_model_is_not_taken_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = model_identity(model_spec(load_config("tiny"), "helpful"))
+    (tmp_path / "tiny").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert model_identity(model_spec(load_config("tiny"), "helpful")) == key
+
+
 def test_a_joined_cluster_that_is_too_small_is_refused_before_anything_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
