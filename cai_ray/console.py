@@ -10,7 +10,7 @@ from rich.table import Table
 from cai_ray.config import Config
 from cai_ray.constitution import Constitution
 from cai_ray.execution import Request, run_dir, run_pipeline
-from cai_ray.pipeline import STAGE_MODELS, STAGES, constitution_of, needed, plan
+from cai_ray.pipeline import NAMES, STAGE_MODELS, constitution_of, plan
 from cai_ray.progress import Reporter
 
 _ACTIONS = {
@@ -45,8 +45,7 @@ def print_plan(config: Config) -> None:
     reporter.say("Minutes are arithmetic, right within a factor of about three.")
     lines = [f"  {need.stage} {r.arithmetic}" for need in needs for r in need.roles]
     reporter.say("\n".join(["memory of each process", *lines]))
-    left_out = [s.name for s in STAGES if s not in needed(config)]
-    if left_out:
+    if left_out := [name for name in NAMES if name not in {need.stage for need in needs}]:
         reporter.say(f"left out, because nothing reads them: {', '.join(left_out)}")
     check_here(config)
 

@@ -91,12 +91,12 @@ def preflight(config: Config, stages: list[pipeline.Stage]) -> None:
     if stages:
         check_for_gpus(config, [s.name for s in stages])
     for stage in stages:
-        if chosen := stage.principles(config):
-            principles = pipeline.constitution_of(getattr(config.constitution, chosen))
-            _ = principles.for_critique() if chosen == "critique" else principles.for_feedback()
-        for source in stage.files(config):
+        if stage.principles:
+            principles = pipeline.constitution_of(stage.principles)
+            _ = principles.for_critique() if stage.name == "revise" else principles.for_feedback()
+        for source in stage.files:
             check_source(source)
-        for name in stage.models(config):
+        for name in stage.models:
             if name not in pipeline.STAGE_MODELS:
                 pipeline.model_folder(pipeline.model_spec(config, name))
     check_here(config, [s.name for s in stages])
@@ -251,7 +251,7 @@ class Execution:
         config, step = self.config, pipeline.next_step(self.config, stage, self.run)
         key = step.key
         if key is None:
-            missing = [n for n in stage.reads(config) if self.run.stage(n).manifest() is None]
+            missing = [n for n in stage.reads if self.run.stage(n).manifest() is None]
             raise ConfigError(
                 f"{stage.name} reads {', '.join(missing)}, which is unfinished", "run without --only or --from"
             )
@@ -278,7 +278,7 @@ class Execution:
             with tracked(config, out, self.run.path):
                 function = getattr(import_module(f"cai_ray.stages.{stage.name}"), stage.name)
                 inputs = self._inputs(stage, key)
-                if stage.principles(config):  # rows name its principles, and its file may change
+                if stage.principles:  # rows name its principles, and its file may change
                     write_atomic(out.constitution, constitution_yaml(inputs.constitution))
                 out.devices = self._devices
                 manifest: Manifest = function(getattr(config, stage.name, None), inputs, out)
@@ -302,17 +302,16 @@ class Execution:
 
         longest = max(context_tokens(config, sampling) for sampling in ("prompts", *pipeline.GENERATING))
         models = {}
-        for model in stage.models(config):
+        for model in stage.models:
             spec = pipeline.model_spec(config, model)
             folder = self.run.stage(model).model if model in pipeline.STAGE_MODELS else pipeline.model_folder(spec)
             models[model] = EngineSetup(self.pool, folder, spec.format, spec.dtype, run_tokens=longest)
         if name == "ppo" and FEEDBACK in config.ppo.reward:  # as `ppo.reward` calls it
             models[FEEDBACK] = models[pipeline.feedback_model(config)]
-        chosen = stage.principles(config)
         unit = {"sft": "epochs", "preference_model": "epochs", "ppo": "steps"}.get(name, "rows")
         return StageInputs(
             key=key,
-            rows=tuple(self.run.stage(read).data for read in stage.data(config)),
+            rows=tuple(self.run.stage(read).data for read in stage.data),
             models=models,
             settings=MapSettings(
                 joining=self.pool.joining,
@@ -324,5 +323,5 @@ class Execution:
             cluster=config.cluster,
             device=device,
             threads=config.preference_model.sharding.cpus_per_rank,
-            constitution=pipeline.constitution_of(getattr(config.constitution, chosen)) if chosen else None,
+            constitution=pipeline.constitution_of(stage.principles) if stage.principles else None,
         )

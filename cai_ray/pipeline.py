@@ -4,7 +4,7 @@ Planning imports neither torch nor ray; a stage's module is imported when the st
 """
 
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +16,7 @@ from cai_ray.errors import ConfigError
 from cai_ray.shipped import source_path
 from cai_ray.sources import data_files
 
+NAMES = ("prompts", "revise", "sft", "sample_pairs", "label", "preference_model", "ppo", "evaluate", "report")
 GENERATING = ("revise", "sample_pairs", "label", "ppo", "evaluate")  # stages that sample from engines
 STAGE_MODELS = ("sft", "preference_model", "ppo")  # stages that publish a model
 SHIPPED_MODELS = ("embedded", "tiny")  # whatever folders are called so
@@ -26,14 +27,15 @@ class Stage:
     """One line of the table; `stages/NAME.py` holds the function that runs it."""
 
     name: str
-    data: Callable[[Config], tuple[str, ...]]  # stages whose rows it reads
-    models: Callable[[Config], tuple[str, ...]]  # models it reads: keys of `models`, stages, or paths
-    principles: Callable[[Config], Literal["critique", "feedback"] | None] = lambda c: None
-    files: Callable[[Config], tuple[Source, ...]] = lambda c: ()
+    data: tuple[str, ...] = ()  # stages whose rows it reads
+    models: tuple[str, ...] = ()  # models it reads: keys of `models`, stages, or paths
+    principles: Principles | None = None  # that it draws from
+    files: tuple[Source, ...] = ()
 
-    def reads(self, config: Config) -> tuple[str, ...]:
+    @property
+    def reads(self) -> tuple[str, ...]:
         """Earlier stages that it needs, for rows or models."""
-        return tuple(dict.fromkeys([*self.data(config), *(m for m in self.models(config) if m in STAGE_MODELS)]))
+        return tuple(dict.fromkeys([*self.data, *(m for m in self.models if m in STAGE_MODELS)]))
 
 
 def feedback_model(c: Config) -> str:
@@ -64,39 +66,25 @@ def evaluated(c: Config) -> tuple[str, ...]:
     return tuple(dict.fromkeys(["helpful", c.ppo.init, "ppo"]))
 
 
-STAGES = (
-    Stage(
-        "prompts",
-        lambda c: (),
-        lambda c: tuple(dict.fromkeys(g.model for g in c.prompts.generate)),
-        files=lambda c: (*c.prompts.harmful, *c.prompts.helpful),
-    ),
-    Stage("revise", lambda c: ("prompts",), lambda c: ("helpful",), lambda c: "critique"),
-    Stage("sft", lambda c: ("revise",), lambda c: (c.sft.init,)),
-    Stage("sample_pairs", lambda c: ("prompts",), lambda c: (c.sample_pairs.model,)),
-    Stage(
-        "label",
-        lambda c: ("sample_pairs",),
-        lambda c: (feedback_model(c),),
-        lambda c: "feedback",
-        lambda c: (c.label.gold,),
-    ),
-    Stage(
-        "preference_model",
-        lambda c: ("label",) if any(s.path == "label" for s in c.preference_model.data) else (),
-        lambda c: (preference_init(c),),
-        files=lambda c: tuple(s for s in c.preference_model.data if s.path != "label"),
-    ),
-    Stage(
-        "ppo",
-        lambda c: ("prompts", *(["revise"] if c.ppo.ptx_coef else [])),
-        lambda c: (c.ppo.init, *rewards(c)),
-        lambda c: "feedback" if FEEDBACK in c.ppo.reward else None,
-    ),
-    Stage("evaluate", lambda c: ("prompts",), lambda c: (*evaluated(c), scorer(c))),
-    Stage("report", lambda c: ("evaluate",), lambda c: ()),
-)
-NAMES = tuple(s.name for s in STAGES)
+def stage_table(c: Config) -> dict[str, Stage]:
+    """The table of stages, by name and in order: what each reads in a run of this configuration."""
+    ppo, data = c.ppo, c.preference_model.data
+    writers = tuple(dict.fromkeys(g.model for g in c.prompts.generate))
+    labels = ("label",) if any(s.path == "label" for s in data) else ()
+    ptx = ("revise",) if ppo.ptx_coef else ()
+    rated = c.constitution.feedback if FEEDBACK in ppo.reward else None
+    table = (
+        Stage("prompts", models=writers, files=(*c.prompts.harmful, *c.prompts.helpful)),
+        Stage("revise", ("prompts",), ("helpful",), c.constitution.critique),
+        Stage("sft", ("revise",), (c.sft.init,)),
+        Stage("sample_pairs", ("prompts",), (c.sample_pairs.model,)),
+        Stage("label", ("sample_pairs",), (feedback_model(c),), c.constitution.feedback, (c.label.gold,)),
+        Stage("preference_model", labels, (preference_init(c),), files=tuple(s for s in data if s.path != "label")),
+        Stage("ppo", ("prompts", *ptx), (ppo.init, *rewards(c)), rated),
+        Stage("evaluate", ("prompts",), (*evaluated(c), scorer(c))),
+        Stage("report", ("evaluate",)),
+    )
+    return {stage.name: stage for stage in table}
 
 
 def needed(config: Config, last: str = "report") -> tuple[Stage, ...]:
@@ -105,14 +93,14 @@ def needed(config: Config, last: str = "report") -> tuple[Stage, ...]:
     Raises:
         ConfigError: a stage reads itself or a later one.
     """
-    wanted = {last}
-    for stage in reversed(STAGES):
+    table, wanted = stage_table(config), {last}
+    for stage in reversed(table.values()):
         if stage.name in wanted:
-            if late := set(stage.reads(config)) & set(NAMES[NAMES.index(stage.name) :]):
+            if late := set(stage.reads) & set(NAMES[NAMES.index(stage.name) :]):
                 what = f"{stage.name} reads {', '.join(late)}, which is not made before it"
                 raise ConfigError(what, "name a model or an earlier stage")
-            wanted |= set(stage.reads(config))
-    return tuple(s for s in STAGES if s.name in wanted)
+            wanted |= set(stage.reads)
+    return tuple(s for s in table.values() if s.name in wanted)
 
 
 def model_spec(config: Config, name: str) -> ModelSpec:
@@ -189,20 +177,20 @@ def file_identity(source: Source) -> str:
 def stage_key(config: Config, stage: Stage, run: RunDir) -> StageKey | None:
     """The stage's key, or None while a stage that it reads is unfinished."""
     inputs: dict[str, str] = {}
-    for name in stage.reads(config):
+    for name in stage.reads:
         manifest = run.stage(name).manifest()
         if manifest is None:
             return None
         inputs[name] = manifest.sha256
     section = getattr(config, stage.name, None)  # the report has no section
     parts: dict[str, Any] = {"config": section.identity() if section else {}, "seed": config.run.seed}
-    models = {m: model_identity(model_spec(config, m)) for m in stage.models(config) if m not in STAGE_MODELS}
+    models = {m: model_identity(model_spec(config, m)) for m in stage.models if m not in STAGE_MODELS}
     if models:
         parts["models"] = models
-    if chosen := stage.principles(config):
-        parts["principles"] = constitution_of(getattr(config.constitution, chosen)).sha256
-    if stage.files(config):
-        parts["files"] = {s.path: file_identity(s) for s in stage.files(config)}
+    if stage.principles:
+        parts["principles"] = constitution_of(stage.principles).sha256
+    if stage.files:
+        parts["files"] = {s.path: file_identity(s) for s in stage.files}
     return StageKey(config=section.model_dump(mode="json") if section else {}, parts=parts, inputs=inputs)
 
 
@@ -239,7 +227,7 @@ def plan(config: Config, run: RunDir, doomed: Collection[str] = ()) -> list[Step
     steps: list[Step] = []
     stale: set[str] = set()
     for stage in needed(config):
-        waits = stage.name in doomed or stale & set(stage.reads(config))  # what is doomed may be too damaged to be read
+        waits = stage.name in doomed or stale & set(stage.reads)  # what is doomed may be too damaged to be read
         steps.append(Step(stage, "wait") if waits else next_step(config, stage, run))
         if steps[-1].action != "done":
             stale.add(stage.name)
@@ -250,7 +238,7 @@ def downstream(config: Config, first: str) -> list[str]:
     """`first` and every stage that reads it, directly or not, in order."""
     hit = [first]
     for stage in needed(config):
-        if stage.name != first and set(stage.reads(config)) & set(hit):
+        if stage.name != first and set(stage.reads) & set(hit):
             hit.append(stage.name)
     return hit
 

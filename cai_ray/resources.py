@@ -31,7 +31,7 @@ ENGINE_TOKENS = 8192  # tokens of one engine step on a GPU
 
 def model_shape(config: Config, name: str) -> Shape:
     """The shape behind a model's name: a stage, a key of `models` or a path."""
-    starts = {"sft": config.sft.init, "preference_model": pipeline.preference_init(config), "ppo": config.ppo.init}
+    starts = {stage: pipeline.stage_table(config)[stage].models[0] for stage in pipeline.STAGE_MODELS}
     for _ in starts:  # a stage's model has the shape of what it starts from
         name = starts.get(name, name)
     spec = model_spec(config, name)
@@ -70,7 +70,7 @@ class Role:
 
 
 def _engine(config: Config, stage: Stage, device: str) -> Role:
-    names, own = stage.models(config), config.cluster
+    names, own = stage.models, config.cluster
     if stage.name != "prompts":  # which has a model for each kind; elsewhere the first one answers
         names = pipeline.evaluated(config) if stage.name == "evaluate" else names[:1]
     name = max(names, key=lambda name: model_shape(config, name).parameters)  # engines hold one after the other
@@ -113,8 +113,8 @@ def stage_roles(config: Config, stage: Stage, device: str) -> tuple[Role, ...]:
         section, stages = getattr(config, name), needed(config)
         before = [s for s in stages[: stages.index(stage)] if s.name in GENERATING][-1:] if device == "cpu" else []
         idle = [replace(_engine(config, s, device), name="idle engine", flops=0.0) for s in before]
-        return (_trainer(config, "rank", stage.models(config)[0], section, device, section.epochs), *idle)
-    if not stage.models(config):
+        return (_trainer(config, "rank", stage.models[0], section, device, section.epochs), *idle)
+    if not stage.models:
         return ()
     engine = _engine(config, stage, device)
     if name == "evaluate":
@@ -243,10 +243,10 @@ def check_lengths(config: Config, stages: Collection[str] = pipeline.NAMES) -> N
     learners = {"sft": [config.sft], "ppo": [config.ppo.actor, config.ppo.critic]}
     learners["preference_model"] = [config.preference_model]
     for stage in needed(config):
-        if stage.name not in stages or not stage.models(config):
+        if stage.name not in stages or not stage.models:
             continue
         tokens, fix = context_tokens(config, stage.name), f"lower the token limits of {stage.name}"
-        for name in stage.models(config):
+        for name in stage.models:
             limit = model_shape(config, name).max_positions
             if tokens > limit:
                 message = f"{stage.name}: prompt and response may have {tokens} tokens, the model {name} takes {limit}"

@@ -16,7 +16,7 @@ from cai_ray.errors import CaiError, ConfigError, DataError, ResourceError
 from cai_ray.execution import Execution, Request, _doomed, _take_over, run_pipeline
 from cai_ray.pipeline import (
     GENERATING,
-    STAGES,
+    NAMES,
     downstream,
     model_folder,
     model_identity,
@@ -25,6 +25,7 @@ from cai_ray.pipeline import (
     plan,
     stage_key,
     stage_of_path,
+    stage_table,
 )
 from cai_ray.progress import Reporter
 from cai_ray.resources import context_tokens
@@ -54,7 +55,7 @@ def settle(config: Config, request: Request, run: RunDir) -> None:
         run.discard(name)
 
 
-ALL = tuple(s.name for s in STAGES)
+ALL = NAMES
 
 
 def test_nine_stages_in_the_order_of_the_paper() -> None:
@@ -66,7 +67,7 @@ def test_a_stage_that_nothing_reads_is_left_out() -> None:
     config = load_config(
         "tiny", ("preference_model.data=[starter:helpful_comparisons]", "preference_model.init=pretrained")
     )
-    assert {s.name for s in STAGES} - {s.name for s in needed(config)} == {"sample_pairs", "label"}
+    assert {*ALL} - {s.name for s in needed(config)} == {"sample_pairs", "label"}
     config = load_config("tiny", ("ppo.reward=/some/model", "ppo.init=helpful"))
     assert [s.name for s in needed(config)] == ["prompts", "ppo", "evaluate", "report"]
 
@@ -110,9 +111,9 @@ def test_rebuild_discards_the_change_and_all_that_follows(tmp_path: Path) -> Non
     changed = load_config("tiny", ("label.few_shots=1",))
     settle(changed, Request(rebuild=True), run)
     assert downstream(changed, "label") == ["label", "preference_model", "ppo", "evaluate", "report"]
-    assert [s.name for s in STAGES if run.stage(s.name).manifest()] == list(ALL[:4])
+    assert [name for name in ALL if run.stage(name).manifest()] == list(ALL[:4])
     settle(changed, Request(start="sft", rebuild=True), run)
-    assert [s.name for s in STAGES if run.stage(s.name).manifest()] == list(ALL[:2])
+    assert [name for name in ALL if run.stage(name).manifest()] == list(ALL[:2])
 
 
 def test_the_last_stage_is_discarded_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,7 +139,7 @@ def test_a_stage_whose_inputs_come_out_anew_is_neither_done_nor_continued(
         out.manifest_path.unlink()
     assert actions(both, run)["preference_model"] == "wait"  # for sample_pairs and label
     finish(both, run, "sample_pairs", "label")
-    (stage,) = (s for s in STAGES if s.name == "preference_model")
+    stage = stage_table(both)["preference_model"]
     began = (out.path / "key.json").read_text("utf-8")
 
     def train(config: Any, inputs: Any, out: StageDir) -> Any:
@@ -283,16 +284,15 @@ def test_the_prompts_depend_on_the_model_that_writes_some(tmp_path: Path) -> Non
 
 
 def written(config: Config, path: Path) -> dict[str, Any]:
-    key = stage_key(config, STAGES[0], RunDir(path))
+    key = stage_key(config, stage_table(config)["prompts"], RunDir(path))
     assert key is not None
     return key.parts
 
 
 def test_ppo_reads_its_rewards_and_what_it_mixes_in() -> None:
     def stage(name: str, *overrides: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        config = load_config("tiny", overrides)
-        (found,) = (s for s in STAGES if s.name == name)
-        return found.data(config), found.models(config)
+        found = stage_table(load_config("tiny", overrides))[name]
+        return found.data, found.models
 
     assert stage("ppo") == (("prompts",), ("sft", "preference_model"))
     assert stage("ppo", "ppo.ptx_coef=0.1")[0] == ("prompts", "revise")
@@ -306,8 +306,9 @@ def test_ppo_reads_its_rewards_and_what_it_mixes_in() -> None:
     assert stage("evaluate", *alone)[1][-1] == "preference_model"
     judged = ("ppo.reward=feedback_model", "ppo.critic_init=policy")
     assert stage("ppo", *judged)[1] == ("sft", "pretrained")
-    (ppo,) = (s for s in STAGES if s.name == "ppo")
-    assert (ppo.principles(load_config("tiny", judged)), ppo.principles(load_config("tiny"))) == ("feedback", None)
+    config = load_config("tiny", judged)
+    assert stage_table(config)["ppo"].principles is config.constitution.feedback
+    assert stage_table(load_config("tiny"))["ppo"].principles is None
 
 
 def test_a_stage_is_given_what_its_line_of_the_table_names(tmp_path: Path) -> None:
@@ -319,7 +320,7 @@ def test_a_stage_is_given_what_its_line_of_the_table_names(tmp_path: Path) -> No
     with ExitStack() as stack:
         execution = Execution(config, run, Reporter(), stack, (), False)
         execution.__dict__ |= {"device": "cpu", "pool": SimpleNamespace(joining=tuple)}  # else they start Ray
-        given = {s.name: execution._inputs(s, StageKey({}, {}, {})) for s in STAGES}
+        given = {n: execution._inputs(s, StageKey({}, {}, {})) for n, s in stage_table(config).items()}
     assert given.pop("report") == StageKey({}, {}, {})
     assert {name: [folder.parent.name for folder in inputs.rows] for name, inputs in given.items()} == {
         **{"prompts": [], "revise": ["prompts"], "sft": ["revise"], "sample_pairs": ["prompts"]},

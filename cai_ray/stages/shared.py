@@ -55,7 +55,7 @@ class EngineSetup:
 
 @dataclass(frozen=True)
 class StageInputs:
-    """What a stage reads besides its section of the configuration: what its line in `pipeline.STAGES` names.
+    """What a stage reads besides its section of the configuration: what its line in `pipeline.stage_table` names.
 
     Attributes:
         key: what its manifest says of all this.

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from cai_ray.config_files import load_config
 from cai_ray.models import tiny_model
-from cai_ray.pipeline import STAGES
+from cai_ray.pipeline import NAMES
 from cai_ray.records import derive_seed, row_id
 from tests.e2e.conftest import KILL_AFTER
 
@@ -34,16 +34,16 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def test_every_stage_has_a_manifest_and_ran_once(tiny_run: Path) -> None:
     log = (tiny_run / "run.log").read_text("utf-8")
-    for stage in STAGES:
-        assert manifest(tiny_run, stage.name)["stage"] == stage.name
-        said = log.count(f" {stage.name} took ")  # a driver that died right after the commit could not say it
-        assert said == 1 or (said == 0 and stage.name == KILL_AFTER), f"{stage.name} ran twice or never"
-        assert stage.name != KILL_AFTER or f"{stage.name}: done before, skipped" in log
+    for stage in NAMES:
+        assert manifest(tiny_run, stage)["stage"] == stage
+        said = log.count(f" {stage} took ")  # a driver that died right after the commit could not say it
+        assert said == 1 or (said == 0 and stage == KILL_AFTER), f"{stage} ran twice or never"
+        assert stage != KILL_AFTER or f"{stage}: done before, skipped" in log
     assert "prompts: done before, skipped" in log
     assert (tiny_run / "report.html").stat().st_size > 5_000
-    for stage in STAGES:
-        inputs = manifest(tiny_run, stage.name)["inputs"]
-        assert set(inputs) <= {s.name for s in STAGES}
+    for stage in NAMES:
+        inputs = manifest(tiny_run, stage)["inputs"]
+        assert set(inputs) <= {*NAMES}
 
 
 def test_rows_are_accounted_for_at_every_stage(tiny_run: Path) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cai_ray.pipeline import STAGES
+from cai_ray.pipeline import NAMES
 from tests.e2e.conftest import cli, finish, wait_for
 from tests.e2e.wandb_files import OfflineRun, read_offline_runs
 
@@ -106,13 +106,13 @@ def test_a_job_on_a_running_cluster(tmp_path: Path) -> None:
         assert re.search(r"[Ss]ucceeded", done.stdout + done.stderr)
         run = tmp_path / "job"
         logged = {r.name: r for r in read_offline_runs(run)}
-        assert set(logged) == {f"job/{stage.name}" for stage in STAGES}  # a W&B run for every stage,
+        assert set(logged) == {f"job/{stage}" for stage in NAMES}  # a W&B run for every stage,
         assert {r.group for r in logged.values()} == {"job"}  # all in one group
-        for stage in STAGES:
-            numbers = json.loads((run / stage.name / "manifest.json").read_text("utf-8"))["metrics"]
-            assert logged[f"job/{stage.name}"].config["ppo"]["rollout_batch_size"] == 8
+        for stage in NAMES:
+            numbers = json.loads((run / stage / "manifest.json").read_text("utf-8"))["metrics"]
+            assert logged[f"job/{stage}"].config["ppo"]["rollout_batch_size"] == 8
             for key in numbers.keys() & {"mean_label", "rows_out", "train_examples", "objective/kl"}:
-                assert logged[f"job/{stage.name}"].summary[key] == pytest.approx(numbers[key])
+                assert logged[f"job/{stage}"].summary[key] == pytest.approx(numbers[key])
         assert logged["job/label"].summary["samples/nrows"] == 8
         assert any(p.is_running() for p in nodes)  # the cluster outlives the run that joined it
     finally:

@@ -12,12 +12,11 @@ from huggingface_hub import ModelCard
 from cai_ray.artifacts import RunDir, StageKey
 from cai_ray.config_files import load_config
 from cai_ray.constitution import load_constitution, to_yaml
-from cai_ray.pipeline import STAGES
+from cai_ray.pipeline import stage_table
 from cai_ray.records import LABELED_PAIR, PROMPT, REVISION, to_table
 from cai_ray.report.cards import model_card
 from tests.test_export import DANGER, PAIRS, REVISIONS
 
-BY_NAME = {stage.name: stage for stage in STAGES}
 CONFIG = {"run": {"name": "mine"}, "models": {"helpful": "tiny", "pretrained": "embedded"}}
 
 
@@ -56,7 +55,7 @@ def section(run: RunDir, name: str) -> dict[str, Any]:
 def inputs(run: RunDir, name: str) -> dict[str, str]:
     """What the table of stages says that a stage reads."""
     config = load_config(str(run.path / "config.yaml"))
-    found = {read: run.stage(read).manifest() for read in BY_NAME[name].reads(config)}
+    found = {read: run.stage(read).manifest() for read in stage_table(config)[name].reads}
     return {read: manifest.sha256 if manifest else "" for read, manifest in found.items()}
 
 
