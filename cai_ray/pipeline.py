@@ -43,45 +43,30 @@ def feedback_model(c: Config) -> str:
     return "feedback" if c.models.feedback else "pretrained"
 
 
-def preference_init(c: Config) -> str:
-    """What the preference model starts from."""
-    if c.preference_model.init != "auto":
-        return c.preference_model.init
-    return "preference_base" if c.models.preference_base else "sft"
-
-
-def rewards(c: Config) -> tuple[str, ...]:
-    """The models that score or watch in PPO."""
-    judges = [feedback_model(c)] if FEEDBACK in c.ppo.reward else []
-    return (*c.ppo.preference_models, *judges, *([c.ppo.heldout_reward] if c.ppo.heldout_reward else ()))
-
-
-def scorer(c: Config) -> str:
-    """The preference model whose scores `evaluate` compares."""
-    return (*c.ppo.preference_models, "preference_model")[0]
-
-
-def evaluated(c: Config) -> tuple[str, ...]:
-    """Every model of the run that answers prompts, in the order in which they are made."""
-    return tuple(dict.fromkeys(["helpful", c.ppo.init, "ppo"]))
-
-
 def stage_table(c: Config) -> dict[str, Stage]:
-    """The table of stages, by name and in order: what each reads in a run of this configuration."""
-    ppo, data = c.ppo, c.preference_model.data
+    """The table of stages, by name and in order: what each reads in a run of this configuration.
+
+    The first model is the one that answers or learns, except for `prompts`, where each of them writes, and `evaluate`,
+    where all answer but the last one, which scores.
+    """
     writers = tuple(dict.fromkeys(g.model for g in c.prompts.generate))
-    labels = ("label",) if any(s.path == "label" for s in data) else ()
+    ppo, data, preference_init = c.ppo, c.preference_model.data, c.preference_model.init
+    if preference_init == "auto":
+        preference_init = "preference_base" if c.models.preference_base else "sft"
+    judge = feedback_model(c) if FEEDBACK in ppo.reward else None
+    rewards = [name for name in (*ppo.preference_models, judge, ppo.heldout_reward) if name]
+    scorer, *_ = (*ppo.preference_models, "preference_model")
     ptx = ("revise",) if ppo.ptx_coef else ()
-    rated = c.constitution.feedback if FEEDBACK in ppo.reward else None
+    labels = ("label",) if any(s.path == "label" for s in data) else ()
     table = (
-        Stage("prompts", models=writers, files=(*c.prompts.harmful, *c.prompts.helpful)),
+        Stage("prompts", (), writers, files=(*c.prompts.harmful, *c.prompts.helpful)),
         Stage("revise", ("prompts",), ("helpful",), c.constitution.critique),
         Stage("sft", ("revise",), (c.sft.init,)),
         Stage("sample_pairs", ("prompts",), (c.sample_pairs.model,)),
         Stage("label", ("sample_pairs",), (feedback_model(c),), c.constitution.feedback, (c.label.gold,)),
-        Stage("preference_model", labels, (preference_init(c),), files=tuple(s for s in data if s.path != "label")),
-        Stage("ppo", ("prompts", *ptx), (ppo.init, *rewards(c)), rated),
-        Stage("evaluate", ("prompts",), (*evaluated(c), scorer(c))),
+        Stage("preference_model", labels, (preference_init,), files=tuple(s for s in data if s.path != "label")),
+        Stage("ppo", ("prompts", *ptx), (ppo.init, *rewards), c.constitution.feedback if judge else None),
+        Stage("evaluate", ("prompts",), (*dict.fromkeys(["helpful", ppo.init, "ppo"]), scorer)),
         Stage("report", ("evaluate",)),
     )
     return {stage.name: stage for stage in table}

@@ -70,10 +70,9 @@ class Role:
 
 
 def _engine(config: Config, stage: Stage, device: str) -> Role:
-    names, own = stage.models, config.cluster
-    if stage.name != "prompts":  # which has a model for each kind; elsewhere the first one answers
-        names = pipeline.evaluated(config) if stage.name == "evaluate" else names[:1]
-    name = max(names, key=lambda name: model_shape(config, name).parameters)  # engines hold one after the other
+    own, answering = config.cluster, {"prompts": stage.models, "evaluate": stage.models[:-1]}
+    names = answering.get(stage.name, stage.models[:1])  # engines hold one after the other
+    name = max(names, key=lambda name: model_shape(config, name).parameters)
     shape, width = model_shape(config, name), WIDTH[model_spec(config, name).dtype]
     tp, count = own.tensor_parallel_size if device == "gpu" else 1, (config.ppo if stage.name == "ppo" else own).engines
     parts: list[Part] = [("weights", shape.gib(width), tp), ("libraries", LIBRARIES_GIB[device], 1)]
@@ -119,7 +118,7 @@ def stage_roles(config: Config, stage: Stage, device: str) -> tuple[Role, ...]:
     engine = _engine(config, stage, device)
     if name == "evaluate":
         looks = Sharding(dtype="float32", microbatch_tokens=context_tokens(config, name))
-        return (engine, _onlooker(config, "scorer", [pipeline.scorer(config)], looks, device))
+        return (engine, _onlooker(config, "scorer", stage.models[-1:], looks, device))
     if name != "ppo":
         return (engine,)
     critics = []
@@ -131,7 +130,7 @@ def stage_roles(config: Config, stage: Stage, device: str) -> tuple[Role, ...]:
         engine,
         _trainer(config, "actor", p.init, p.actor, device, p.ppo_epochs),
         *critics,
-        _onlooker(config, "reward", pipeline.rewards(config), p.critic.sharding, device, *many),
+        _onlooker(config, "reward", stage.models[1:], p.critic.sharding, device, *many),
         _onlooker(config, "reference", [p.init], p.actor.sharding, device, *many),
     )
 
@@ -177,6 +176,7 @@ def stage_rows(config: Config) -> dict[str, tuple[float, float]]:
     gold = 0 if f.judge_gate == "off" else source_rows(f.gold)
     question = PROMPT_TOKENS + 2 * s.max_new_tokens + (f.max_rationale_tokens if f.reasons else 0)
     answer = PROMPT_TOKENS + r.max_new_tokens
+    models = len(pipeline.stage_table(config)["evaluate"].models) - 1  # the last one scores
     per_harmful = answer + r.rounds * (answer + r.max_critique_tokens * r.critique)
     return {
         "prompts": (prompts, sum(n * tokens for _, n, tokens in written) / max(1, prompts)),
@@ -186,7 +186,7 @@ def stage_rows(config: Config) -> dict[str, tuple[float, float]]:
         "label": (compared, asked * question * (1 + gold / max(1, compared))),
         "preference_model": (TRAIN_SHARE * pairs, PROMPT_TOKENS + 2 * s.max_new_tokens),
         "ppo": (p.steps * p.rollout_batch_size, PROMPT_TOKENS + p.max_new_tokens),
-        "evaluate": (len(pipeline.evaluated(config)) * 2 * e.prompts, PROMPT_TOKENS + e.max_new_tokens),
+        "evaluate": (2 * e.prompts * models, PROMPT_TOKENS + e.max_new_tokens),
         "report": (0, 0),
     }
 
