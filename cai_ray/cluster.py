@@ -11,20 +11,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cai_ray.errors import ResourceError
 
-if TYPE_CHECKING:  # this module is imported anew when an interrupt is to end all, at once
-    from cai_ray.config import Config
-
-LOGICAL_CPUS = 32  # more slots than cores: on a small machine roles take turns, and slots must never deadlock
+# More slots than cores: on a small machine roles take turns, and slots must never deadlock.
+LOGICAL_CPUS = max(32, os.cpu_count() or 1)
 STOP_GRACE_S = 5.0
+# Imports this module anew, which is to end all at once: it knows nothing heavy.
 _END = "from cai_ray.cluster import end_children; end_children(); raise SystemExit(130)"
 
 
-def start_ray(config: "Config") -> None:
-    """Joins `cluster.address` or RAY_ADDRESS; without either starts a cluster of this process's own.
+def start_ray(address: str | None) -> None:
+    """Joins the cluster at `config.Cluster.joined`; without an address starts one of this process's own.
 
     A cluster that happens to run on this machine is left alone.
 
@@ -47,9 +46,8 @@ def start_ray(config: "Config") -> None:
     import ray
     import ray.data
 
-    address = config.cluster.joined
     how: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-    own = {"num_cpus": max(LOGICAL_CPUS, os.cpu_count() or 1), "include_dashboard": False}
+    own = {"num_cpus": LOGICAL_CPUS, "include_dashboard": False}
     mendable = (ConnectionError, ValueError, RuntimeError) if address else ()
     handler = signal.getsignal(signal.SIGTERM)
     try:

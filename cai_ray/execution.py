@@ -201,7 +201,7 @@ class Execution:
         import ray
 
         quiet_libraries()
-        start_ray(self.config)
+        start_ray(self.config.cluster.joined)
         self._stack.callback(ray.shutdown)
         there = ray.cluster_resources()
         self._devices = int(there.get("GPU", 0)) or 1

@@ -374,6 +374,5 @@ def check_here(config: Config, stages: Collection[str] = pipeline.NAMES) -> None
     if config.cluster.joined or (device == "gpu" and not gpus):
         check_lengths(config, stages)
         return
-    slots = max(LOGICAL_CPUS, os.cpu_count() or 1)  # what `cluster.start_ray` declares
     gpu_gib = min((g.gib for g in gpus), default=math.inf)
-    check(config, device, doctor.host_memory_gib(), slots, len(gpus), gpu_gib, stages)
+    check(config, device, doctor.host_memory_gib(), LOGICAL_CPUS, len(gpus), gpu_gib, stages)

@@ -8,7 +8,6 @@ import psutil
 import pytest
 
 from cai_ray.cluster import start_ray
-from cai_ray.config_files import load_config
 from cai_ray.errors import ResourceError
 
 
@@ -24,7 +23,7 @@ def test_ray_s_start_leaves_our_handler_of_sigterm(monkeypatch: pytest.MonkeyPat
     before = signal.signal(signal.SIGTERM, ours)
     try:
         with pytest.raises(ResourceError, match="no Ray cluster answers"):
-            start_ray(load_config("tiny", ("cluster.address=10.0.0.1:6379",)))
+            start_ray("10.0.0.1:6379")
         assert signal.getsignal(signal.SIGTERM) is ours
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -387,7 +387,7 @@ def test_a_joined_cluster_that_is_too_small_is_refused_before_anything_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, run = load_config("tiny", ("sft.sharding.ranks=8", "sft.sharding.cpus_per_rank=5")), RunDir(tmp_path)
-    monkeypatch.setattr("cai_ray.execution.start_ray", lambda config: None)
+    monkeypatch.setattr("cai_ray.execution.start_ray", lambda address: None)
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 32.0})
     monkeypatch.setattr("ray.shutdown", lambda: None)
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")

@@ -127,7 +127,7 @@ def stage(task: str, rows: int, folder: Path) -> dict[str, float]:
     schema = PROMPT if task == "revise" else RESPONSE_PAIR
     inputs = write_rows(source, schema, folder / "inputs")
     config = load_config("quickstart")
-    start_ray(config)
+    start_ray(config.cluster.joined)
     pool = EnginePool(config.cluster, "cpu", folder / "logs")
 
     def engines() -> list[Any]:

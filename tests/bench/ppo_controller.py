@@ -181,7 +181,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=500)
     told = parser.parse_args()
     roles.CLASSES.update(dict.fromkeys(roles.CLASSES, Light))
-    start_ray(load_config("quickstart"))
+    start_ray(load_config("quickstart").cluster.joined)
     with tempfile.TemporaryDirectory() as temporary:
         small, small_cpu, _ = run(2, max(20, told.steps // 5), Path(temporary))
         large, large_cpu, memory = run(8, told.steps, Path(temporary))

@@ -126,7 +126,7 @@ def train(size: Size, policy: Path, reward: Path, rows: list[Any], out: StageDir
         cluster=cluster,
         engine_dtype="float32",
     )
-    start_ray(load_config("quickstart"))
+    start_ray(load_config("quickstart").cluster.joined)
     try:
         pool = EnginePool(cluster, "cpu", out.logs)
 

@@ -156,7 +156,7 @@ def ours(arm: str, folder: Path) -> dict[str, float]:
     inputs = write_rows(rows, LABELED_PAIR if arm == "pm" else REVISION, folder / "rows")
     out = StageDir(folder / "stage", SEED)
     job = Job(kind, config, embedded_model(), "auto", (inputs,), out.path, SEED, "cpu", 0.0, 600, 600)
-    start_ray(load_config("quickstart"))
+    start_ray(load_config("quickstart").cluster.joined)
     peak = 0.0
     done = threading.Event()
 
