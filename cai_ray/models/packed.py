@@ -26,58 +26,53 @@ _NAME = "sdpa_by_document"
 CPU_TOKENS = 2048
 
 
+Part = tuple[int, int]  # tokens, and how many at its document's beginning stand before them
+
+
 @dataclass
-class _Documents:
+class _Row:
     """Travels through a forward pass to every attention layer."""
 
-    lengths: list[int]
-    forks: list[tuple[int, int]]
+    parts: Sequence[Part]
     layers: int = 0  # that have read it
 
 
-def packed_hidden_states(
-    model: PreTrainedModel, ids_1T: Tensor, lengths: Sequence[int], forks: Sequence[tuple[int, int]] = ()
-) -> Tensor:
+def packed_hidden_states(model: PreTrainedModel, ids_1T: Tensor, documents: Sequence[Sequence[Part]]) -> Tensor:
     """The last hidden states hidden_1TH, after the final norm, of documents that stand one after the other in one row.
 
-    On a CPU a long row goes through the model in parts, which changes only the time and the rounding.
+    On a CPU a long row goes through the model in several passes, which changes only the time and the rounding.
 
     Args:
         model: a causal or a scalar model; from now on it attends through this module, also over padded rows.
         ids_1T: token ids, without padding.
-        lengths: tokens of each document, T in all; positions are counted from 0 in each.
-        forks: of each document the tokens of a beginning and of an end: the end goes on from the beginning, in its
-            positions too, and does not see what stands between. None: documents go straight on.
+        documents: the parts of each, T tokens in all. The first, (tokens, 0), is read from its beginning; any other,
+            (tokens, head), goes on from the first `head` tokens of that one, in its positions too, and sees no others.
 
     Raises:
         DataError: the architecture does not tell its attention layers where documents begin.
     """
     if model.config._attn_implementation != _NAME:
         model.set_attn_implementation(_NAME)
-    documents = list(zip(lengths, forks or [(0, 0)] * len(lengths), strict=True))
+    lengths = [sum(n for n, _ in parts) for parts in documents]
     middles = [end - n / 2 for n, end in zip(lengths, accumulate(lengths), strict=True)]
     # Not under ZeRO-3 (whose parameters have such ids), where every rank has to make as many passes as the others.
-    in_parts = ids_1T.is_cpu and not hasattr(next(model.parameters()), "ds_id")
-    parts = -(-ids_1T.shape[1] // CPU_TOKENS) if in_parts else 1
-    groups = groupby(zip(documents, middles, strict=True), key=lambda x: x[1] * parts // ids_1T.shape[1])
-    passes = [[document for document, _ in group] for _, group in groups]
-    ids = ids_1T.split([sum(n for n, _ in some) for some in passes], dim=1)
-    return torch.cat([_pass(model, part_1T, some) for part_1T, some in zip(ids, passes, strict=True)], dim=1)
+    in_passes = ids_1T.is_cpu and not hasattr(next(model.parameters()), "ds_id")
+    passes = -(-ids_1T.shape[1] // CPU_TOKENS) if in_passes else 1
+    groups = groupby(zip(documents, middles, strict=True), key=lambda x: x[1] * passes // ids_1T.shape[1])
+    rows = [[part for document, _ in group for part in document] for _, group in groups]
+    ids = ids_1T.split([sum(n for n, _ in row) for row in rows], dim=1)
+    return torch.cat([_pass(model, own_1T, row) for own_1T, row in zip(ids, rows, strict=True)], dim=1)
 
 
-def _pass(model: PreTrainedModel, ids_1T: Tensor, lengths_and_forks: Sequence[tuple[int, tuple[int, int]]]) -> Tensor:
+def _pass(model: PreTrainedModel, ids_1T: Tensor, parts: Sequence[Part]) -> Tensor:
     """What `packed_hidden_states` returns, of documents that go through the model together."""
-    lengths, forks = (list(column) for column in zip(*lengths_and_forks, strict=True))
-    documents = _Documents(lengths, forks)
-    positions_T = [
-        torch.cat((torch.arange(n - tail), torch.arange(head, head + tail))) for n, (head, tail) in lengths_and_forks
-    ]
-    positions = torch.cat(positions_T)[None].to(ids_1T.device)
-    hidden_1TH = model.base_model(input_ids=ids_1T, position_ids=positions, use_cache=False, documents=documents)[0]
+    row = _Row(parts)
+    positions_1T = torch.cat([torch.arange(head, head + n) for n, head in parts])[None].to(ids_1T.device)
+    hidden_1TH = model.base_model(input_ids=ids_1T, position_ids=positions_1T, use_cache=False, documents=row)[0]
     layers = model.config.get_text_config().num_hidden_layers
-    if documents.layers != layers:
+    if row.layers != layers:
         raise DataError(
-            f"{documents.layers} of {layers} layers of {type(model).__name__} keep packed documents apart",
+            f"{row.layers} of {layers} layers of {type(model).__name__} keep packed documents apart",
             "set sft.packing=false",
         )
     return hidden_1TH
@@ -89,31 +84,29 @@ def _attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    documents: _Documents | None = None,
+    documents: _Row | None = None,
     **how: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' scaled-dot-product attention, for each document on its own."""
+    """transformers' scaled-dot-product attention, for each part of each document on its own."""
     if documents is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **how)
     documents.layers += 1
     # Split and not sliced: the gradient of each slice is the whole row, zeros but for the slice. And as tokens first,
     # which is how they lie in memory, gradients of the kernel included: then the parts are joined without striding.
-    sizes = [size for n, (_, tail) in zip(documents.lengths, documents.forks, strict=True) for size in (n - tail, tail)]
+    sizes = [n for n, _ in documents.parts]
     tokens_first = (x.transpose(1, 2).split(sizes, dim=1) for x in (query, key, value))
-    queries, keys, values = ((part.transpose(1, 2) for part in parts) for parts in tokens_first)
-    start, outputs = 0, []
-    for n, (head, tail) in zip(documents.lengths, documents.forks, strict=True):
-        part, start = slice(start, start + n - tail), start + n
-        mask = None if attention_mask is None else attention_mask[..., part, part]
-        q, k, v = next(queries), next(keys), next(values)
-        outputs.append(sdpa_attention_forward(module, q, k, v, mask, **how)[0])
-        ends = next(queries), next(keys), next(values)
-        if tail:
-            k, v = (torch.cat((x[:, :, :head], end), dim=2) for x, end in zip((k, v), ends[1:], strict=True))
-            mask = torch.ones(tail, head + tail, dtype=torch.bool, device=query.device).tril(head)
+    heads_first = ((part.transpose(1, 2) for part in parts) for parts in tokens_first)
+    start, first, outputs = 0, (key, value), []
+    for (n, head), q, k, v in zip(documents.parts, *heads_first, strict=True):
+        part, start = slice(start, start + n), start + n
+        if head:
+            k, v = (torch.cat((x[:, :, :head], own), dim=2) for x, own in zip(first, (k, v), strict=True))
+            mask = torch.ones(n, head + n, dtype=torch.bool, device=query.device).tril(head)
             if window := how.get("sliding_window"):
                 mask = mask.triu(head + 1 - window)
-            outputs.append(sdpa_attention_forward(module, ends[0], k, v, mask, **how)[0])
+        else:
+            first, mask = (k, v), None if attention_mask is None else attention_mask[..., part, part]
+        outputs.append(sdpa_attention_forward(module, q, k, v, mask, **how)[0])
     return torch.cat(outputs, dim=1), None
 
 

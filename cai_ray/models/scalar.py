@@ -68,7 +68,7 @@ def document_states(
     keep documents apart.
     """
     if shares_prompt(model) if packed is None else packed:
-        return packed_hidden_states(model, ids_1T, lengths)[0]
+        return packed_hidden_states(model, ids_1T, [[(n, 0)] for n in lengths])[0]
     ids_BT = pad_sequence(list(ids_1T[0].split(list(lengths))), batch_first=True)
     real_BT = torch.arange(ids_BT.shape[1]) < torch.tensor(lengths)[:, None]
     mask_BT = real_BT.long().to(ids_BT.device)
@@ -102,7 +102,7 @@ def pair_scores(
         ids_1T: prompt, first answer, second answer of each pair, without padding.
         parts: tokens of each of the three; an answer has at least 1.
     """
-    lengths, forks = [sum(pair) for pair in parts], [(prompt, second) for prompt, _, second in parts]
-    hidden_1TH = packed_hidden_states(model, ids_1T, lengths, forks)
-    ends = [(end - 1 - second, end - 1) for end, (_, second) in zip(accumulate(lengths), forks, strict=True)]
+    documents = [((prompt + first, 0), (second, prompt)) for prompt, first, second in parts]
+    hidden_1TH = packed_hidden_states(model, ids_1T, documents)
+    ends = [(end - 1 - pair[2], end - 1) for pair, end in zip(parts, accumulate(map(sum, parts)), strict=True)]
     return model.get_submodule("score")(hidden_1TH[0, torch.tensor(ends)])[..., 0].unbind(1)
