@@ -17,7 +17,7 @@ from cai_ray.constitution import Constitution
 from cai_ray.errors import DataError
 from cai_ray.generation.data_plane import MapSettings
 from cai_ray.generation.engine import Completion, Request
-from cai_ray.models.tokenization import PromptText, Tokenizer, encode
+from cai_ray.models.tokenization import PromptText, Tokenizer
 from cai_ray.records import Message, Row, derive_seed, stored_rows, to_table
 from cai_ray.templates import STOP_PLAIN
 from cai_ray.training.launch import run_training
@@ -123,7 +123,7 @@ def fit_turns(
         return without(0), False
 
     def fits(pairs: int) -> bool:
-        return len(encode(tokenizer, without(pairs))) <= limits.max_prompt_tokens
+        return len(tokenizer.prompt(without(pairs))) <= limits.max_prompt_tokens
 
     # Searched by halves: one after the other, a conversation of absurd length would hold up every row beside it.
     dropped = bisect_left(range(len(turns) // 2), True, key=fits)
@@ -149,7 +149,7 @@ async def ask(
     tokenizer: Tokenizer = engine.tokenizer
     plain = isinstance(prompt, str) or tokenizer.format == "plain"
     request = Request(
-        prompt_ids=check_length(encode(tokenizer, prompt), limits.max_prompt_tokens),
+        prompt_ids=check_length(tokenizer.prompt(prompt), limits.max_prompt_tokens),
         max_new_tokens=max_new_tokens or limits.max_new_tokens,
         temperature=limits.temperature,
         seed=derive_seed(seed, row["id"], step),

@@ -45,7 +45,9 @@ class Engine:
         self.prompts: list[str] = []
         self.asked: list[Any] = []
         self.tokenizer = SimpleNamespace(
-            format=format, plain=self._ids, text=self._ids, open=lambda m: self._ids(json.dumps(m))
+            format=format,
+            text=self._ids,
+            prompt=lambda p: self._ids(p if isinstance(p, str) else json.dumps(p)),
         )
 
     @staticmethod
