@@ -5,6 +5,7 @@ Every stage and the PPO rollouts sample and score through this class. Sampling i
 here, and stop strings are looked for here.
 """
 
+import asyncio
 import json
 import math
 import os
@@ -21,7 +22,6 @@ from cai_ray.generation.shared_memory import BACKEND
 from cai_ray.models.tokenization import Tokenizer
 
 _NORMS = "cai_cpu"  # vLLM's name for its own kernels of norms, where they run on CPUs
-Result = Any  # Completion | dict[int, float] | list[float], by the kind of request
 _NAMES = (  # keys of config.json that change no computation
     "_name_or_path",
     "architectures",
@@ -68,6 +68,10 @@ class ScoreRequest:
 
     ids: Sequence[int]
     start: int
+
+
+AnyRequest = Request | ChoiceRequest | ScoreRequest
+Result = Any  # Completion | dict[int, float] | list[float], by the kind of request
 
 
 @dataclass(frozen=True)
@@ -138,6 +142,12 @@ def plan_choices(prompt_ids: Sequence[int], choices: Sequence[Sequence[int]]) ->
     tokens = [sorted({token for path in paths for place, token in path if place == at}) for at in range(len(places))]
     requests = [ChoiceRequest([*prompt_ids, *p], tuple(t)) for p, t in zip(places, tokens, strict=True)]
     return ChoicePlan(requests, paths, ends)
+
+
+async def choice_logprobs(engine: Any, prompt_ids: Sequence[int], choices: Sequence[Sequence[int]]) -> list[float]:
+    """Log-probability of each choice after a prompt, up to its first distinguishing token (`plan_choices`), nats."""
+    plan = plan_choices(prompt_ids, choices)
+    return plan.scores(await asyncio.gather(*map(engine.ask, plan.requests)))
 
 
 def _shared(a: Sequence[int], b: Sequence[int]) -> int:
@@ -236,7 +246,7 @@ class Engine:
         self.updating = False  # between the start and the end of a change of weights
         self._adapter: Any = None  # vLLM's name of it, for each request
         self._takes_adapters = bool(lora_rank)
-        self._open: dict[str, Request | ChoiceRequest | ScoreRequest] = {}
+        self._open: dict[str, AnyRequest] = {}
 
     # ---- the continuous batch -------------------------------------------------------------------------------------
 
@@ -245,7 +255,7 @@ class Engine:
         """Whether any request is unfinished."""
         return bool(self._open)
 
-    def add(self, request_id: str, request: Request | ChoiceRequest | ScoreRequest) -> None:
+    def add(self, request_id: str, request: AnyRequest) -> None:
         """Puts a request into the batch; `step` returns its result under the same id.
 
         Raises:
@@ -290,20 +300,12 @@ class Engine:
                 done.append((output.request_id, result))
         return done
 
-    def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        """Samples all requests and returns their completions in order; raises what `add` raises."""
-        return self._run(requests)
+    async def ask(self, request: AnyRequest) -> Result:
+        """The result of one request, for programs that otherwise ask an engine actor."""
+        return self.generate([request])[0]
 
-    async def ask(self, request: Request) -> Completion:
-        """One completion, for programs that otherwise ask an engine actor."""
-        return self._run([request])[0]
-
-    def choice_logprobs(self, prompt_ids: Sequence[int], choices: Sequence[Sequence[int]]) -> list[float]:
-        """Log-probability of each choice after a prompt, up to its first distinguishing token (`plan_choices`)."""
-        plan = plan_choices(prompt_ids, choices)
-        return plan.scores(self._run(plan.requests))
-
-    def _run(self, requests: Sequence[Any]) -> list[Any]:
+    def generate(self, requests: Sequence[AnyRequest]) -> list[Result]:
+        """The results of all requests in order; raises what `add` raises."""
         self._require_idle()
         for i, request in enumerate(requests):
             self.add(str(i), request)
@@ -312,7 +314,7 @@ class Engine:
             results.update(self.step())
         return [results[str(i)] for i in range(len(requests))]
 
-    def _params(self, request: Request | ChoiceRequest | ScoreRequest) -> Any:
+    def _params(self, request: AnyRequest) -> Any:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -334,7 +336,7 @@ class Engine:
             common["prompt_logprobs"] = 0
         return SamplingParams(temperature=1.0, max_tokens=1, output_kind=RequestOutputKind.FINAL_ONLY, **common)
 
-    def _result(self, request: Request | ChoiceRequest | ScoreRequest, output: Any) -> Result | None:
+    def _result(self, request: AnyRequest, output: Any) -> Result | None:
         """What a request came to, or None while it goes on."""
         first = output.outputs[0]
         if isinstance(request, ScoreRequest):

@@ -22,6 +22,7 @@ from cai_ray.constitution import Constitution, FeedbackFewShot, Principle, draw,
 from cai_ray.errors import CaiError, StageFailed
 from cai_ray.evaluation.judge import gold_statistics, judge_statistics, opinion
 from cai_ray.generation.data_plane import map_rows
+from cai_ray.generation.engine import choice_logprobs
 from cai_ray.models.tokenization import PromptText, encode_choices
 from cai_ray.records import LABELED_PAIR, RESPONSE_PAIR, Row, derive_seed, row_id
 from cai_ray.sources import read_comparisons
@@ -221,7 +222,7 @@ class LabelPair:
 
     async def _logprobs(self, engine: Any, prompt: Any, choices: Sequence[str], limit: int) -> list[float]:
         ids = check_length(engine.tokenizer.prompt(prompt), limit)
-        return await engine.choose(ids, encode_choices(engine.tokenizer, prompt, choices))
+        return await choice_logprobs(engine, ids, encode_choices(engine.tokenizer, prompt, choices))
 
 
 def _vote(principle: Principle, prob: float) -> Row:

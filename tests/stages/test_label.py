@@ -64,6 +64,12 @@ class Engine:
         return [math.log(p) if p else -math.inf for p in probs]
 
 
+@pytest.fixture(autouse=True)
+def chosen_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Choices reach the engine as they are, not token by token."""
+    monkeypatch.setattr(stage, "choice_logprobs", lambda engine, ids, choices: engine.choose(ids, choices))
+
+
 def labelled(config: LabelConfig, engine: Engine, c: Constitution | None = None, row: Row = ROW) -> Row:
     done = asyncio.run(LabelPair(config, c or constitution(), 3)(row, engine))
     assert done["flags"] == row["flags"]
