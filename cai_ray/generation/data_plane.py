@@ -194,7 +194,7 @@ class _Client:
             self._blocks[engine] -= 1
 
     async def _admit(self, engine: EngineHandle) -> None:
-        with contextlib.suppress(RayActorError):  # the driver says so (`_Crew.admit`)
+        with contextlib.suppress(RayActorError):  # the driver says so (`_Crew.infos`)
             await engine.info.remote()
             self._blocks[engine] = 0
 
