@@ -11,7 +11,7 @@ import yaml
 from cai_ray.artifacts import RunDir, StageKey, package_versions
 from cai_ray.config import Config
 from cai_ray.export import BY_NAME, LIMITS, card, numbers, provenance, table
-from cai_ray.models.embedded import HUB_ID
+from cai_ray.models.hub import HUB_ID
 from cai_ray.pipeline import Stage, model_spec
 from cai_ray.records import stored_rows
 from cai_ray.report.collect import cautions, collect

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cai_ray.errors import DataError
-from cai_ray.models.embedded import embedded_model, tiny_model
-from cai_ray.models.hub import hub_snapshot, quiet, whole_folder
+from cai_ray.models.hub import embedded_model, hub_snapshot, quiet, tiny_model, whole_folder
 from cai_ray.models.tokenization import Tokenizer
 
 if TYPE_CHECKING:
