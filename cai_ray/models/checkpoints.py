@@ -94,7 +94,7 @@ def load_scalar_model(folder: Path, dtype: "str | torch.dtype", *, seed: int = 0
     import torch
     from transformers import AutoModelForSequenceClassification
 
-    from cai_ray.models.scalar import ScalarHead
+    from cai_ray.models.documents import ScalarHead
 
     pad_id = Tokenizer.load(folder).pad_id
     model, fresh = _load(AutoModelForSequenceClassification, folder, dtype, num_labels=1)

@@ -18,7 +18,7 @@ from cai_ray.constitution import Principle, draw
 from cai_ray.errors import ConfigError, DataError
 from cai_ray.generation.engine import ChoicePlan, ChoiceRequest, plan_choices
 from cai_ray.models.checkpoints import load_causal_lm, load_scalar_model
-from cai_ray.models.scalar import document_states, lm_head
+from cai_ray.models.documents import document_states, lm_head
 from cai_ray.models.tokenization import Tokenizer, encode_choices, preference_input
 from cai_ray.records import Row, derive_seed
 from cai_ray.rl.batches import plan_of, table

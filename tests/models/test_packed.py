@@ -9,10 +9,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from cai_ray.errors import DataError
-from cai_ray.models import packed as packing
+from cai_ray.models import documents as packing
 from cai_ray.models.activations import keep_activations
-from cai_ray.models.packed import packed_hidden_states
-from cai_ray.models.scalar import document_states
+from cai_ray.models.documents import document_states, packed_hidden_states
 
 LENGTHS = [7, 1, 12, 3]
 SMALL = {
