@@ -136,6 +136,7 @@ def end_children() -> None:
             with suppress(psutil.NoSuchProcess):
                 child.send_signal(number)
         _, alive = psutil.wait_procs(alive, timeout=STOP_GRACE_S)
-    for path in Path("/dev/shm").glob("cai-ray-*"):
-        if path.name.split("-")[2] in pids:  # cai-ray-PID-…: see generation.shared_memory
+    # Named cai-ray-PID-SPACE: containers that share the memory number processes each anew (generation.shared_memory).
+    for path in Path("/dev/shm").glob(f"cai-ray-*-{Path('/proc/self/ns/pid').stat().st_ino}"):
+        if path.name.split("-")[2] in pids:
             shutil.rmtree(path, ignore_errors=True)

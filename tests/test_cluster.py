@@ -1,8 +1,10 @@
 """Signals: Ray's handler never replaces ours, and an interrupt ends the process whatever happens on the way."""
 
+import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import psutil
 import pytest
@@ -48,3 +50,25 @@ with stops_on_interrupt(farewell):
     done = subprocess.run([sys.executable, "-c", code], timeout=180, check=False, capture_output=True, text=True)
     assert done.returncode == 130, done.stderr
     assert not any(psutil.pid_exists(int(pid)) for pid in done.stdout.splitlines()[0].split())
+
+
+def test_shared_memory_of_the_ended_goes_and_that_of_other_containers_stays() -> None:
+    """Containers that share /dev/shm number processes each anew: the same number there is another process."""
+    code = """
+import os
+from pathlib import Path
+from cai_ray.cluster import end_children
+space = Path("/proc/self/ns/pid").stat().st_ino
+for number in (space, space + 1):
+    folder = Path(f"/dev/shm/cai-ray-{os.getpid()}-{number}")
+    folder.mkdir()
+    (folder / "0.safetensors").touch()
+    print(folder)
+end_children()
+"""
+    done = subprocess.run([sys.executable, "-c", code], timeout=60, check=True, capture_output=True, text=True)
+    own, other = map(Path, done.stdout.split())
+    try:
+        assert (own.exists(), other.exists()) == (False, True)
+    finally:
+        shutil.rmtree(other)

@@ -37,7 +37,7 @@ class Scorer:
         """The table with `score`, raw, in the preference model's own units, and why a row has none in `reason`."""
         import torch
 
-        from cai_ray.models.scalar import document_scores
+        from cai_ray.models.documents import document_scores
         from cai_ray.models.tokenization import preference_input
 
         tok, rows = self._tokenizer, table.to_pylist()

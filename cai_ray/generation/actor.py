@@ -23,7 +23,7 @@ import pyarrow as pa
 
 from cai_ray.artifacts import print_to
 from cai_ray.errors import CaiError, DataError
-from cai_ray.generation.engine import ChoiceRequest, Completion, Engine, Request, Result, ScoreRequest, plan_choices
+from cai_ray.generation.engine import AnyRequest, Engine, Result, ScoreRequest
 from cai_ray.generation.ledger import Ledger, RowLog
 from cai_ray.models.tokenization import Tokenizer
 from cai_ray.records import Row, to_table
@@ -75,21 +75,12 @@ class EngineActor:
         """Of the model that is loaded."""
         return self._engine.tokenizer
 
-    async def ask(self, request: Request) -> Completion:
-        """Samples one continuation; raises DataError when it does not fit the engine."""
-        return await self._submit(request)
-
-    async def choose(self, prompt_ids: Sequence[int], choices: Sequence[Sequence[int]]) -> list[float]:
-        """Log-probability of each choice after a prompt, up to its first distinguishing token, nats."""
-        plan = plan_choices(prompt_ids, choices)
-        return plan.scores(await asyncio.gather(*map(self._submit, plan.requests)))
-
     async def prompt_logprobs(self, ids: Sequence[Sequence[int]], starts: Sequence[int]) -> list[list[float]]:
         """Untempered log-probabilities of `ids[i][starts[i]:]`, nats. Slow: it bypasses the prefix cache."""
-        requests = [ScoreRequest(i, s) for i, s in zip(ids, starts, strict=True)]
-        return await asyncio.gather(*map(self._submit, requests))
+        return await asyncio.gather(*(self.ask(ScoreRequest(i, s)) for i, s in zip(ids, starts, strict=True)))
 
-    async def _submit(self, request: Request | ChoiceRequest | ScoreRequest) -> Result:
+    async def ask(self, request: AnyRequest) -> Result:
+        """The result of one request; raises DataError when it does not fit the engine."""
         if self._driver is None:
             self._driver = asyncio.create_task(self._drive())
             self._driver.add_done_callback(_die)

@@ -37,6 +37,7 @@ RESTARTS = 2  # times that a stage goes on after an engine, or what feeds them, 
 POLL_S = 1.0
 ANSWER_S = 30.0
 PART_ROWS = 10_000
+Info = dict[str, Any]  # what an engine says of itself (`EngineActor.info`)
 log = logging.getLogger(__name__)
 
 
@@ -124,7 +125,7 @@ def _generate(
             if wanted == missing:
                 return
         except RayError as error:
-            dead = [name for name, info in crew.infos().items() if not info]
+            dead = [first["name"] for first, now in crew.infos() if not now]
             if not dead and not isinstance(error, RayActorError):
                 raise  # a bug in the program, or in Ray Data
             held = frozenset[str]().union(*map(ledger.held_by, dead))
@@ -149,27 +150,29 @@ class _Crew:
 
     def __init__(self, ready: Sequence[EngineHandle], joining: Sequence[EngineHandle]):
         asked = ray.get([e.info.remote() for e in ready], timeout=ANSWER_S)
-        self.ready: dict[EngineHandle, dict[str, Any]] = dict(zip(ready, asked, strict=True))
+        self.ready: dict[EngineHandle, Info] = dict(zip(ready, asked, strict=True))
         self.joining = {e.info.remote(): e for e in joining}
 
-    def infos(self) -> dict[str, dict[str, Any]]:
-        """What each ready engine says of itself now, by its name; nothing where it does not answer."""
-        out: dict[str, dict[str, Any]] = {}
-        for name, ref in [(info["name"], e.info.remote()) for e, info in self.ready.items()]:
-            try:
-                out[name] = ray.get(ref, timeout=ANSWER_S)
-            except (GetTimeoutError, RayActorError):
-                out[name] = {}
-        return out
+    def infos(self) -> list[tuple[Info, Info]]:
+        """What each ready engine said of itself when it came, and says now: nothing where it does not answer.
 
-    def admit(self) -> None:
-        """Adds the engines that have become ready; one that failed to start is left out, and the rest goes on."""
-        while ready := ray.wait(list(self.joining), timeout=0)[0] if self.joining else []:
-            engine = self.joining.pop(ready[0])
+        An engine that has become ready is among them; one that failed to start is left out, and the rest goes on.
+        """
+        for ref in [ref for ref in self.joining if ray.wait([ref], timeout=0)[0]]:
+            engine = self.joining.pop(ref)
             try:
-                self.ready[engine] = ray.get(ready[0])
+                self.ready[engine] = ray.get(ref)
             except RayActorError as e:
                 log.warning("an engine did not start: %s", e)
+        asked = [(first, e.info.remote()) for e, first in self.ready.items()]
+        return [(first, _answer(ref)) for first, ref in asked]
+
+
+def _answer(info: Any) -> Info:
+    try:
+        return ray.get(info, timeout=ANSWER_S)
+    except (GetTimeoutError, RayActorError):
+        return {}
 
 
 class _Client:
@@ -191,7 +194,7 @@ class _Client:
             self._blocks[engine] -= 1
 
     async def _admit(self, engine: EngineHandle) -> None:
-        with contextlib.suppress(RayActorError):  # the driver says so (`_Crew.admit`)
+        with contextlib.suppress(RayActorError):  # the driver says so (`_Crew.infos`)
             await engine.info.remote()
             self._blocks[engine] = 0
 
@@ -239,20 +242,18 @@ def _among(wanted: Any, block: pa.Table) -> pa.Table:
 def _run(job: Callable[[], None], crew: _Crew, before: int, total: int, settings: MapSettings) -> None:
     """Runs a job to its end; shows its progress, and stops it when the engines stand still."""
     start = moved = time.monotonic()
-    last: dict[str, dict[str, Any]] = {}
+    last: list[tuple[Info, Info]] = []
     with ThreadPoolExecutor(1, "ray-data") as thread, settings.progress() as show:
         future: Future[None] = thread.submit(job)
         try:
             while not wait([future], POLL_S).done:
-                crew.admit()
                 now, infos = time.monotonic(), crew.infos()
                 moved = now if infos != last else moved
                 last = infos
-                pairs = [(i, first) for i, first in zip(infos.values(), crew.ready.values(), strict=True) if i]
-                rows, tokens = (sum(info[k] - first[k] for info, first in pairs) for k in ("rows", "tokens"))
+                rows, tokens = (sum(i[k] - first[k] for first, i in infos if i) for k in ("rows", "tokens"))
                 show(min(total, before + rows), total, f"{tokens / (now - start):.0f} tokens/s" if tokens else "")
                 if now - moved > settings.timeout_s:
-                    names = ", ".join(name for name, info in infos.items() if info.get("unfinished", 1))
+                    names = ", ".join(first["name"] for first, info in infos if info.get("unfinished", 1))
                     raise StageFailed(
                         f"no progress for {settings.timeout_s:.0f} s; waiting for {names or 'Ray Data'}",
                         "read the engines' logs; where steps are that slow, raise cluster.step_timeout_s",

@@ -5,7 +5,7 @@ Every stage and the PPO rollouts sample and score through this class. Sampling i
 here, and stop strings are looked for here.
 """
 
-import json
+import asyncio
 import math
 import os
 import re
@@ -18,21 +18,10 @@ from typing import Any, get_args
 from cai_ray.config import Cluster
 from cai_ray.errors import DataError, StageFailed
 from cai_ray.generation.shared_memory import BACKEND
+from cai_ray.models.checkpoints import architecture, weight_shapes
 from cai_ray.models.tokenization import Tokenizer
 
 _NORMS = "cai_cpu"  # vLLM's name for its own kernels of norms, where they run on CPUs
-Result = Any  # Completion | dict[int, float] | list[float], by the kind of request
-_NAMES = (  # keys of config.json that change no computation
-    "_name_or_path",
-    "architectures",
-    "bos_token_id",
-    "dtype",
-    "eos_token_id",
-    "pad_token_id",
-    "torch_dtype",
-    "transformers_version",
-    "use_cache",
-)
 
 
 @dataclass(frozen=True)
@@ -68,6 +57,10 @@ class ScoreRequest:
 
     ids: Sequence[int]
     start: int
+
+
+AnyRequest = Request | ChoiceRequest | ScoreRequest
+Result = Any  # Completion | dict[int, float] | list[float], by the kind of request
 
 
 @dataclass(frozen=True)
@@ -140,27 +133,17 @@ def plan_choices(prompt_ids: Sequence[int], choices: Sequence[Sequence[int]]) ->
     return ChoicePlan(requests, paths, ends)
 
 
+async def choice_logprobs(engine: Any, prompt_ids: Sequence[int], choices: Sequence[Sequence[int]]) -> list[float]:
+    """Log-probability of each choice after a prompt, up to its first distinguishing token (`plan_choices`), nats.
+
+    For programs: they `ask` an engine actor, or an `Engine` in this process.
+    """
+    plan = plan_choices(prompt_ids, choices)
+    return plan.scores(await asyncio.gather(*map(engine.ask, plan.requests)))
+
+
 def _shared(a: Sequence[int], b: Sequence[int]) -> int:
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
-
-
-def architecture(folder: Path) -> dict[str, Any]:
-    """What a checkpoint computes: config.json without names, token ids and formats. Equal ones can swap weights."""
-    config = json.loads((folder / "config.json").read_text("utf-8"))
-    return {k: v for k, v in config.items() if k not in _NAMES}
-
-
-def weight_shapes(folder: Path) -> dict[str, list[int]]:
-    """Name -> shape of the tensors in a folder's safetensors files, by the headers; a tied `lm_head` counts not."""
-    from safetensors import safe_open
-
-    shapes: dict[str, list[int]] = {}
-    for file in folder.glob("*.safetensors"):
-        with safe_open(file, "pt") as f:
-            shapes |= {name: f.get_slice(name).get_shape() for name in f.keys()}  # noqa: SIM118
-    if architecture(folder).get("tie_word_embeddings"):
-        shapes.pop("lm_head.weight", None)
-    return shapes
 
 
 class Engine:
@@ -236,7 +219,7 @@ class Engine:
         self.updating = False  # between the start and the end of a change of weights
         self._adapter: Any = None  # vLLM's name of it, for each request
         self._takes_adapters = bool(lora_rank)
-        self._open: dict[str, Request | ChoiceRequest | ScoreRequest] = {}
+        self._open: dict[str, AnyRequest] = {}
 
     # ---- the continuous batch -------------------------------------------------------------------------------------
 
@@ -245,7 +228,7 @@ class Engine:
         """Whether any request is unfinished."""
         return bool(self._open)
 
-    def add(self, request_id: str, request: Request | ChoiceRequest | ScoreRequest) -> None:
+    def add(self, request_id: str, request: AnyRequest) -> None:
         """Puts a request into the batch; `step` returns its result under the same id.
 
         Raises:
@@ -290,20 +273,12 @@ class Engine:
                 done.append((output.request_id, result))
         return done
 
-    def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        """Samples all requests and returns their completions in order; raises what `add` raises."""
-        return self._run(requests)
+    async def ask(self, request: AnyRequest) -> Result:
+        """The result of one request, for programs that otherwise ask an engine actor."""
+        return self.generate([request])[0]
 
-    async def ask(self, request: Request) -> Completion:
-        """One completion, for programs that otherwise ask an engine actor."""
-        return self._run([request])[0]
-
-    def choice_logprobs(self, prompt_ids: Sequence[int], choices: Sequence[Sequence[int]]) -> list[float]:
-        """Log-probability of each choice after a prompt, up to its first distinguishing token (`plan_choices`)."""
-        plan = plan_choices(prompt_ids, choices)
-        return plan.scores(self._run(plan.requests))
-
-    def _run(self, requests: Sequence[Any]) -> list[Any]:
+    def generate(self, requests: Sequence[AnyRequest]) -> list[Result]:
+        """The results of all requests in order; raises what `add` raises."""
         self._require_idle()
         for i, request in enumerate(requests):
             self.add(str(i), request)
@@ -312,7 +287,12 @@ class Engine:
             results.update(self.step())
         return [results[str(i)] for i in range(len(requests))]
 
-    def _params(self, request: Request | ChoiceRequest | ScoreRequest) -> Any:
+    def choice_logprobs(self, prompt_ids: Sequence[int], choices: Sequence[Sequence[int]]) -> list[float]:
+        """What the function of this name gives, for whoever owns the engine."""
+        plan = plan_choices(prompt_ids, choices)
+        return plan.scores(self.generate(plan.requests))
+
+    def _params(self, request: AnyRequest) -> Any:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -334,7 +314,7 @@ class Engine:
             common["prompt_logprobs"] = 0
         return SamplingParams(temperature=1.0, max_tokens=1, output_kind=RequestOutputKind.FINAL_ONLY, **common)
 
-    def _result(self, request: Request | ChoiceRequest | ScoreRequest, output: Any) -> Result | None:
+    def _result(self, request: AnyRequest, output: Any) -> Result | None:
         """What a request came to, or None while it goes on."""
         first = output.outputs[0]
         if isinstance(request, ScoreRequest):

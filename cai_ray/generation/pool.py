@@ -15,7 +15,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from cai_ray.config import Cluster
 from cai_ray.errors import CaiError, ResourceError, StageFailed
 from cai_ray.generation.actor import EngineActor
-from cai_ray.generation.engine import architecture
+from cai_ray.models.checkpoints import architecture
 from cai_ray.models.memory import KEEP_MEMORY
 
 EngineHandle = Any  # Ray's handle of an EngineActor

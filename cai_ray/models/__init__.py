@@ -4,6 +4,6 @@ Importing this package is cheap: torch and transformers load when a function nee
 """
 
 from cai_ray.models.checkpoints import resolve_model
-from cai_ray.models.embedded import embedded_model, tiny_model
+from cai_ray.models.hub import embedded_model, tiny_model
 
 __all__ = ["embedded_model", "resolve_model", "tiny_model"]

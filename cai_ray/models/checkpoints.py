@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cai_ray.errors import DataError
-from cai_ray.models.embedded import embedded_model, tiny_model
-from cai_ray.models.hub import hub_snapshot, quiet, whole_folder
+from cai_ray.models.hub import embedded_model, hub_snapshot, quiet, tiny_model, whole_folder
 from cai_ray.models.tokenization import Tokenizer
 
 if TYPE_CHECKING:
@@ -20,6 +19,17 @@ if TYPE_CHECKING:
 
 _MIB = 1 << 20
 SHARD_BYTES = 1 << 30  # of one file of weights, about
+_NAMES = (  # keys of config.json that change no computation
+    "_name_or_path",
+    "architectures",
+    "bos_token_id",
+    "dtype",
+    "eos_token_id",
+    "pad_token_id",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+)
 _HASHED = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
@@ -67,6 +77,25 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def architecture(folder: Path) -> dict[str, Any]:
+    """What a checkpoint computes: config.json without names, token ids and formats. Equal ones can swap weights."""
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    return {k: v for k, v in config.items() if k not in _NAMES}
+
+
+def weight_shapes(folder: Path) -> dict[str, list[int]]:
+    """Name -> shape of the tensors in a folder's safetensors files, by the headers; a tied `lm_head` counts not."""
+    from safetensors import safe_open
+
+    shapes: dict[str, list[int]] = {}
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as f:
+            shapes |= {name: f.get_slice(name).get_shape() for name in f.keys()}  # noqa: SIM118
+    if architecture(folder).get("tie_word_embeddings"):
+        shapes.pop("lm_head.weight", None)
+    return shapes
+
+
 def load_causal_lm(folder: Path, dtype: "str | torch.dtype") -> "PreTrainedModel":
     """Loads a language model for training or scoring: scaled-dot-product attention, no dropout, no KV cache.
 
@@ -95,7 +124,7 @@ def load_scalar_model(folder: Path, dtype: "str | torch.dtype", *, seed: int = 0
     import torch
     from transformers import AutoModelForSequenceClassification
 
-    from cai_ray.models.scalar import ScalarHead
+    from cai_ray.models.documents import ScalarHead
 
     pad_id = Tokenizer.load(folder).pad_id
     model, fresh = _load(AutoModelForSequenceClassification, folder, dtype, num_labels=1)

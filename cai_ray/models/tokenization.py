@@ -120,31 +120,26 @@ class Tokenizer:
         """
         return self._following(after, s) if after else self._encode(s)
 
-    def plain(self, text: str) -> list[int]:
-        """The ids of a plain-format prompt: BOS where the model uses one, then the text."""
-        bos = "" if self.bos_id is None else self._secret[self.hf.bos_token]
-        return self._encode(bos + text)
+    def prompt(self, prompt: PromptText) -> list[int]:
+        """The ids of a prompt.
 
-    def prompt(self, messages: Messages) -> list[int]:
-        """The ids of a conversation up to where the assistant's answer begins.
+        Args:
+            prompt: text of the plain format, before which BOS comes where the model uses one; or a conversation, up to
+                where the assistant's answer begins. An assistant's message at its end is left open to be continued.
 
         Raises:
+            ConfigError: an open message in the plain format; there the prompt's text itself is left open.
             DataError: the chat template refuses the conversation, such as a system turn where it knows none.
         """
-        if self.format == "plain":
-            return self.plain(render_turns(messages) + ASSISTANT)
-        return self._chat(messages, add_generation_prompt=True)
-
-    def open(self, messages: Messages) -> list[int]:
-        """The ids of a conversation whose last message, the assistant's, is left open to be continued (chat only).
-
-        Raises:
-            ConfigError: the format is plain; there the prompt's text itself is left open.
-            DataError: the chat template refuses the conversation.
-        """
-        if self.format == "plain":
+        if isinstance(prompt, str):
+            bos = "" if self.bos_id is None else self._secret[self.hf.bos_token]
+            return self._encode(bos + prompt)
+        is_open = prompt[-1]["role"] == "assistant"
+        if self.format == "chat":
+            return self._chat(prompt, continue_final_message=is_open, add_generation_prompt=not is_open)
+        if is_open:
             raise ConfigError("an open assistant message was asked for in the plain format", "set format: chat")
-        return self._chat(messages, continue_final_message=True)
+        return self.prompt(render_turns(prompt) + ASSISTANT)
 
     def response(self, text: str) -> list[int]:
         """The ids of an answer as they follow `prompt`, without EOS; in the plain format it begins with a space."""
@@ -226,13 +221,6 @@ def encode_choices(tokenizer: Tokenizer, prompt: PromptText, choices: Sequence[s
     """Token ids of texts that go on from a prompt, whose end decides how a space is written."""
     end = (prompt if isinstance(prompt, str) else prompt[-1]["content"])[-32:]
     return [tokenizer.text(choice, after=end) for choice in choices]
-
-
-def encode(tokenizer: Tokenizer, prompt: PromptText) -> list[int]:
-    """Token ids of a plain prompt, or of messages up to where the assistant's text goes on."""
-    if isinstance(prompt, str):
-        return tokenizer.plain(prompt)
-    return tokenizer.open(prompt) if prompt[-1]["role"] == "assistant" else tokenizer.prompt(prompt)
 
 
 def sft_example(

@@ -14,7 +14,7 @@ import yaml
 from cai_ray.artifacts import RunDir, StageDir, StageKey, package_versions
 from cai_ray.constitution import Constitution, load_constitution
 from cai_ray.errors import ConfigError
-from cai_ray.models.embedded import HUB_ID
+from cai_ray.models.hub import HUB_ID
 from cai_ray.records import stored_rows
 from cai_ray.report.collect import STAGES, cautions, collect
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cai_ray.models.scalar import Forward, document_scores, document_states
+from cai_ray.models.documents import Forward, document_scores, document_states
 
 
 class ValueForward(Forward):

@@ -18,8 +18,8 @@ from cai_ray.constitution import Principle, draw
 from cai_ray.errors import ConfigError, DataError
 from cai_ray.generation.engine import ChoicePlan, ChoiceRequest, plan_choices
 from cai_ray.models.checkpoints import load_causal_lm, load_scalar_model
-from cai_ray.models.scalar import document_states, lm_head
-from cai_ray.models.tokenization import Tokenizer, encode, encode_choices, preference_input
+from cai_ray.models.documents import document_states, lm_head
+from cai_ray.models.tokenization import Tokenizer, encode_choices, preference_input
 from cai_ray.records import Row, derive_seed
 from cai_ray.rl.batches import plan_of, table
 from cai_ray.rl.forward import ScoreForward
@@ -118,7 +118,7 @@ class Feedback:
     def _plan(self, row: Row, principle: Principle) -> ChoicePlan:
         build = SCORE.of(self._tokenizer.format)
         prompt = build(row["messages"], principle.preference_question, row["response"], (), self._language)
-        return plan_choices(encode(self._tokenizer, prompt), encode_choices(self._tokenizer, prompt, SCORES))
+        return plan_choices(self._tokenizer.prompt(prompt), encode_choices(self._tokenizer, prompt, SCORES))
 
     def _answers(self, requests: Sequence[ChoiceRequest]) -> Iterator[dict[int, float]]:
         """What each request asks for, {token: nats}, a few requests at a time."""

@@ -82,7 +82,7 @@ class Answer:
 def _score(inputs: StageInputs, folders: list[Path], out: StageDir) -> list[Row]:
     *order, scorer = inputs.models
     gpu = inputs.device == "gpu"
-    scored = ray.data.read_parquet([str(f) for f in folders]).map_batches(
+    scored = ray.data.read_parquet([str(f) for f in folders], partitioning=None).map_batches(
         Scorer,
         fn_constructor_args=(str(inputs.models[scorer].model), gpu),
         batch_format="pyarrow",

@@ -22,21 +22,11 @@ from cai_ray.constitution import Constitution, FeedbackFewShot, Principle, draw,
 from cai_ray.errors import CaiError, StageFailed
 from cai_ray.evaluation.judge import gold_statistics, judge_statistics, opinion
 from cai_ray.generation.data_plane import map_rows
-from cai_ray.models.tokenization import encode_choices
+from cai_ray.generation.engine import choice_logprobs
+from cai_ray.models.tokenization import PromptText, encode_choices
 from cai_ray.records import LABELED_PAIR, RESPONSE_PAIR, Row, derive_seed, row_id
 from cai_ray.sources import read_comparisons
-from cai_ray.stages.shared import (
-    PromptText,
-    StageInputs,
-    around,
-    ask,
-    check_length,
-    encode,
-    fit_turns,
-    read_rows,
-    warn_of_few,
-    write_rows,
-)
+from cai_ray.stages.shared import StageInputs, around, ask, check_length, fit_turns, read_rows, warn_of_few, write_rows
 
 # What builds a question, and what puts a rationale behind it and asks for the choice; other formats ask at once.
 _FORMATS: dict[str, tuple[Any, Any]] = {
@@ -231,8 +221,8 @@ class LabelPair:
         return asked, conclude
 
     async def _logprobs(self, engine: Any, prompt: Any, choices: Sequence[str], limit: int) -> list[float]:
-        ids = check_length(encode(engine.tokenizer, prompt), limit)
-        return await engine.choose(ids, encode_choices(engine.tokenizer, prompt, choices))
+        ids = check_length(engine.tokenizer.prompt(prompt), limit)
+        return await choice_logprobs(engine, ids, encode_choices(engine.tokenizer, prompt, choices))
 
 
 def _vote(principle: Principle, prob: float) -> Row:

@@ -24,8 +24,7 @@ def ppo(config: PPOConfig, inputs: StageInputs, out: StageDir) -> Manifest:
     prompts = read_rows(inputs.rows[0], config.share, split="train")
     if not prompts:
         raise DataError("ppo: no training prompt", "give `prompts` a source with rows, or widen ppo.share")
-    options = {"lora_rank": config.adapter_rank, "updated": True}
-    engines = inputs.setup.engines(config.max_tokens, config.engines, **options)
+    engines = inputs.setup.engines(config.max_tokens, config.engines, lora_rank=config.adapter_rank, updated=True)
     scoring: dict[str, Path | Judge] = {name: setup.model for name, setup in inputs.models.items()}
     if judge := inputs.models.get(FEEDBACK):
         assert inputs.constitution is not None
@@ -46,9 +45,8 @@ def ppo(config: PPOConfig, inputs: StageInputs, out: StageDir) -> Manifest:
         sl_rows = to_learn(inputs.rows[1], config, Tokenizer.load(setup.policy, setup.format))
     if setup.colocated:
         inputs.setup.pool.release()  # its engines have GPUs of their own, which are about to be shared
-    settings = inputs.settings
     held = read_rows(inputs.rows[0], split="test") if config.evaluate_every else ()
-    how = (settings.progress, sl_rows, settings.max_bad_fraction, held)
+    how = (inputs.settings.progress, sl_rows, inputs.settings.max_bad_fraction, held)
     metrics, workers = run_ppo(setup, prompts, engines, out, *how)
     return out.commit(inputs.key, {"prompts": len(prompts), **metrics}, workers=workers)
 

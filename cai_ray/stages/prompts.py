@@ -10,7 +10,6 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import pyarrow as pa
@@ -20,10 +19,9 @@ from cai_ray.artifacts import Manifest, StageDir
 from cai_ray.config import GeneratePrompts, PromptsConfig, Source
 from cai_ray.errors import DataError
 from cai_ray.generation.data_plane import map_rows
-from cai_ray.records import PROMPT, Row, derive_seed, row_id
+from cai_ray.records import PROMPT, Row, derive_seed, row_id, stored_rows
 from cai_ray.sources import as_json, prompt_row, read_rows, to_prompts
 from cai_ray.stages.shared import StageInputs, ask, write_rows
-from cai_ray.stages.shared import read_rows as read_stage
 from cai_ray.templates import LIST_STOP, list_prompt
 
 GENERATED = "generated"  # what the `source` of a written prompt says
@@ -42,21 +40,16 @@ def prompts(config: PromptsConfig, inputs: StageInputs, out: StageDir) -> Manife
     """
     sources = [("harmful", s) for s in config.harmful] + [("helpful", s) for s in config.helpful]
     parsed, raw_rows = _parse(sources)
+    bad: list[Row] = [{"id": r["place"], "reason": r["reason"]} for r in parsed if r["reason"] is not None]
     seen: dict[str, Row] = {}
-    bad: list[Row] = []
     duplicates = over_limit = 0
     for number, (_, source) in enumerate(sources):
-        fresh: dict[str, Row] = {}
-        for row in (r for r in parsed if r["source"] == number):
-            if row["reason"] is not None:
-                bad.append({"id": row["place"], "reason": row["reason"]})
-            elif row["prompt"]["id"] in seen or row["prompt"]["id"] in fresh:
-                duplicates += 1
-            else:
-                fresh[row["prompt"]["id"]] = row["prompt"]
-        kept = sorted(fresh.values(), key=lambda r: r["id"])
-        over_limit += max(0, len(kept) - (source.limit or len(kept)))
-        seen.update((r["id"], r) for r in islice(kept, source.limit))
+        own = [r["prompt"] for r in parsed if r["source"] == number and r["reason"] is None]
+        fresh = {prompt["id"]: prompt for prompt in own if prompt["id"] not in seen}
+        kept = sorted(fresh)[: source.limit]
+        duplicates += len(own) - len(fresh)
+        over_limit += len(fresh) - len(kept)
+        seen.update((i, fresh[i]) for i in kept)
     out.quarantine(bad, raw_rows, inputs.settings.max_bad_fraction)
     written: Counter[str] = Counter()
     for number, wanted in enumerate(config.generate):
@@ -100,8 +93,8 @@ def _parse(sources: list[tuple[str, Source]]) -> tuple[list[Row], int]:
 
     # Small beside what engines produce: the parsed rows come together in the driver, because duplicates are known only
     # when all are seen.
-    done: Any = ray.data.from_arrow(blocks).map_batches(parse, batch_format="pyarrow").take_all()
-    return done, len(raw)
+    done = ray.data.from_arrow(blocks).map_batches(parse, batch_format="pyarrow").take_all()
+    return sorted(done, key=lambda r: r["source"]), len(raw)
 
 
 def _parse_row(raw: Row, sources: list[tuple[str, Source]]) -> list[Row]:
@@ -182,7 +175,7 @@ def _generate(
     bad += [json.loads(line) for line in out.quarantine_path.read_text("utf-8").splitlines()]
     near = NearDuplicates(r["messages"][-1]["content"] for r in seen.values() if r["kind"] == config.kind)
     found = Counter(generated_asked=config.n, generated=0, generated_duplicates=0, generated_unusable=0)
-    for row in read_stage(out.data):
+    for row in stored_rows(out.data):
         try:
             if not row["ended"]:
                 raise DataError("it is unfinished")

@@ -17,7 +17,7 @@ from cai_ray.constitution import Constitution
 from cai_ray.errors import DataError
 from cai_ray.generation.data_plane import MapSettings
 from cai_ray.generation.engine import Completion, Request
-from cai_ray.models.tokenization import PromptText, Tokenizer, encode
+from cai_ray.models.tokenization import PromptText, Tokenizer
 from cai_ray.records import Message, Row, derive_seed, stored_rows, to_table
 from cai_ray.templates import STOP_PLAIN
 from cai_ray.training.launch import run_training
@@ -47,7 +47,8 @@ class EngineSetup:
             count: how many; as many as the cluster is to have when None (`EnginePool.engines`).
             options: further ones of `EnginePool.engines`.
         """
-        positions = json.loads((self.model / "config.json").read_text("utf-8")).get("max_position_embeddings")
+        config = json.loads((self.model / "config.json").read_text("utf-8"))
+        positions = config.get("text_config", config).get("max_position_embeddings")
         longest = max(max_model_len, min(self.run_tokens, positions or self.run_tokens))
         how = {"format": self.format, "dtype": self.dtype, "max_model_len": longest, "count": count, **options}
         return lambda group=None: self.pool.engines(self.model, **how, group=group)
@@ -123,7 +124,7 @@ def fit_turns(
         return without(0), False
 
     def fits(pairs: int) -> bool:
-        return len(encode(tokenizer, without(pairs))) <= limits.max_prompt_tokens
+        return len(tokenizer.prompt(without(pairs))) <= limits.max_prompt_tokens
 
     # Searched by halves: one after the other, a conversation of absurd length would hold up every row beside it.
     dropped = bisect_left(range(len(turns) // 2), True, key=fits)
@@ -149,7 +150,7 @@ async def ask(
     tokenizer: Tokenizer = engine.tokenizer
     plain = isinstance(prompt, str) or tokenizer.format == "plain"
     request = Request(
-        prompt_ids=check_length(encode(tokenizer, prompt), limits.max_prompt_tokens),
+        prompt_ids=check_length(tokenizer.prompt(prompt), limits.max_prompt_tokens),
         max_new_tokens=max_new_tokens or limits.max_new_tokens,
         temperature=limits.temperature,
         seed=derive_seed(seed, row["id"], step),

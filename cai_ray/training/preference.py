@@ -17,7 +17,7 @@ from cai_ray.algo.preference import expected_calibration_error, preference_loss
 from cai_ray.config import PreferenceModelConfig
 from cai_ray.errors import DataError
 from cai_ray.models.checkpoints import load_scalar_model
-from cai_ray.models.scalar import Forward, document_scores, pair_scores, shares_prompt
+from cai_ray.models.documents import Forward, document_scores, pair_scores, shares_prompt
 from cai_ray.models.tokenization import Tokenizer, preference_inputs
 from cai_ray.records import Row
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from cai_ray.algo.ppo import logprobs_from_hidden, nll_loss
 from cai_ray.config import SftConfig
 from cai_ray.models.checkpoints import load_causal_lm
-from cai_ray.models.scalar import Forward, document_states, lm_head
+from cai_ray.models.documents import Forward, document_states, lm_head
 from cai_ray.models.tokenization import Tokenizer, sft_example
 from cai_ray.records import Row, answers, check_messages
 

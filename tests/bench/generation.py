@@ -65,18 +65,12 @@ class Recorder:
         return self.engine.tokenizer
 
     async def ask(self, request: Any) -> Any:
+        from cai_ray.generation.engine import Request
+
         self.first = self.first or time.time()
         done = await self.engine.ask(request)
-        self.requests.append((request, len(done.ids)))
+        self.requests.append((request, len(done.ids) if isinstance(request, Request) else 1))
         return done
-
-    async def choose(self, prompt_ids: Any, choices: Any) -> Any:
-        from cai_ray.generation.engine import plan_choices
-
-        self.first = self.first or time.time()
-        found = await self.engine.choose(prompt_ids, choices)
-        self.requests += [(request, 1) for request in plan_choices(prompt_ids, choices).requests]
-        return found
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cai_ray.errors import DataError
-from cai_ray.generation.engine import Request
+from cai_ray.generation.engine import Request, choice_logprobs
 from cai_ray.models.tokenization import Tokenizer
 from tests.generation.conftest import MAX_LEN
 
@@ -128,8 +128,8 @@ class Mixed:
     async def __call__(self, row, engine):
         done, three, two = await asyncio.gather(
             engine.ask(Request(self.ids, 6, 0.7, int(row["id"]))),
-            engine.choose(self.ids, self.choices),
-            engine.choose(self.ids, self.choices[:2]),
+            choice_logprobs(engine, self.ids, self.choices),
+            choice_logprobs(engine, self.ids, self.choices[:2]),
         )
         return {"id": row["id"], "three": three, "two": two, "ids": done.ids, "logprobs": done.logprobs}
 

@@ -113,12 +113,6 @@ def load(tokenizer_folder):
     return made.__getitem__
 
 
-def encode(tok, prompt):
-    if isinstance(prompt, str):
-        return tok.plain(prompt)
-    return tok.open(prompt) if prompt[-1]["role"] == "assistant" else tok.prompt(prompt)
-
-
 def pieces(tok, ids):
     """The control tokens, and the ids before, between and behind them."""
     control = set(tok.hf.added_tokens_decoder) - {tok.hf.unk_token_id}
@@ -138,7 +132,7 @@ def pieces(tok, ids):
 def test_control_tokens_stand_where_the_template_put_them(load, name, kind, attack):
     tok = load(name)
     for build in PROMPTS[kind]:
-        evil, benign = (pieces(tok, encode(tok, build(text))) for text in (attack, BENIGN))
+        evil, benign = (pieces(tok, tok.prompt(build(text))) for text in (attack, BENIGN))
         assert evil[0] == benign[0]
         for got, expected in zip(evil[1], benign[1], strict=True):
             text = tok.hf.decode(expected)
@@ -167,6 +161,6 @@ def test_turns_and_quotation_marks_stand_where_the_template_put_them(kind, attac
 def test_what_was_written_is_all_there(load, name, attack):
     tok = load(name)
     for kind, (plain, chat) in PROMPTS.items():
-        assert tok.hf.decode(tok.plain(plain(attack))) == plain(attack)
+        assert tok.hf.decode(tok.prompt(plain(attack))) == plain(attack)
         if kind == "critique":
-            assert tok.hf.decode(encode(tok, chat(attack))).count(attack.strip()) >= 4
+            assert tok.hf.decode(tok.prompt(chat(attack))).count(attack.strip()) >= 4

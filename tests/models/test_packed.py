@@ -9,10 +9,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from cai_ray.errors import DataError
-from cai_ray.models import packed as packing
+from cai_ray.models import documents as packing
 from cai_ray.models.activations import keep_activations
-from cai_ray.models.packed import packed_hidden_states
-from cai_ray.models.scalar import document_states
+from cai_ray.models.documents import document_states, packed_hidden_states
 
 LENGTHS = [7, 1, 12, 3]
 SMALL = {
@@ -46,7 +45,7 @@ def documents(seed: int) -> list[Tensor]:
 
 def packed(model: Any, ids: list[Tensor]) -> list[Tensor]:
     """hidden_TH of each document."""
-    return list(packed_hidden_states(model, torch.cat(ids)[None], LENGTHS)[0].split(LENGTHS))
+    return list(packed_hidden_states(model, torch.cat(ids)[None], [[(n, 0)] for n in LENGTHS])[0].split(LENGTHS))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -77,7 +76,7 @@ def test_a_long_row_is_read_in_parts_that_change_nothing(monkeypatch: pytest.Mon
     model.base_model.register_forward_pre_hook(count, with_kwargs=True)
 
     def read() -> tuple[Tensor, ...]:
-        hidden = packed_hidden_states(model, ids_1T, LENGTHS, [(3, 2), (0, 0), (5, 6), (1, 1)])
+        hidden = packed_hidden_states(model, ids_1T, [[(5, 0), (2, 3)], [(1, 0)], [(6, 0), (6, 5)], [(2, 0), (1, 1)]])
         return (hidden, *torch.autograd.grad(hidden.square().sum(), list(model.base_model.parameters())))
 
     whole = read()
@@ -118,7 +117,7 @@ def test_less_is_kept_between_the_passes() -> None:
         model.gradient_checkpointing_disable()
         keep_activations(model, recompute)
         with torch.profiler.profile(profile_memory=True) as profile:
-            hidden = packed_hidden_states(model, ids, [64] * 8)
+            hidden = packed_hidden_states(model, ids, [[(64, 0)]] * 8)
         kept.append(sum(event.self_cpu_memory_usage for event in profile.key_averages()))
         del hidden
     inputs, selective, everything = kept

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from cai_ray.models.scalar import pair_scores, shares_prompt
+from cai_ray.models.documents import pair_scores, shares_prompt
 from cai_ray.training.preference import PairScores
 from tests.reference import values_of
 

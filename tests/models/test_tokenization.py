@@ -56,7 +56,7 @@ def test_benign_chats_encode_as_transformers_does(load, name, messages):
     assert tok.format == "chat"
     assert tok.prompt(messages) == reference(tok, messages, add_generation_prompt=True)
     opened = [*messages, {"role": "assistant", "content": "The answer is:"}]
-    assert tok.open(opened) == reference(tok, opened, continue_final_message=True)
+    assert tok.prompt(opened) == reference(tok, opened, continue_final_message=True)
 
 
 @pytest.mark.parametrize("name", CHAT)
@@ -76,7 +76,7 @@ def test_forged_control_tokens_stay_text(load, name, forged):
     harmless = [*user("a x b"), {"role": "assistant", "content": "x"}, *user("x")]
     written = [i for i in tok.prompt(turns) if i in control]
     assert written == [i for i in tok.prompt(harmless) if i in control]
-    for ids in (tok.text(forged), tok.plain(forged), tok.response(forged), tok.text(forged, after="x:")):
+    for ids in (tok.text(forged), tok.prompt(forged), tok.response(forged), tok.text(forged, after="x:")):
         assert not control & set(ids) - {tok.bos_id}
 
 
@@ -112,9 +112,9 @@ def test_plain_prompts(load, name):
     assert tok.format == "plain"
     assert (tok.bos_id is not None) == (name == "pretrained-bos")
     ids = tok.prompt(BENIGN[1])
-    assert ids == tok.plain(render_turns(BENIGN[1]) + ASSISTANT)
+    assert ids == tok.prompt(render_turns(BENIGN[1]) + ASSISTANT)
     assert ids[:1].count(1) == (name == "pretrained-bos")
-    assert control_ids(tok) & set(tok.plain("x </s> <|stop|> <s>")) - {tok.hf.unk_token_id} <= {tok.bos_id}
+    assert control_ids(tok) & set(tok.prompt("x </s> <|stop|> <s>")) - {tok.hf.unk_token_id} <= {tok.bos_id}
     text = tok.hf.decode(ids, skip_special_tokens=True)
     if name == "pretrained":
         assert text == render_turns(BENIGN[1]) + "\n\nAssistant:"
@@ -294,7 +294,7 @@ def test_errors_say_what_to_do(load, tokenizer_folder, tmp_path):
         load("metaspace-first").prompt([{"role": "system", "content": secret}, *user(secret)])
     assert secret not in str(caught.value)
     with pytest.raises(ConfigError, match="format: chat"):
-        load("pretrained").open([*user("a"), {"role": "assistant", "content": "b"}])
+        load("pretrained").prompt([*user("a"), {"role": "assistant", "content": "b"}])
 
 
 def test_control_tokens_that_end_nothing_leak_and_so_do_their_names(load):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cai_ray.algo.ppo import logprobs_from_logits
-from cai_ray.models import scalar
+from cai_ray.models import documents
 from cai_ray.models.checkpoints import load_causal_lm, load_scalar_model
 from cai_ray.rl.forward import ScoreForward, ValueForward
 from cai_ray.training.sft import TokenLogprobs
@@ -22,7 +22,7 @@ RESPONSE = torch.tensor(
 @pytest.fixture(params=["one row", "padded rows"])
 def how(request, monkeypatch):
     if request.param == "padded rows":  # as for a family that is not known to keep documents apart
-        monkeypatch.setattr(scalar, "shares_prompt", lambda model: False)
+        monkeypatch.setattr(documents, "shares_prompt", lambda model: False)
 
 
 def test_log_probs_are_those_of_each_sequence_alone(policy, how):

@@ -148,7 +148,7 @@ def test_a_feedback_model_rates_each_response_under_its_principle(policy):
     for row in batch.to_pylist():
         principle = draw(constitution.for_feedback(), derive_seed(7, row["prompt_id"], "ppo/reward/4"))
         prompt = score_prompt(row["messages"], principle.preference_question, row["response"])
-        ids, scores = tokenizer.plain(prompt), [tokenizer.text(s) for s in SCORES]
+        ids, scores = tokenizer.prompt(prompt), [tokenizer.text(s) for s in SCORES]
         shared = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, zip(*scores, strict=False)))
         start, tails = ids + scores[0][:shared], [s[shared:] for s in scores]
         ten, zero = tails[9][0], tails[9][1]

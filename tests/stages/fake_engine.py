@@ -19,13 +19,12 @@ class WordTokenizer:
 
     format: str = "plain"
 
-    def plain(self, text: str) -> list[Any]:
-        return re.findall(r"\s*\S+", text)
-
-    def prompt(self, messages: Sequence[Mapping[str, str]]) -> list[Any]:
+    def prompt(self, prompt: str | Sequence[Mapping[str, str]]) -> list[Any]:
+        if isinstance(prompt, str):
+            return re.findall(r"\s*\S+", prompt)
         if self.format == "plain":
-            return self.plain(render_turns(messages) + ASSISTANT)
-        return [word for m in messages for word in (f"<{m['role']}>", *self.plain(m["content"]))]
+            return self.prompt(render_turns(prompt) + ASSISTANT)
+        return [word for m in prompt for word in (f"<{m['role']}>", *self.prompt(m["content"]))]
 
     def leaks_control(self, ids: Sequence[Any], text: str) -> bool:
         return CONTROL in text

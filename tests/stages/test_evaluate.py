@@ -1,6 +1,7 @@
 """Where answers lie and which rows are told to be bad, without engines and scorer."""
 
 import json
+import os
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 from cai_ray.artifacts import StageDir, StageKey
 from cai_ray.config import Cluster, EvaluateConfig
 from cai_ray.errors import StageFailed
-from cai_ray.evaluation.answers import ANSWER
+from cai_ray.evaluation.answers import ANSWER, SCORED
 from cai_ray.generation.data_plane import MapSettings
 from cai_ray.records import PROMPT, to_table
 from cai_ray.stages import evaluate as stage
@@ -74,3 +75,30 @@ def test_a_model_s_folder_stays_as_it_is_and_bad_rows_are_told_with_their_model(
     strict = replace(inputs, settings=replace(show, max_bad_fraction=0.3))
     with pytest.raises(StageFailed, match="no system turn"):  # more than may be bad
         stage.evaluate(EvaluateConfig(), strict, StageDir(tmp_path / "strict"))
+
+
+def test_a_run_below_a_folder_that_is_named_like_a_column_keeps_its_own_columns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.environ["RAY_usage_stats_enabled"] = "0"  # noqa: SIM112  Ray spells it so
+    import ray
+
+    class Zero:
+        def __init__(self, reward: str, gpu: bool):
+            pass
+
+        def __call__(self, table: pa.Table) -> pa.Table:
+            return to_table([{**row, "score": 0.0} for row in table.to_pylist()], SCORED)
+
+    monkeypatch.setattr(stage, "Scorer", Zero)
+    row = {"id": "a", "messages": [], "kind": "harmful", "source": "s", "split": "test"}
+    row |= {"model": "sft", "response": "Yes.", "seed": 0, "flags": []}
+    folder = write_rows([row], ANSWER, tmp_path / "model=7b" / "kind=x" / "data")
+    models: Any = {"sft": None, "preference_model": SimpleNamespace(model=tmp_path)}
+    show = MapSettings(8, 0.5, 60, nullcontext)  # type: ignore[arg-type]
+    inputs = StageInputs(StageKey({}, {}, {}), (), models, show, Cluster(), "cpu", 1)
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, namespace="test")
+    try:
+        assert stage._score(inputs, [folder], StageDir(tmp_path / "out")) == [{**row, "score": 0.0}]
+    finally:
+        ray.shutdown()

@@ -45,7 +45,9 @@ class Engine:
         self.prompts: list[str] = []
         self.asked: list[Any] = []
         self.tokenizer = SimpleNamespace(
-            format=format, plain=self._ids, text=self._ids, open=lambda m: self._ids(json.dumps(m))
+            format=format,
+            text=self._ids,
+            prompt=lambda p: self._ids(p if isinstance(p, str) else json.dumps(p)),
         )
 
     @staticmethod
@@ -60,6 +62,12 @@ class Engine:
         self.prompts.append("".join(map(chr, ids)))
         probs = self.answer(self.prompts[-1], ["".join(map(chr, c)) for c in choices])
         return [math.log(p) if p else -math.inf for p in probs]
+
+
+@pytest.fixture(autouse=True)
+def chosen_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Choices reach the engine as they are, not token by token."""
+    monkeypatch.setattr(stage, "choice_logprobs", lambda engine, ids, choices: engine.choose(ids, choices))
 
 
 def labelled(config: LabelConfig, engine: Engine, c: Constitution | None = None, row: Row = ROW) -> Row:

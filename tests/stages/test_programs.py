@@ -12,6 +12,7 @@ from cai_ray.algo.scores import choice_distribution
 from cai_ray.config import LabelConfig, ReviseConfig, Source
 from cai_ray.constitution import load_constitution
 from cai_ray.errors import DataError
+from cai_ray.generation.engine import Engine
 from cai_ray.models import tiny_model
 from cai_ray.models.tokenization import Tokenizer
 from cai_ray.records import Row
@@ -24,20 +25,9 @@ from cai_ray.templates import CHOICES, SCORES, feedback_prompt, score_prompt, sc
 PAIRS = 50
 
 
-class Chooser:
-    """A local engine that chooses, too, as the actor does."""
-
-    def __init__(self) -> None:
-        self._engine = local_engine(tiny_model())
-        self.tokenizer, self.ask = self._engine.tokenizer, self._engine.ask
-
-    async def choose(self, prompt_ids: list[int], choices: list[list[int]]) -> list[float]:
-        return self._engine.choice_logprobs(prompt_ids, choices)
-
-
 @pytest.fixture(scope="module")
-def engine() -> Chooser:
-    return Chooser()
+def engine() -> Engine:
+    return local_engine(tiny_model())
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +55,7 @@ def transformers_probability(forward: tuple[Tokenizer, Any], row: Row, question:
 
 
 def test_soft_labels_equal_an_independent_forward_pass(
-    engine: Chooser, pairs: list[Row], forward: tuple[Tokenizer, Any]
+    engine: Engine, pairs: list[Row], forward: tuple[Tokenizer, Any]
 ) -> None:
     constitution = load_constitution("default")
     program = LabelPair(LabelConfig(), constitution, seed=3)
@@ -97,7 +87,7 @@ def transformers_scores(forward: tuple[Tokenizer, Any], ids: list[int]) -> list[
 
 
 def test_scores_equal_an_independent_forward_pass(
-    engine: Chooser, pairs: list[Row], forward: tuple[Tokenizer, Any]
+    engine: Engine, pairs: list[Row], forward: tuple[Tokenizer, Any]
 ) -> None:
     constitution, choices = load_constitution("default"), [engine.tokenizer.text(text) for text in SCORES]
     program = LabelPair(LabelConfig(format="score"), constitution, seed=3)
@@ -111,7 +101,7 @@ def test_scores_equal_an_independent_forward_pass(
             )["input_ids"]
             plain = forward[0].hf(score_prompt(*asked), add_special_tokens=False).input_ids
             for prompt in (plain, ids):
-                expected, found = transformers_scores(forward, prompt), asyncio.run(engine.choose(prompt, choices))
+                expected, found = transformers_scores(forward, prompt), engine.choice_logprobs(prompt, choices)
                 # Relative to ` 2`, because the space that all share joins the prompt; ` 10` is far below the others.
                 assert [x - found[1] for x in found] == pytest.approx([x - expected[1] for x in expected], abs=1e-4)
                 assert choice_distribution(found) == pytest.approx(choice_distribution(expected), abs=1e-4)
@@ -119,7 +109,7 @@ def test_scores_equal_an_independent_forward_pass(
             assert vote[f"score_{side}"] == pytest.approx(2 * (mean - 1) / 9 - 1, abs=1e-4)
 
 
-def test_both_orders_are_averaged(engine: Chooser, pairs: list[Row]) -> None:
+def test_both_orders_are_averaged(engine: Engine, pairs: list[Row]) -> None:
     program = LabelPair(LabelConfig(swap=True, principles_per_pair=2), load_constitution("default"), seed=3)
     done = asyncio.run(program({**pairs[0], "flags": []}, engine))
     assert [v["swapped"] for v in done["votes"]] == [False, True, False, True]
@@ -129,7 +119,7 @@ def test_both_orders_are_averaged(engine: Chooser, pairs: list[Row]) -> None:
     assert again["label_prob"] == pytest.approx(1 - done["label_prob"], abs=1e-5)
 
 
-def test_a_rationale_always_ends_in_a_scored_verdict(engine: Chooser, pairs: list[Row]) -> None:
+def test_a_rationale_always_ends_in_a_scored_verdict(engine: Engine, pairs: list[Row]) -> None:
     config = LabelConfig(format="cot", clamp=(0.4, 0.6), max_rationale_tokens=6)
     done = asyncio.run(LabelPair(config, load_constitution("default"), 0)({**pairs[0], "flags": []}, engine))
     (vote,) = done["votes"]
@@ -138,13 +128,13 @@ def test_a_rationale_always_ends_in_a_scored_verdict(engine: Chooser, pairs: lis
     assert done["label_prob"] == min(max(vote["prob"], 0.4), 0.6)
 
 
-def test_an_over_long_prompt_is_a_bad_row(engine: Chooser, pairs: list[Row]) -> None:
+def test_an_over_long_prompt_is_a_bad_row(engine: Engine, pairs: list[Row]) -> None:
     program = LabelPair(LabelConfig(max_prompt_tokens=16), load_constitution("default"), 0)
     with pytest.raises(DataError, match="more than 16"):
         asyncio.run(program({**pairs[0], "flags": []}, engine))
 
 
-def test_revision_rounds_depend_on_the_row_alone(engine: Chooser, pairs: list[Row]) -> None:
+def test_revision_rounds_depend_on_the_row_alone(engine: Engine, pairs: list[Row]) -> None:
     config = ReviseConfig(rounds=2, max_new_tokens=8, max_critique_tokens=8)
     program = ReviseRow(config, load_constitution("default"), seed=5)
     row = {**pairs[0], "kind": "harmful"}

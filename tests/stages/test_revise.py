@@ -15,7 +15,7 @@ from cai_ray.constitution import Constitution
 from cai_ray.errors import DataError
 from cai_ray.records import PROMPT, Row, check_messages, to_table
 from cai_ray.stages.revise import ReviseRow, revise_statistics
-from cai_ray.stages.shared import ask, encode, fit_turns, in_share, read_rows, write_rows
+from cai_ray.stages.shared import ask, fit_turns, in_share, read_rows, write_rows
 from cai_ray.templates import FRAMES, STOP_PLAIN
 from tests.stages.fake_engine import CONTROL, CUT, ScriptedEngine, WordTokenizer, prompt_row
 
@@ -251,11 +251,11 @@ def test_what_is_kept_of_a_conversation(turns: list[str], system: bool, limit: i
     assert kept[0] == row["messages"][0] or not system
     assert dropped == (len(kept) < len(row["messages"]))
     assert kept[system:] == row["messages"][-len(kept[system:]) :]
-    fits = len(encode(tokenizer, kept)) <= limit  # type: ignore[arg-type]
+    fits = len(tokenizer.prompt(kept)) <= limit
     assert fits or len(kept) == 1 + system  # it fits, or there is nothing left to drop
     if dropped and fits:  # and the pair before would not have fitted
         more = [*kept[:system], *row["messages"][-len(kept[system:]) - 2 :]]
-        assert len(encode(tokenizer, more)) > limit  # type: ignore[arg-type]
+        assert len(tokenizer.prompt(more)) > limit
     engine = ScriptedEngine(row, 0, {"s": "x"}, tokenizer)
     if fits:
         assert asyncio.run(ask(engine, prompt, row, "s", 0, config)).text == "x"

@@ -25,7 +25,7 @@ from cai_ray.artifacts import StageDir
 from cai_ray.config import Lora, Mix, Optim, PreferenceModelConfig, SftConfig, Sharding
 from cai_ray.errors import ConfigError, DataError, StageFailed
 from cai_ray.models.checkpoints import load_causal_lm, save_pretrained
-from cai_ray.models.packed import CPU_TOKENS
+from cai_ray.models.documents import CPU_TOKENS
 from cai_ray.models.tokenization import Tokenizer
 from cai_ray.records import Row, answers, row_id, stored_rows
 from cai_ray.training import launch, sft

@@ -5,7 +5,7 @@ from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2LMH
 
 from cai_ray.errors import DataError
 from cai_ray.models.checkpoints import load_causal_lm, load_scalar_model, save_pretrained
-from cai_ray.models.scalar import document_scores, document_states, lm_head
+from cai_ray.models.documents import document_scores, document_states, lm_head
 from cai_ray.models.tokenization import Tokenizer, preference_input
 
 PROMPTS = ["Hello?", "How do plants grow in the dark, and for how long?", "Why"]

@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from cai_ray.models import embedded, embedded_model, tiny_model
+from cai_ray.models import embedded_model, hub, tiny_model
 from cai_ray.models.checkpoints import load_causal_lm
 from cai_ray.models.tokenization import Tokenizer
 
@@ -44,7 +44,7 @@ def test_the_tiny_model_is_what_its_description_says(tiny):
 def test_the_tiny_model_is_the_same_wherever_it_is_made(tiny, tmp_path):
     torch.manual_seed(99)
     state = torch.get_rng_state()
-    embedded._make_tiny(tmp_path)
+    hub._make_tiny(tmp_path)
     assert (tmp_path / "model.safetensors").read_bytes() == (tiny / "model.safetensors").read_bytes()
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -58,7 +58,7 @@ def test_several_makers_make_it_once(tmp_path):
         (folder / "model").write_text("whole")
 
     def work():
-        results.append((embedded._make_once(tmp_path / "cache" / "m", make) / "model").read_text())
+        results.append((hub._make_once(tmp_path / "cache" / "m", make) / "model").read_text())
 
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:
@@ -75,15 +75,15 @@ def test_a_maker_that_fails_leaves_nothing(tmp_path):
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        embedded._make_once(tmp_path / "m", fail)
+        hub._make_once(tmp_path / "m", fail)
     assert {p.name for p in tmp_path.iterdir()} <= {"m.lock"}
-    assert (embedded._make_once(tmp_path / "m", lambda folder: None)).is_dir()
+    assert (hub._make_once(tmp_path / "m", lambda folder: None)).is_dir()
 
 
 def test_without_cache_and_package_the_hub_is_asked(tmp_path, monkeypatch):
-    monkeypatch.setattr(embedded, "_cache", lambda: tmp_path)
-    monkeypatch.setattr(embedded, "find_spec", lambda name: None)
-    monkeypatch.setattr(embedded, "hub_snapshot", lambda name: tmp_path / name)
+    monkeypatch.setattr(hub, "_cache", lambda: tmp_path)
+    monkeypatch.setattr(hub, "find_spec", lambda name: None)
+    monkeypatch.setattr(hub, "hub_snapshot", lambda name: tmp_path / name)
     assert embedded_model() == tmp_path / "HuggingFaceTB" / "SmolLM2-135M-Instruct"
-    (tmp_path / f"tiny-{embedded._LAYOUT}").mkdir()
-    assert tiny_model() == tmp_path / f"tiny-{embedded._LAYOUT}"
+    (tmp_path / f"tiny-{hub._LAYOUT}").mkdir()
+    assert tiny_model() == tmp_path / f"tiny-{hub._LAYOUT}"
