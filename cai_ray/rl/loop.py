@@ -230,8 +230,8 @@ class _Controller:
         """The SL rows of each of the actor's optimizer steps from step `first` on, in an order of their own."""
         if self.sl_rows is not None:
             config, seed = self.config, derive_seed(self.setup.seed, "sl rows", "ppo")
-            each = config.ppo_epochs * config.rollout_batch_size // config.minibatch_size
-            start, ids = each * max(0, first - config.critic_warmup_steps), self.sl_rows["id"].to_pylist()
+            each, ids = self.setup.updates, self.sl_rows["id"].to_pylist()
+            start = each * max(0, first - config.critic_warmup_steps)
             for _, batch in step_rows(ids, seed, each * config.steps, config.minibatch_size, start):
                 yield batch
 

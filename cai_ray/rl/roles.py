@@ -30,26 +30,21 @@ def started(setup: Setup, placement: Placement) -> Iterator[dict[str, Group]]:
     Raises:
         StageFailed: one did not start within `cluster.start_timeout_s` seconds.
     """
-    config, timeout_s = setup.config, setup.cluster.start_timeout_s
-    updates = config.ppo_epochs * config.rollout_batch_size // config.minibatch_size
-    # Roles whose ranks are one process group, which none can leave and come back to, and what they are told to join it.
-    joined = {"actor": [updates * (config.steps - config.critic_warmup_steps)], "critic": [updates * config.steps]}
-    if config.inference_sharded:
-        joined |= {"reward": [], "reference": []}
-    memory = {} if setup.device == "gpu" else KEEP_MEMORY
+    timeout_s, memory = setup.cluster.start_timeout_s, {} if setup.device == "gpu" else KEEP_MEMORY
     groups: dict[str, Group] = {}
     try:
         for role in placement.ranks:
-            learner = config.actor if role in ("actor", "reference") else config.critic
-            env = {"OMP_NUM_THREADS": str(learner.sharding.cpus_per_rank), "TOKENIZERS_PARALLELISM": "false", **memory}
-            groups[role] = placement.start(role, CLASSES[role], env, 0 if role in joined else RETRIES, setup)
+            threads = str(setup.learner(role).sharding.cpus_per_rank)
+            env = {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false", **memory}
+            groups[role] = placement.start(role, CLASSES[role], env, 0 if setup.joined(role) else RETRIES, setup)
         ready: list[Call] = []
         for role, group in groups.items():
-            if role not in joined:
+            if setup.joined(role):
+                # Of all, so that all have started: how long they may wait for each other is not how long a start takes.
+                (where, *_) = wait(group.submit("address"), timeout_s, f"start of the {role}")
+                ready += group.submit("join", where["address"], where["port"])
+            else:
                 ready += group.submit("info")
-                continue
-            (where, *_) = wait(group.submit("address"), timeout_s, f"start of the {role}")
-            ready += group.submit("join", where["address"], where["port"], *joined[role])
         wait(ready, timeout_s, "start of PPO's workers")
         yield groups
     finally:

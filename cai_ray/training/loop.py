@@ -151,11 +151,11 @@ def _join(job: Job, out: StageDir) -> tuple["torch.device", Callable[[], None]]:
 
 def _model(job: Job, task: ModuleType, steps: int, device: "torch.device") -> "ShardedModel":
     """The model of a run of `steps` steps, as it begins."""
-    from cai_ray.training.deepspeed import sharded_to_train
+    from cai_ray.training.deepspeed import model_to_train
 
     head, lora = (derive_seed(job.seed, name, job.kind) for name in ("head", "lora"))
-    load = partial(task.load, job.model, job.config.sharding.dtype, head)
-    return sharded_to_train(load, job.config, job.model, lora, steps, device)
+    load = partial(task.load, job.model, seed=head)
+    return model_to_train(load, job.config, job.model, lora, steps, device)
 
 
 @dataclass

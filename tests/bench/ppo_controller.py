@@ -35,8 +35,7 @@ from cai_ray.rl import roles
 from cai_ray.rl.batches import table
 from cai_ray.rl.groups import Group
 from cai_ray.rl.rollouts import ROLLOUTS
-from cai_ray.rl.worker import Worker
-from cai_ray.rl.workers import Actor
+from cai_ray.rl.workers import Actor, Worker
 from tests.bench.ppo_work import prompt_rows
 
 RESPONSE, EACH, SKIP = 8, 8, 50  # tokens; responses of a worker; steps that warm up
@@ -56,7 +55,10 @@ class Light(Worker):
         super().__init__(role, rank, ranks, setup)
         self._engines = list[Any]()
 
-    def join(self, address: str, port: int, total_steps: int) -> None:
+    def _load(self) -> None:
+        """Nothing to load."""
+
+    def join(self, address: str, port: int) -> None:
         """Nothing to join."""
 
     def score(self, batch: pa.Table, piece: tuple[int, int]) -> pa.Table:
