@@ -27,7 +27,7 @@ from cai_ray.rl.groups import Group, free_address
 from cai_ray.rl.losses import ACTOR_COLUMNS, actor_loss
 from cai_ray.rl.rollouts import PROBE_TOKENS, keep_rollouts
 from cai_ray.rl.setup import Setup
-from cai_ray.rl.weight_sync import Engines, Sender
+from cai_ray.rl.weight_sync import Sender
 from cai_ray.training.deepspeed import ShardedModel, init_distributed, model_to_look, model_to_train
 from cai_ray.training.sft import TokenLogprobs
 
@@ -248,11 +248,10 @@ class Actor(_Trained):
         if engines is not None:
             cluster = self._setup.cluster
             gpus = cluster.tensor_parallel_size if self._setup.device == "gpu" else 0
-            # Half of what the controller waits for this: an engine that hangs is named before the actor is.
-            receivers = Engines(engines, gpus, cluster.step_timeout_s / 2, self._setup.colocated)
             if self._sender:
                 self._sender.close()
-            self._sender = Sender(self._model, receivers)
+            # Half of what the controller waits for this: an engine that hangs is named before the actor is.
+            self._sender = Sender(self._model, engines, gpus, cluster.step_timeout_s / 2, self._setup.colocated)
         assert self._sender is not None  # the first call names engines
         self._sender.send(version, folder if self._setup.config.adapter_rank else None)
 
