@@ -22,9 +22,8 @@ from cai_ray.models.scalar import Forward, document_states
 from cai_ray.models.tokenization import Tokenizer
 from cai_ray.records import derive_seed
 from cai_ray.rl.batches import Micro, Plan, beginnings, collate, plan_of, ragged, table
-from cai_ray.rl.experience import make_experience
+from cai_ray.rl.experience import ACTOR_COLUMNS, actor_loss, make_experience
 from cai_ray.rl.groups import Group, free_address
-from cai_ray.rl.losses import ACTOR_COLUMNS, actor_loss
 from cai_ray.rl.rollouts import PROBE_TOKENS, keep_rollouts
 from cai_ray.rl.setup import Setup
 from cai_ray.rl.weight_sync import Sender

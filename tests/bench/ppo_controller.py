@@ -31,7 +31,7 @@ from cai_ray.config import Cluster, Learner, Optim, PPOConfig, Sharding
 from cai_ray.config_files import load_config
 from cai_ray.generation.actor import BAD
 from cai_ray.records import to_table
-from cai_ray.rl import roles
+from cai_ray.rl import loop
 from cai_ray.rl.batches import table
 from cai_ray.rl.groups import Group
 from cai_ray.rl.rollouts import ROLLOUTS
@@ -182,7 +182,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=500)
     told = parser.parse_args()
-    roles.CLASSES.update(dict.fromkeys(roles.CLASSES, Light))
+    loop.CLASSES.update(dict.fromkeys(loop.CLASSES, Light))
     start_ray(load_config("quickstart"))
     with tempfile.TemporaryDirectory() as temporary:
         small, small_cpu, _ = run(2, max(20, told.steps // 5), Path(temporary))

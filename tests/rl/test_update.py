@@ -12,7 +12,7 @@ from cai_ray.algo.ppo import logprobs_from_logits
 from cai_ray.config import Learner, Optim, PPOConfig, Sharding
 from cai_ray.models.checkpoints import load_causal_lm
 from cai_ray.models.tokenization import Tokenizer
-from cai_ray.rl import losses
+from cai_ray.rl import experience
 from cai_ray.rl.setup import Setup
 from cai_ray.rl.workers import Actor, Critic
 from tests.training.ranks import on_ranks
@@ -78,13 +78,13 @@ def setup_of(kind, policy, reward_model, **changes):
 def updated(rank, setup, out, spoil):
     """Takes the steps and leaves losses, gradient norms and the models in `out`."""
     if spoil:
-        plain = losses.policy_loss
+        plain = experience.policy_loss
 
         def spoiled(*args):
             loss, stats = plain(*args)
             return spoil * loss, stats
 
-        losses.policy_loss = spoiled
+        experience.policy_loss = spoiled
     batch, _ = rollouts()
     for role, cls in (("actor", Actor), ("critic", Critic)):
         worker = cls(role, rank, setup.config.actor.sharding.ranks, setup)
