@@ -232,7 +232,7 @@ class _Controller:
 
             # 8. Send the new weights to the engines, and see that both sides compute the same with them.
             taken = self.sampler.take(step + 1) if ahead else None
-            metrics["policy/logprob_shift"] = self.sampler.send_weights(experience, seen["probe"])
+            metrics["policy/logprob_shift"] = self.sampler.send_weights(experience)
 
             # 9. Evaluate, log, checkpoint (whose time shows in the next step's line).
             if config.evaluate_every and (step + 1) % config.evaluate_every == 0:

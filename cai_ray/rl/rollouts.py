@@ -20,8 +20,6 @@ from cai_ray.records import PROMPT, Row, derive_seed, to_table
 from cai_ray.rl.batches import row_lengths
 from cai_ray.templates import STOP_PLAIN
 
-PROBES, PROBE_TOKENS = 2, 64  # responses that are compared after a weight sync, and first tokens of each
-
 _INT, _TEXT = pa.int32(), pa.string()
 _HEAD = [("row", _INT), ("id", _TEXT), ("prompt_id", _TEXT), ("step", _INT), ("kind", _TEXT)]  # row: 0 ... B - 1
 REQUESTS = pa.schema([*_HEAD, PROMPT.field("messages"), ("seed", pa.int64())])
@@ -175,11 +173,9 @@ def keep_rollouts(path: Path, asked: int, *parts: pa.Table) -> tuple[pa.Table, d
     else:
         batch = pq.read_table(path, schema=ROLLOUTS)
     prompts, responses = (sum(row_lengths(batch, name)) for name in ("prompt_ids", "response_ids"))
-    probe = batch.slice(0, PROBES).to_pylist()
     return batch, {
         "ids": batch["id"].to_pylist(),
         "tokens": prompts + responses,
         "response_tokens": responses,
         "versions": sorted(set(batch["version"].to_pylist())),
-        "probe": [(row["prompt_ids"], row["response_ids"][:PROBE_TOKENS]) for row in probe],
     }

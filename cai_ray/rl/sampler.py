@@ -67,12 +67,8 @@ class Sampler:
         self._name = f"adapter-{uuid4().hex[:8]}"
         self.timeline, self.version, self.gap_limit = Timeline(out.path / "timeline.json"), 0, gap_limit(setup)
 
-    def send_weights(self, experience: Any, probe: list[tuple[list[int], list[int]]]) -> float:
-        """Sends the weights after a step and probes them, with other engines where some die.
-
-        Args:
-            experience: the step's batch.
-            probe: (prompt_ids, response_ids) of its first rows.
+    def send_weights(self, experience: Any) -> float:
+        """Sends the weights after a step and probes them on its batch, with other engines where some die.
 
         Returns how far the step has moved the actor (`check_sync`).
 
@@ -84,7 +80,7 @@ class Sampler:
             with self._out.phase("sync"):
                 self.sync()
             with self._out.phase("probe"):
-                return self._probe(experience, probe)
+                return self._probe(experience)
 
         return self._with_engines(f"weight sync after step {self.version - 1}", attempt)
 
@@ -104,15 +100,14 @@ class Sampler:
         actor = self._groups["actor"]
         return actor if everyone or self._setup.config.actor.sharding.zero_stage == 3 else actor.first
 
-    def _probe(self, experience: Any, probe: list[tuple[list[int], list[int]]]) -> float:
+    def _probe(self, experience: Any) -> float:
         """Compares engines and actor on a few of the step's responses; returns how far the update moved them."""
-        # Engines want room for one more token, which the longest response has used up: its last token is left out.
-        room, step = self._setup.config.max_tokens - 1, self.version - 1
-        ids, starts = [(p + r)[:room] for p, r in probe], [len(p) for p, _ in probe]
-        what, rows = f"probe after step {step}", list(range(len(probe)))
+        step, what = self.version - 1, f"probe after step {self.version - 1}"
         # In turn: on a CPU both at once take more than twice as long, spinning for cores that the other one has.
-        actor, *_ = wait(self._senders().submit("probe", experience, rows), self._limit, what)
-        for engine in wait(self.engines.submit("prompt_logprobs", ids, starts), self._limit, what):
+        actor, *_ = wait(self._senders().submit("probe", experience), self._limit, what)
+        # Engines want room for one more token, which the longest response has used up: its last token is left out.
+        ids = [row[: self._setup.config.max_tokens - 1] for row in actor["ids"]]
+        for engine in wait(self.engines.submit("prompt_logprobs", ids, actor["starts"]), self._limit, what):
             check_sync(mean_gap(actor["logprobs"], engine), actor["shift"], self.gap_limit, step)
         return actor["shift"]
 

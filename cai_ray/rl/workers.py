@@ -21,14 +21,16 @@ from cai_ray.models.memory import give_back
 from cai_ray.models.scalar import Forward, document_states
 from cai_ray.models.tokenization import Tokenizer
 from cai_ray.records import derive_seed
-from cai_ray.rl.batches import Micro, Plan, beginnings, collate, plan_of, ragged, table
+from cai_ray.rl.batches import Micro, Plan, beginnings, collate, plan_of, ragged, row_lengths, table
 from cai_ray.rl.experience import ACTOR_COLUMNS, actor_loss, make_experience
 from cai_ray.rl.groups import Group, free_address
-from cai_ray.rl.rollouts import PROBE_TOKENS, keep_rollouts
+from cai_ray.rl.rollouts import keep_rollouts
 from cai_ray.rl.setup import Setup
 from cai_ray.rl.weight_sync import Sender
 from cai_ray.training.deepspeed import ShardedModel, init_distributed, model_to_look, model_to_train
 from cai_ray.training.sft import TokenLogprobs
+
+PROBES, PROBE_TOKENS = 2, 64  # responses that are compared after a weight sync, and first tokens of each
 
 
 class Worker:
@@ -255,17 +257,20 @@ class Actor(_Trained):
         self._sender.send(version, folder if self._setup.config.adapter_rank else None)
 
     @torch.no_grad()
-    def probe(self, batch: pa.Table, rows: list[int]) -> dict[str, Any]:
+    def probe(self, batch: pa.Table) -> dict[str, Any]:
         """Log-probs of the first tokens of some responses at temperature 1, as an engine states them for given tokens.
 
-        Also `shift`: mean |log-prob now - old_logprobs| over these tokens, at the sampling temperature.
+        Also the token `ids` of these rows and where their responses start; and `shift`: mean |log-prob now -
+        old_logprobs| over the responses' tokens, at the sampling temperature.
         """
-        part = beginnings(batch.take(rows), PROBE_TOKENS, "response_ids", "old_logprobs")
+        part = beginnings(batch.slice(0, PROBES), PROBE_TOKENS, "response_ids", "old_logprobs")
         micro = collate(part, range(len(part)), self._device, ("old_logprobs",))
         logprobs_N = self._predict(micro, 1.0)[0]
         now_N = logprobs_N if self._setup.config.temperature == 1 else self._predict(micro)[0]
         shift = float((now_N - micro.columns["old_logprobs"]).abs().mean())
-        return {"logprobs": [part.tolist() for part in logprobs_N.split(micro.lengths)], "shift": shift}
+        ids, starts = micro.ids_1T[0].split(micro.documents), row_lengths(part, "prompt_ids")
+        rows = {"ids": [row.tolist() for row in ids], "starts": starts}
+        return {**rows, "logprobs": [row.tolist() for row in logprobs_N.split(micro.lengths)], "shift": shift}
 
     def export(self, out: Path, adapter: Path | None = None) -> None:
         """Writes the policy in Hugging Face format, with its tokenizer; to `adapter` also the adapters, if any."""

@@ -148,7 +148,6 @@ def test_rollouts_are_put_in_order_kept_and_read_again(tmp_path):
     batch, seen = keep_rollouts(path, 2, answered(B), answered(A))
     assert batch["response_ids"].to_pylist() == [[1, 2], [3]]
     assert (seen["tokens"], seen["response_tokens"], seen["versions"]) == (7, 3, [4])
-    assert seen["probe"] == [([9, 9], [1, 2]), ([9, 9], [3])]
     again, seen_again = keep_rollouts(path, 2)
     assert again.equals(batch)
     assert seen_again == seen
