@@ -39,8 +39,11 @@ class Reward(Worker):
         self._heldout = Model(setup.heldout_reward, setup) if setup.heldout_reward else None
 
     @torch.no_grad()
-    def score(self, batch: pa.Table, piece: tuple[int, int | None] = (0, None)) -> pa.Table:
-        """Table (row, score_raw, score), and heldout where a model watches, of a piece: first row and how many."""
+    def score(self, batch: pa.Table, piece: tuple[int, int | None] = (0, None)) -> tuple[pa.Table, dict[str, float]]:
+        """Table (row, score_raw, score), and heldout where a model watches, of a piece: first row and how many.
+
+        Also sums of these columns, and `rows`: their part of means over all pieces.
+        """
         config, batch = self._setup.config, batch.slice(*piece)
         plan, _ = self._plan(batch)
         rows = [i for chunk in plan for i in chunk]
@@ -55,12 +58,7 @@ class Reward(Worker):
                 watched = self._heldout.raw(part)[: len(chunk)]
                 found["heldout"] += [(x - self._heldout.mean) / self._heldout.std for x in watched]
         columns = {name: pa.array(values, pa.float64()) for name, values in found.items()}
-        return table(batch, rows, columns)
-
-    def means(self, batch: pa.Table, piece: tuple[int, int | None] = (0, None)) -> dict[str, float]:
-        """Sums of `score`'s columns, and `rows`: their part of means over all pieces."""
-        found = self.score(batch, piece)
-        return {"rows": len(found), **{n: sum(found[n].to_pylist()) for n in found.column_names if n != "row"}}
+        return table(batch, rows, columns), {"rows": len(rows), **{name: sum(found[name]) for name in found}}
 
 
 class ScoreForward(Forward):

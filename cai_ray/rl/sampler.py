@@ -155,7 +155,7 @@ class Sampler:
         calls = [] if self._path(step).is_file() else self._ask(step, self._steps[step])
         if calls and self._setup.side_by_side and not self._setup.colocated:  # else the engines have the room
             for phase in LOOKS:
-                self._begun[step, phase] = self._look(*LOOKS[phase], [(call.payload,) for call in calls])
+                self._begun[step, phase] = self._look(phase, [(call.payload,) for call in calls])
         self._begun[step, "rollout"] = calls
 
     def take(self, step: int) -> tuple[Any, dict[str, Any]]:
@@ -200,7 +200,7 @@ class Sampler:
         if self._setup.colocated:  # the rewards need the room, and the next step brings the weights again
             self._rest("sleep", what)
             self._fresh = True
-        looks = self._look("reward", "means", [(call.payload,) for call in calls])
+        looks = self._look("score", [(call.payload,) for call in calls])
         found = wait(looks, self._limit, what)
         self.timeline.add("evaluate", step, looks, found)
         rows = sum(answer["rows"] for answer in found)
@@ -210,9 +210,10 @@ class Sampler:
     def look(self, phase: str, step: int, rollouts: Any) -> list[Call]:
         """Calls of the workers that a phase of `LOOKS` takes, over what `take` gave; some may have answered already."""
         early = self._begun.pop((step, phase), None)
-        return early or self._look(*LOOKS[phase], [(rollouts, piece) for piece in self._pieces])
+        return early or self._look(phase, [(rollouts, piece) for piece in self._pieces])
 
-    def _look(self, role: str, method: str, each: list[tuple]) -> list[Call]:
+    def _look(self, phase: str, each: list[tuple]) -> list[Call]:
+        role, method = LOOKS[phase]
         group, sharded = self._groups[role], self._setup.config.inference_sharded
         return group.submit(method, each=[own for own in each for _ in (group.workers if sharded else [None])])
 

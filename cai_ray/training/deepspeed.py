@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,10 +26,8 @@ from cai_ray.config import Learner, Optim, Sharding
 from cai_ray.errors import CaiError, StageFailed
 from cai_ray.models.activations import keep_activations
 from cai_ray.models.checkpoints import layer_of, save_pretrained
+from cai_ray.models.tokenization import Tokenizer
 from cai_ray.training.lora import add_adapters, merged, merged_name, save_adapter
-
-if TYPE_CHECKING:
-    from cai_ray.models.tokenization import Tokenizer
 
 _BUCKET = 50_000_000  # elements that are reduced or gathered together: 200 MB in float32, against DeepSpeed's 2 GB
 # In a checkpoint's folder: DeepSpeed's files; the same for any number of ranks; our own file, written last.
@@ -359,7 +357,7 @@ class ShardedModel:
             if (new := merged_name(name))
         }
 
-    def export(self, tokenizer: "Tokenizer", out: Path, config_updates: Mapping[str, Any] | None = None) -> None:
+    def export(self, tokenizer: Tokenizer, out: Path, config_updates: Mapping[str, Any] | None = None) -> None:
         """Writes a folder in Hugging Face format from rank 0, file by file; all ranks return when it is complete.
 
         Args:

@@ -46,11 +46,6 @@ class Job:
     start_timeout_s: float
     step_timeout_s: float
 
-    @property
-    def resources(self) -> dict[str, int]:
-        """What Ray sets aside for one rank; the CPUs are also its OpenMP threads."""
-        return {"CPU": self.config.sharding.cpus_per_rank} | ({"GPU": 1} if self.device == "gpu" else {})
-
 
 def run_training(job: Job, out: StageDir, on_progress: Bar | None = None) -> dict[str, float]:
     """Trains, and leaves the model in `out.path / "model"`; the same call after a crash goes on at the last checkpoint.
@@ -129,14 +124,15 @@ def _fit(job: Job, max_failures: int) -> Any:
         json.loads(record.read_text("utf-8"))
     except (FileNotFoundError, json.JSONDecodeError):  # Ray Train, cut off while it wrote it, could not read it again
         record.unlink(missing_ok=True)
-    gpu, ranks = job.device == "gpu", job.config.sharding.ranks
-    memory = {} if gpu else RETURN_MEMORY if job.config.sharding.zero_stage == 3 else KEEP_MEMORY
+    gpu, sharding = job.device == "gpu", job.config.sharding
+    memory = {} if gpu else RETURN_MEMORY if sharding.zero_stage == 3 else KEEP_MEMORY
+    own = {"CPU": sharding.cpus_per_rank} | ({"GPU": 1} if gpu else {})  # of a rank: the CPUs are its threads too
     trainer = Trainer(
         _rank,
         train_loop_config={"job": job},
         # Longer than the driver waits: it names the rank, torch would only say that another one did not come.
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=int(1.5 * job.step_timeout_s)),
-        scaling_config=ScalingConfig(num_workers=ranks, use_gpu=gpu, resources_per_worker=job.resources),
+        scaling_config=ScalingConfig(num_workers=sharding.ranks, use_gpu=gpu, resources_per_worker=own),
         run_config=RunConfig(
             name=RUN_NAME,
             storage_path=str(job.out / "checkpoints"),
