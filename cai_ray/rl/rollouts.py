@@ -89,7 +89,8 @@ def _endless(rows: Sequence[Row], seed: int, fits: Callable[[Row], bool]) -> Ite
         epoch += 1
     raise DataError(
         f"none of {len(rows)} prompts fits into ppo.max_prompt_tokens",
-        "raise ppo.max_prompt_tokens, or give prompts of every kind that ppo.helpful_fraction asks for",
+        "raise ppo.max_prompt_tokens, or give prompts of every kind that ppo.helpful_fraction asks for, "
+        "and held-out ones where ppo.evaluate_every asks for them",
     )
 
 

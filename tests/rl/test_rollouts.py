@@ -66,6 +66,9 @@ def test_a_kind_without_prompts_is_an_error_not_an_endless_search():
     harmful = [p for p in PROMPTS if p["kind"] == "harmful"]
     with pytest.raises(DataError, match="max_prompt_tokens"):
         steps_of(harmful, 0, rollout_batch_size=4, minibatch_size=4, helpful_fraction=0.5)
+    with pytest.raises(DataError, match="none of 0 prompts") as error:  # such as held-out ones of few prompts
+        steps_of([], 0, rollout_batch_size=4, minibatch_size=4)
+    assert "held-out ones where ppo.evaluate_every" in error.value.fix
 
 
 def test_long_and_refused_prompts_are_left_out_and_named():
