@@ -58,7 +58,9 @@ def train(job: Job) -> dict[str, float]:
 
     # 3. The model, and where an earlier attempt left it.
     pulse()
-    model = _model(job, task, total_steps(len(trained), config.epochs, config.batch_size), device)
+    head, lora = (derive_seed(job.seed, name, job.kind) for name in ("head", "lora"))
+    load, steps = partial(task.load, job.model, seed=head), total_steps(len(trained), config.epochs, config.batch_size)
+    model = model_to_train(load, config, job.model, lora, steps, device)
     checkpoints = Checkpoints(job.out, model.rank, config)
     if newest := checkpoints.newest():
         model.load(newest)
@@ -113,13 +115,6 @@ def _join(job: Job, out: StageDir) -> tuple[torch.device, Callable[[], None]]:
         torch.set_num_threads(job.config.sharding.cpus_per_rank)
     init_distributed(device, job.step_timeout_s)
     return device, pulse
-
-
-def _model(job: Job, task: ModuleType, steps: int, device: torch.device) -> ShardedModel:
-    """The model of a run of `steps` steps, as it begins."""
-    head, lora = (derive_seed(job.seed, name, job.kind) for name in ("head", "lora"))
-    load = partial(task.load, job.model, seed=head)
-    return model_to_train(load, job.config, job.model, lora, steps, device)
 
 
 class Checkpoints:
