@@ -1,9 +1,9 @@
-"""From scores and log-probs to advantages: what the actor and the critic learn from a step's rollouts.
+"""What the actor and the critic learn from a step's rollouts: from scores and log-probs to advantages, and the loss.
 
-Shapes: B responses, R response tokens of the longest one.
+Shapes: B responses, R response tokens of the longest one, N response tokens of a micro-batch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 
 from cai_ray.algo.kl import kl_estimate
-from cai_ray.algo.masking import masked_mean, masked_var, masked_whiten
-from cai_ray.algo.ppo import gae, group_advantages, shaped_rewards
+from cai_ray.algo.masking import masked_mean, masked_var, masked_whiten, partial_mean, zero_masked
+from cai_ray.algo.ppo import Stats, gae, group_advantages, importance_weights, policy_loss, shaped_rewards
 from cai_ray.config import PPOConfig
 from cai_ray.errors import StageFailed
 from cai_ray.records import derive_seed
 from cai_ray.rl.batches import padded, ragged, row_lengths
 
+# What `actor_loss` reads besides the actor's own forward pass; the last two only with some options.
+ACTOR_COLUMNS = ("old_logprobs", "advantages", "ref_logprobs", "rollout_logprobs")
 NGRAM = 4  # tokens; a response that says half of its n-grams again is repetitive
 
 
@@ -107,3 +109,37 @@ def _joined(parts: Sequence[pa.Table], name: str, count: int) -> pa.Array:
     if table["row"].to_pylist() != list(range(count)):
         raise StageFailed(f"{name}: the workers answered for {len(table)} of {count} responses", "run it again")
     return table[name]
+
+
+def actor_loss(
+    config: PPOConfig,
+    kl_coef: float,
+    columns: Mapping[str, Tensor],
+    logprobs_N: Tensor,
+    entropy_N: Tensor,
+    mask_N: Tensor,
+    total: Tensor | float,
+) -> tuple[Tensor, Stats]:
+    """What the actor minimises: the clipped policy loss, minus the entropy bonus, plus the KL where that is a loss.
+
+    Responses of an older policy count by the capped ratio of the policy at the start of the step to that one, in the
+    policy loss and in the KL. `total` counts the response tokens of the whole optimizer step, over all ranks and
+    micro-batches; loss and stats are partial sums over it. The critic's loss is `algo.ppo.value_loss`.
+    """
+    old_N, weights_N = columns["old_logprobs"], None
+    if config.staleness:
+        weights_N = importance_weights(old_N, columns["rollout_logprobs"], mask_N, config.importance_cap)
+    loss, stats = policy_loss(
+        logprobs_N, old_N, columns["advantages"], mask_N, config.clip_range, config.dual_clip, weights_N, total
+    )
+    entropy = partial_mean(entropy_N, mask_N, total)
+    stats["entropy"] = entropy.detach()
+    if config.entropy_coef:
+        loss = loss - config.entropy_coef * entropy
+    if config.kl_penalty != "reward":
+        ref_N = zero_masked(columns["ref_logprobs"], mask_N)
+        kl_N = kl_estimate(zero_masked(logprobs_N, mask_N), ref_N, config.kl_penalty.removesuffix("_loss"))
+        kl = partial_mean(kl_N if weights_N is None else kl_N * weights_N, mask_N, total)
+        stats["kl_loss"] = kl.detach()
+        loss = loss + kl_coef * kl
+    return loss, stats

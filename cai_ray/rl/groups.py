@@ -1,11 +1,16 @@
-"""Ray actor groups: placement that is checked before it is asked for, and waits that name who did not answer."""
+"""Ray actor groups: placement that is checked before it is asked for, waits that name who did not answer, a timeline.
 
+The timeline is a Chrome trace of when each worker did what: open it in chrome://tracing or Perfetto.
+"""
+
+import json
 import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import accumulate
+from pathlib import Path
 from random import SystemRandom
 from typing import Any
 
@@ -35,7 +40,7 @@ class EngineDied(StageFailed):
 class Call:
     """An answer that is awaited: `done` carries scalars (or the error), `payload` stays where it is."""
 
-    who: str
+    who: str  # role and rank
     done: Any
     payload: Any = None
     lost: type[StageFailed] = WorkerDied  # what to raise when the process is gone
@@ -82,6 +87,28 @@ def _error(call: Call, what: str) -> CaiError | None:
     except RayError as e:
         return StageFailed(f"{what}: {call.who} failed: {type(e).__name__}", "see Ray's logs")
     return None
+
+
+class Timeline:
+    """Appends spans to a trace file; a run that goes on appends to what is there.
+
+    The file is a JSON array without its closing bracket, which the trace format leaves out on purpose: whoever reads
+    it sees all that was written before a crash.
+    """
+
+    def __init__(self, path: Path):
+        if not path.is_file():
+            path.write_text("[\n", "utf-8")
+        self._file = path.open("a", 1, "utf-8")  # a write a line; opening it for each of hundreds of spans is slow
+
+    def add(self, what: str, step: int, calls: Sequence[Call], answers: Sequence[Any]) -> None:
+        """Each of `calls` was busy with `what` in its answer's `span`, two times in seconds since the epoch."""
+        for call, answer in zip(calls, answers, strict=True):
+            role, _, rank = call.who.partition(" ")
+            begun, ended = answer["span"]
+            times = {"ts": round(begun * 1e6), "dur": round((ended - begun) * 1e6)}  # microseconds
+            event = {"name": what, "ph": "X", "pid": role, "tid": int(rank), **times, "args": {"step": step}}
+            self._file.write(json.dumps(event) + ",\n")
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -21,18 +22,21 @@ import ray
 from cai_ray.algo.kl import AdaptiveKL, FixedKL
 from cai_ray.artifacts import Bar, Show, StageDir
 from cai_ray.errors import StageFailed
+from cai_ray.models.memory import KEEP_MEMORY
 from cai_ray.models.tokenization import Tokenizer
 from cai_ray.records import Row, derive_seed
 from cai_ray.rl.checkpoints import commit_checkpoint, go_back, last_checkpoint
-from cai_ray.rl.groups import Call, EngineDied, Group, WorkerDied, wait
+from cai_ray.rl.groups import RETRIES, Call, EngineDied, Group, Placement, WorkerDied, placed, wait
 from cai_ray.rl.guards import Guards, RollBack
-from cai_ray.rl.roles import reserved, started
+from cai_ray.rl.rewards import Reward
 from cai_ray.rl.rollouts import prompts_of_steps
 from cai_ray.rl.sampler import LOOKS, Sampler
 from cai_ray.rl.setup import Setup
 from cai_ray.rl.weight_sync import check_gap
+from cai_ray.rl.workers import Actor, Critic, Reference
 from cai_ray.training.batches import step_rows
 
+CLASSES: dict[str, type] = {"actor": Actor, "critic": Critic, "reward": Reward, "reference": Reference}
 TRAINER_RESTARTS = 2  # times that lost workers are started again from the same checkpoint
 ROLL_BACKS = 3  # times that the run goes back because of its KL; kl_coef doubles each time
 log = logging.getLogger(__name__)
@@ -81,7 +85,10 @@ def run_ppo(
     roll_backs = 0
     if not setup.colocated:
         get_engines()  # before the workers, who on few GPUs share what the engines leave
-    with reserved(setup) as placement:  # kept over restarts: Ray frees what it held only after a while
+    ranks = {role: learner.sharding.ranks for role, learner in config.learners.items()}
+    ranks |= dict.fromkeys(("reward", "reference"), config.inference_ranks)
+    room = placed(ranks, setup.device, setup.cluster.start_timeout_s, setup.colocated)
+    with room as placement:  # kept over restarts: Ray frees what it held only after a while
         where = [placement.group] if setup.colocated else []
 
         def rollout_engines() -> Group:
@@ -110,6 +117,35 @@ def run_ppo(
                 log.warning("%s; starting again from the last checkpoint", e.message)
     counts = {"prompts_used": len({row["id"] for step in steps for row in step}), "quarantined": len(too_long)}
     return {**metrics, "steps": config.steps, **counts}, workers
+
+
+@contextmanager
+def started(setup: Setup, placement: Placement) -> Iterator[dict[str, Group]]:
+    """The groups of the roles that have room, by name, models loaded; they end with the block.
+
+    Raises:
+        StageFailed: one did not start within `cluster.start_timeout_s` seconds.
+    """
+    timeout_s, memory = setup.cluster.start_timeout_s, {} if setup.device == "gpu" else KEEP_MEMORY
+    groups: dict[str, Group] = {}
+    try:
+        for role in placement.ranks:
+            threads = str(setup.learner(role).sharding.cpus_per_rank)
+            env = {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false", **memory}
+            groups[role] = placement.start(role, CLASSES[role], env, 0 if setup.joined(role) else RETRIES, setup)
+        ready: list[Call] = []
+        for role, group in groups.items():
+            if setup.joined(role):
+                # Of all, so that all have started: how long they may wait for each other is not how long a start takes.
+                (where, *_) = wait(group.submit("address"), timeout_s, f"start of the {role}")
+                ready += group.submit("join", where["address"], where["port"])
+            else:
+                ready += group.submit("info")
+        wait(ready, timeout_s, "start of PPO's workers")
+        yield groups
+    finally:
+        for group in groups.values():
+            group.kill()
 
 
 # ---- the loop -------------------------------------------------------------------------------------------------------
@@ -196,7 +232,7 @@ class _Controller:
 
             # 8. Send the new weights to the engines, and see that both sides compute the same with them.
             taken = self.sampler.take(step + 1) if ahead else None
-            metrics["policy/logprob_shift"] = self.sampler.send_weights(experience, seen["probe"])
+            metrics["policy/logprob_shift"] = self.sampler.send_weights(experience)
 
             # 9. Evaluate, log, checkpoint (whose time shows in the next step's line).
             if config.evaluate_every and (step + 1) % config.evaluate_every == 0:
@@ -222,16 +258,15 @@ class _Controller:
             with self.out.phase(phase):
                 sent = begun.get(phase) or submit()
                 out[phase] = sent, wait(sent, self.limit, phase)
-            for call, answer in zip(*out[phase], strict=True):
-                self.sampler.timeline.add(call.who, phase, step, answer["span"])
+            self.sampler.timeline.add(phase, step, *out[phase])
         return out
 
     def _sl_batches(self, first: int) -> Iterator[list[int]]:
         """The SL rows of each of the actor's optimizer steps from step `first` on, in an order of their own."""
         if self.sl_rows is not None:
             config, seed = self.config, derive_seed(self.setup.seed, "sl rows", "ppo")
-            each = config.ppo_epochs * config.rollout_batch_size // config.minibatch_size
-            start, ids = each * max(0, first - config.critic_warmup_steps), self.sl_rows["id"].to_pylist()
+            each, ids = self.setup.updates, self.sl_rows["id"].to_pylist()
+            start = each * max(0, first - config.critic_warmup_steps)
             for _, batch in step_rows(ids, seed, each * config.steps, config.minibatch_size, start):
                 yield batch
 

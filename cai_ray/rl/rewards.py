@@ -1,10 +1,11 @@
 """What scores responses: preference models in units of their own spread, feedback models, functions of the user's.
 
-Shapes: B sequences.
+Shapes: B sequences, T tokens of all of them.
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from pkgutil import resolve_name
@@ -12,23 +13,24 @@ from typing import Any
 
 import pyarrow as pa
 import torch
+from torch import Tensor
 
 from cai_ray.algo.scores import choice_distribution, expected_score
 from cai_ray.constitution import Principle, draw
 from cai_ray.errors import ConfigError, DataError
 from cai_ray.generation.engine import ChoicePlan, ChoiceRequest, plan_choices
 from cai_ray.models.checkpoints import load_causal_lm, load_scalar_model
-from cai_ray.models.documents import document_states, lm_head
+from cai_ray.models.documents import Forward, document_scores, document_states, lm_head
 from cai_ray.models.tokenization import Tokenizer, encode_choices, preference_input
 from cai_ray.records import Row, derive_seed
-from cai_ray.rl.batches import plan_of, table
-from cai_ray.rl.forward import ScoreForward
+from cai_ray.rl.batches import table
 from cai_ray.rl.setup import Judge, Setup
-from cai_ray.rl.worker import Onlooker, load_to_look
+from cai_ray.rl.workers import Worker
 from cai_ray.templates import SCORE, SCORES
+from cai_ray.training.deepspeed import model_to_look
 
 
-class Reward(Onlooker):
+class Reward(Worker):
     """Every reward of the run. It alone normalises scores and combines them."""
 
     def _load(self) -> None:
@@ -37,10 +39,13 @@ class Reward(Onlooker):
         self._heldout = Model(setup.heldout_reward, setup) if setup.heldout_reward else None
 
     @torch.no_grad()
-    def score(self, batch: pa.Table, piece: tuple[int, int | None] = (0, None)) -> pa.Table:
-        """Table (row, score_raw, score), and heldout where a model watches, of a piece: first row and how many."""
+    def score(self, batch: pa.Table, piece: tuple[int, int | None] = (0, None)) -> tuple[pa.Table, dict[str, float]]:
+        """Table (row, score_raw, score), and heldout where a model watches, of a piece: first row and how many.
+
+        Also sums of these columns, and `rows`: their part of means over all pieces.
+        """
         config, batch = self._setup.config, batch.slice(*piece)
-        plan, _ = plan_of(batch, range(len(batch)), config.critic.sharding.microbatch_tokens, *self._share)
+        plan, _ = self._plan(batch)
         rows = [i for chunk in plan for i in chunk]
         found: dict[str, list[float]] = {"score_raw": [], "score": [], **({"heldout": []} if self._heldout else {})}
         for chunk in plan:
@@ -53,12 +58,15 @@ class Reward(Onlooker):
                 watched = self._heldout.raw(part)[: len(chunk)]
                 found["heldout"] += [(x - self._heldout.mean) / self._heldout.std for x in watched]
         columns = {name: pa.array(values, pa.float64()) for name, values in found.items()}
-        return table(batch, rows, columns)
+        return table(batch, rows, columns), {"rows": len(rows), **{name: sum(found[name]) for name in found}}
 
-    def means(self, batch: pa.Table, piece: tuple[int, int | None] = (0, None)) -> dict[str, float]:
-        """Sums of `score`'s columns, and `rows`: their part of means over all pieces."""
-        found = self.score(batch, piece)
-        return {"rows": len(found), **{n: sum(found[n].to_pylist()) for n in found.column_names if n != "row"}}
+
+class ScoreForward(Forward):
+    """A preference model's score of each sequence, read at its last token; nothing is padded."""
+
+    def forward(self, ids_1T: Tensor, documents: Sequence[int]) -> Tensor:
+        """scores_B in float32."""
+        return document_scores(self.hf, ids_1T, documents)
 
 
 class Model:
@@ -68,9 +76,11 @@ class Model:
         config = setup.config
         self._device = setup.torch_device
         self._max_tokens = config.max_tokens + 1  # EOS for a truncated response
-        self._model: Any = load_to_look(
-            setup, config.critic, lambda dtype: ScoreForward(load_scalar_model(folder, dtype))
-        )
+
+        def load(dtype: str) -> ScoreForward:
+            return ScoreForward(load_scalar_model(folder, dtype))
+
+        self._model: Any = model_to_look(load, config.critic, self._device, config.inference_sharded)
         self._tokenizer = _same_tokens(folder, setup)
         self.mean, self.std = _moments(folder, self._model.hf.config) if config.normalize_scores else (0.0, 1.0)
 
@@ -98,9 +108,10 @@ class Feedback:
     def __init__(self, judge: Judge, setup: Setup):
         self._tokenizer = Tokenizer.load(judge.model, judge.format)
         self._device, self._seed = setup.torch_device, setup.seed
-        self._model: Any = load_to_look(setup, setup.config.critic, lambda dtype: load_causal_lm(judge.model, dtype))
+        learner = setup.config.critic
+        self._model: Any = model_to_look(partial(load_causal_lm, judge.model), learner, self._device, sharded=False)
         self._principles, self._language = judge.constitution.for_feedback(), judge.constitution.language
-        self._budget = setup.config.critic.sharding.microbatch_tokens
+        self._budget = learner.sharding.microbatch_tokens
 
     def raw(self, part: pa.Table) -> list[float]:
         """Scores of a micro-batch."""

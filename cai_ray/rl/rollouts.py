@@ -4,7 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import count, islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,6 @@ from cai_ray.models.tokenization import Tokenizer
 from cai_ray.records import PROMPT, Row, derive_seed, to_table
 from cai_ray.rl.batches import row_lengths
 from cai_ray.templates import STOP_PLAIN
-
-PROBES, PROBE_TOKENS = 2, 64  # responses that are compared after a weight sync, and first tokens of each
 
 _INT, _TEXT = pa.int32(), pa.string()
 _HEAD = [("row", _INT), ("id", _TEXT), ("prompt_id", _TEXT), ("step", _INT), ("kind", _TEXT)]  # row: 0 ... B - 1
@@ -43,27 +41,41 @@ ROLLOUTS = pa.schema(
 # ---- prompts --------------------------------------------------------------------------------------------------------
 
 
-def prompt_steps(
-    prompts: Sequence[Row], config: PPOConfig, seed: int, fits: Callable[[Row], bool]
-) -> Iterator[list[Row]]:
-    """Yields each step's prompts, endlessly: the order of an epoch is a hash of (seed, id, epoch).
+def prompts_of_steps(
+    prompts: Sequence[Row], config: PPOConfig, seed: int, tokenizer: Tokenizer
+) -> tuple[list[list[Row]], list[dict[str, str]], int]:
+    """The prompts of every step; which could not be used (id, reason); how many were looked at, as the run reaches.
 
-    A step's prompts depend on nothing but the arguments, so the step's number is the prompt cursor. With
-    `helpful_fraction` each kind has epochs of its own, and the share holds over steps to within one prompt.
+    The order of an epoch is a hash of (seed, id, epoch). A step's prompts depend on nothing but the arguments, so the
+    step's number is the prompt cursor. With `helpful_fraction` each kind has epochs of its own, and the share holds
+    over steps to within one prompt.
 
     Raises:
         DataError: no prompt of a kind that is wanted fits.
     """
-    size, share = config.rollout_batch_size // config.samples_per_prompt, config.helpful_fraction
+    limit, share = config.max_prompt_tokens, config.helpful_fraction
+    reasons: dict[str, str] = {}
+
+    def fits(row: Row) -> bool:
+        if (key := row["id"]) not in reasons:
+            try:
+                size = len(tokenizer.prompt(row["messages"]))
+                reasons[key] = f"the prompt has {size} tokens, more than {limit}" if size > limit else ""
+            except DataError as e:
+                reasons[key] = e.message
+        return not reasons[key]
+
+    size = config.rollout_batch_size // config.samples_per_prompt
     if share is None:
         every = _endless(prompts, seed, fits)
-        while True:
-            yield [next(every) for _ in range(size)]
-    kinds = {kind: _endless([p for p in prompts if p["kind"] == kind], seed, fits) for kind in ("helpful", "harmful")}
-    for step in count():
-        helpful = math.floor((step + 1) * size * share + 0.5) - math.floor(step * size * share + 0.5)
-        wanted = ["helpful"] * helpful + ["harmful"] * (size - helpful)
-        yield [next(kinds[kind]) for kind in wanted]
+        steps = [list(islice(every, size)) for _ in range(config.steps)]
+    else:
+        kinds = ([p for p in prompts if p["kind"] == kind] for kind in ("helpful", "harmful"))
+        helpful, harmful = (_endless(rows, seed, fits) for rows in kinds)
+        before = [math.floor(step * size * share + 0.5) for step in range(config.steps + 1)]  # helpful ones
+        counts = [end - begin for begin, end in pairwise(before)]
+        steps = [[*islice(helpful, count), *islice(harmful, size - count)] for count in counts]
+    return steps, [{"id": key, "reason": why} for key, why in sorted(reasons.items()) if why], len(reasons)
 
 
 def _endless(rows: Sequence[Row], seed: int, fits: Callable[[Row], bool]) -> Iterator[Row]:
@@ -77,28 +89,9 @@ def _endless(rows: Sequence[Row], seed: int, fits: Callable[[Row], bool]) -> Ite
         epoch += 1
     raise DataError(
         f"none of {len(rows)} prompts fits into ppo.max_prompt_tokens",
-        "raise ppo.max_prompt_tokens, or give prompts of every kind that ppo.helpful_fraction asks for",
+        "raise ppo.max_prompt_tokens, or give prompts of every kind that ppo.helpful_fraction asks for, "
+        "and held-out ones where ppo.evaluate_every asks for them",
     )
-
-
-def prompts_of_steps(
-    prompts: Sequence[Row], config: PPOConfig, seed: int, tokenizer: Tokenizer
-) -> tuple[list[list[Row]], list[dict[str, str]], int]:
-    """The prompts of every step; which could not be used (id, reason); how many were looked at, as the run reaches."""
-    limit = config.max_prompt_tokens
-    reasons: dict[str, str] = {}
-
-    def fits(row: Row) -> bool:
-        if (key := row["id"]) not in reasons:
-            try:
-                size = len(tokenizer.prompt(row["messages"]))
-                reasons[key] = f"the prompt has {size} tokens, more than {limit}" if size > limit else ""
-            except DataError as e:
-                reasons[key] = e.message
-        return not reasons[key]
-
-    steps = list(islice(prompt_steps(prompts, config, seed, fits), config.steps))
-    return steps, [{"id": key, "reason": why} for key, why in sorted(reasons.items()) if why], len(reasons)
 
 
 def requests(prompts: Sequence[Row], config: PPOConfig, seed: int, step: int) -> pa.Table:
@@ -175,11 +168,9 @@ def keep_rollouts(path: Path, asked: int, *parts: pa.Table) -> tuple[pa.Table, d
     else:
         batch = pq.read_table(path, schema=ROLLOUTS)
     prompts, responses = (sum(row_lengths(batch, name)) for name in ("prompt_ids", "response_ids"))
-    probe = batch.slice(0, PROBES).to_pylist()
     return batch, {
         "ids": batch["id"].to_pylist(),
         "tokens": prompts + responses,
         "response_tokens": responses,
         "versions": sorted(set(batch["version"].to_pylist())),
-        "probe": [(row["prompt_ids"], row["response_ids"][:PROBE_TOKENS]) for row in probe],
     }

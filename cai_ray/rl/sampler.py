@@ -6,6 +6,8 @@ too: where roles work side by side, while others still arrive.
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -14,10 +16,9 @@ import ray
 from cai_ray.artifacts import StageDir
 from cai_ray.errors import StageFailed
 from cai_ray.records import Row
-from cai_ray.rl.groups import Call, EngineDied, Group, WorkerDied, wait
+from cai_ray.rl.groups import Call, EngineDied, Group, Timeline, WorkerDied, wait
 from cai_ray.rl.rollouts import RollOut, requests
 from cai_ray.rl.setup import Setup
-from cai_ray.rl.timeline import Timeline
 from cai_ray.rl.weight_sync import check_sync, gap_limit, mean_gap
 
 TRIES = 3  # of a step's rollouts or of a sync, where engines die
@@ -59,19 +60,15 @@ class Sampler:
         size, ranks = setup.config.rollout_batch_size, setup.config.inference_ranks
         each = min(PIECE, -(-size // max(ranks, len(engines.workers))))
         self._pieces = [(first, min(each, size - first)) for first in range(0, size, each)]  # first row, how many
-        self._asked: dict[int, list[Call]] = {}  # by step: what the engines work on
-        self._early: dict[tuple[int, str], list[Call]] = {}  # by step and phase: who waits for that
+        # By step and phase: what the engines work on, and those of LOOKS that wait for it.
+        self._begun: dict[tuple[int, str], list[Call]] = {}
         self._program: Any = ray.put(RollOut(setup.config))
         # Each folder's name is new: a network file system may go on showing a node what lay under a known one.
         self._name = f"adapter-{uuid4().hex[:8]}"
         self.timeline, self.version, self.gap_limit = Timeline(out.path / "timeline.json"), 0, gap_limit(setup)
 
-    def send_weights(self, experience: Any, probe: list[tuple[list[int], list[int]]]) -> float:
-        """Sends the weights after a step and probes them, with other engines where some die.
-
-        Args:
-            experience: the step's batch.
-            probe: (prompt_ids, response_ids) of its first rows.
+    def send_weights(self, experience: Any) -> float:
+        """Sends the weights after a step and probes them on its batch, with other engines where some die.
 
         Returns how far the step has moved the actor (`check_sync`).
 
@@ -83,7 +80,7 @@ class Sampler:
             with self._out.phase("sync"):
                 self.sync()
             with self._out.phase("probe"):
-                return self._probe(experience, probe)
+                return self._probe(experience)
 
         return self._with_engines(f"weight sync after step {self.version - 1}", attempt)
 
@@ -95,7 +92,7 @@ class Sampler:
             except EngineDied as error:
                 log.warning("%s; starting it again", error.message)
                 self.engines, self._fresh = self._get_engines(), True
-                self._asked, self._early = {}, {}
+                self._begun = {}
         raise StageFailed(f"{what}: engines died {TRIES} times", "see the engines' logs")
 
     def _senders(self, everyone: bool = False) -> Group:
@@ -103,15 +100,14 @@ class Sampler:
         actor = self._groups["actor"]
         return actor if everyone or self._setup.config.actor.sharding.zero_stage == 3 else actor.first
 
-    def _probe(self, experience: Any, probe: list[tuple[list[int], list[int]]]) -> float:
+    def _probe(self, experience: Any) -> float:
         """Compares engines and actor on a few of the step's responses; returns how far the update moved them."""
-        # Engines want room for one more token, which the longest response has used up: its last token is left out.
-        room, step = self._setup.config.max_tokens - 1, self.version - 1
-        ids, starts = [(p + r)[:room] for p, r in probe], [len(p) for p, _ in probe]
-        what, rows = f"probe after step {step}", list(range(len(probe)))
+        step, what = self.version - 1, f"probe after step {self.version - 1}"
         # In turn: on a CPU both at once take more than twice as long, spinning for cores that the other one has.
-        actor, *_ = wait(self._senders().submit("probe", experience, rows), self._limit, what)
-        for engine in wait(self.engines.submit("prompt_logprobs", ids, starts), self._limit, what):
+        actor, *_ = wait(self._senders().submit("probe", experience), self._limit, what)
+        # Engines want room for one more token, which the longest response has used up: its last token is left out.
+        ids = [row[: self._setup.config.max_tokens - 1] for row in actor["ids"]]
+        for engine in wait(self.engines.submit("prompt_logprobs", ids, actor["starts"]), self._limit, what):
             check_sync(mean_gap(actor["logprobs"], engine), actor["shift"], self.gap_limit, step)
         return actor["shift"]
 
@@ -136,8 +132,7 @@ class Sampler:
                 raise WorkerDied(e.message, e.fix) from e
             raise
         self._rest("wake", what, "kv_cache")
-        for call, answer in zip(calls, answers, strict=True):
-            self.timeline.add(call.who, "sync", self.version, answer["span"])
+        self.timeline.add("sync", self.version, calls, answers)
         self._fresh = False
 
     def _rest(self, method: str, what: str, *args: Any) -> None:
@@ -145,38 +140,51 @@ class Sampler:
         if self._setup.colocated:
             wait(self.engines.submit(method, *args), self._limit, what)
 
+    def _ask(self, step: int, prompts: Sequence[Row]) -> list[Call]:
+        """Asks the engines for a response to each prompt and sample, from the weights that the actor has now."""
+        if self._fresh:
+            self.sync()
+        # Given once: serialised with every call it was a quarter of the controller's own work.
+        asked = ray.put(requests(prompts, self._setup.config, self._setup.seed, step))
+        return self.engines.submit("run", self._program, asked, each=[(piece,) for piece in self._pieces])
+
     def begin(self, step: int) -> None:
-        """Asks for a step's responses, from the weights that the actor has now; `take` waits for them."""
-        if step in self._asked:
+        """Asks for a step's responses, where they are not on disk; `take` waits for them."""
+        if (step, "rollout") in self._begun:
             return
-        calls = []
-        if not self._path(step).is_file():
-            if self._fresh:
-                self.sync()
-            # Given once: serialised with every call it was a quarter of the controller's own work.
-            asked = ray.put(requests(self._steps[step], self._setup.config, self._setup.seed, step))
-            pieces = [(piece,) for piece in self._pieces]
-            calls = self.engines.submit("run", self._program, asked, each=pieces)
-            if self._setup.side_by_side and not self._setup.colocated:  # else the engines have the room
-                for phase in LOOKS:
-                    self._early[step, phase] = self._look(*LOOKS[phase], [(call.payload,) for call in calls])
-        self._asked[step] = calls
+        calls = [] if self._path(step).is_file() else self._ask(step, self._steps[step])
+        if calls and self._setup.side_by_side and not self._setup.colocated:  # else the engines have the room
+            for phase in LOOKS:
+                self._begun[step, phase] = self._look(phase, [(call.payload,) for call in calls])
+        self._begun[step, "rollout"] = calls
 
     def take(self, step: int) -> tuple[Any, dict[str, Any]]:
         """The reference of a step's rollouts, once they are on disk, and what is seen of them (`keep_rollouts`).
 
         Engines that die are replaced and asked again.
         """
+        return self._with_engines(f"rollout of step {step}", partial(self._collect, step))
 
-        def attempt() -> tuple[Any, dict[str, Any]]:
-            with self._out.phase("rollout"):
-                self.begin(step)
-                return self._collect(step)
-
-        taken = self._with_engines(f"rollout of step {step}", attempt)
+    def _collect(self, step: int) -> tuple[Any, dict[str, Any]]:
+        size, what, path = self._setup.config.rollout_batch_size, f"rollout of step {step}", self._path(step)
         with self._out.phase("rollout"):
-            self._rest("sleep", f"rest after the rollout of step {step}")
-        return taken
+            self.begin(step)
+            calls = self._begun.pop((step, "rollout"))
+            answers = wait(calls, self._limit, what)
+            (kept,) = self._groups["actor"].first.submit("keep", path, size, *[call.payload for call in calls])
+            (seen,) = wait([kept], self._limit, what)
+            oldest, versions = step - self._setup.config.staleness, seen["versions"]
+            if not all(oldest <= version <= step for version in versions):
+                raise StageFailed(
+                    f"{what}: responses come from the weights of steps {versions}, the oldest allowed is {oldest}",
+                    f"remove {path}",
+                )
+            self.timeline.add("rollout", step, calls, answers)
+            if calls:  # else they were on disk already
+                begun, ended = zip(*(answer["span"] for answer in answers), strict=True)
+                seen["seconds"] = max(ended) - min(begun)
+            self._rest("sleep", f"rest after the {what}")
+        return kept.payload, seen
 
     def evaluate(self, held: Sequence[Row]) -> dict[str, float]:
         """Mean scores of the policy's answers to held-out prompts, the same prompts and seeds each time."""
@@ -184,54 +192,30 @@ class Sampler:
         what = f"evaluation after step {step}"
 
         def attempt() -> list[Call]:
-            if self._fresh:
-                self.sync()
-            asked = ray.put(requests(held, self._setup.config, self._setup.seed, -1))
-            calls = self.engines.submit("run", self._program, asked, each=[(piece,) for piece in self._pieces])
-            self._spans(step, calls, wait(calls, self._limit, what))
+            calls = self._ask(-1, held)
+            self.timeline.add("evaluate", step, calls, wait(calls, self._limit, what))
             return calls
 
         calls = self._with_engines(what, attempt)
         if self._setup.colocated:  # the rewards need the room, and the next step brings the weights again
             self._rest("sleep", what)
             self._fresh = True
-        looks = self._look("reward", "means", [(call.payload,) for call in calls])
+        looks = self._look("score", [(call.payload,) for call in calls])
         found = wait(looks, self._limit, what)
-        self._spans(step, looks, found)
+        self.timeline.add("evaluate", step, looks, found)
         rows = sum(answer["rows"] for answer in found)
         names = {"score": "eval/score", "score_raw": "eval/score_raw", "heldout": "eval/heldout_score"}
         return {names[n]: sum(a[n] for a in found) / rows for n in names if n in found[0]}
 
-    def _spans(self, step: int, calls: list[Call], answers: list[Any]) -> None:
-        for call, answer in zip(calls, answers, strict=True):
-            self.timeline.add(call.who, "evaluate", step, answer["span"])
-
     def look(self, phase: str, step: int, rollouts: Any) -> list[Call]:
         """Calls of the workers that a phase of `LOOKS` takes, over what `take` gave; some may have answered already."""
-        early = self._early.pop((step, phase), None)
-        return early or self._look(*LOOKS[phase], [(rollouts, piece) for piece in self._pieces])
+        early = self._begun.pop((step, phase), None)
+        return early or self._look(phase, [(rollouts, piece) for piece in self._pieces])
 
-    def _look(self, role: str, method: str, each: list[tuple]) -> list[Call]:
+    def _look(self, phase: str, each: list[tuple]) -> list[Call]:
+        role, method = LOOKS[phase]
         group, sharded = self._groups[role], self._setup.config.inference_sharded
         return group.submit(method, each=[own for own in each for _ in (group.workers if sharded else [None])])
 
-    def _path(self, step: int) -> Any:
+    def _path(self, step: int) -> Path:
         return self._out.checkpoints / f"rollouts-{step}.parquet"
-
-    def _collect(self, step: int) -> tuple[Any, dict[str, Any]]:
-        size, what, calls = self._setup.config.rollout_batch_size, f"rollout of step {step}", self._asked[step]
-        spans = [answer["span"] for answer in wait(calls, self._limit, what)]
-        (kept,) = self._groups["actor"].first.submit("keep", self._path(step), size, *[c.payload for c in calls])
-        (seen,) = wait([kept], self._limit, what)
-        oldest = step - self._setup.config.staleness
-        if not all(oldest <= version <= step for version in seen["versions"]):
-            raise StageFailed(
-                f"{what}: responses come from the weights of steps {seen['versions']}, the oldest allowed is {oldest}",
-                f"remove {self._path(step)}",
-            )
-        del self._asked[step]
-        for call, span in zip(calls, spans, strict=True):
-            self.timeline.add(call.who, "rollout", step, span)
-        if spans:  # else they were on disk already
-            seen["seconds"] = max(ended for _, ended in spans) - min(begun for begun, _ in spans)
-        return kept.payload, seen

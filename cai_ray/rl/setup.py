@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from cai_ray.config import Cluster, PPOConfig
+from cai_ray.config import Cluster, Learner, PPOConfig
 from cai_ray.constitution import Constitution
 
 
@@ -41,6 +41,19 @@ class Setup:
     def colocated(self) -> bool:
         """Whether engines share the workers' GPUs, and sleep while these work."""
         return self.config.placement == "colocated"
+
+    @property
+    def updates(self) -> int:
+        """Optimizer steps of a role in each step."""
+        return self.config.ppo_epochs * self.config.rollout_batch_size // self.config.minibatch_size
+
+    def learner(self, role: str) -> Learner:
+        """Whose dtype, sizes and DeepSpeed options a role has: those that only look share a learner's."""
+        return self.config.actor if role in ("actor", "reference") else self.config.critic
+
+    def joined(self, role: str) -> bool:
+        """Whether a role's ranks are one process group, which none can leave and come back to."""
+        return role in self.config.learners or self.config.inference_sharded
 
     @property
     def torch_device(self) -> torch.device:

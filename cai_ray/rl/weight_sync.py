@@ -7,7 +7,7 @@ serves the engine beside it. Adapters that go alone (`ppo.lora_sync`) are small,
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,63 +26,25 @@ BUCKET_BYTES = 256 << 20
 GAP_LIMITS = {"float32": 1e-3, "tf32": 0.01, "bfloat16": 0.05}
 
 
-class Engines:
-    """The engines' side of a transfer, as vLLM's trainer classes expect it: each call goes to all engines at once.
-
-    Args:
-        group: the rollout engines.
-        gpus: GPUs, and so receiving processes, of each engine; 0 on CPU.
-        timeout_s: longest wait for one answer.
-        colocated: each on the GPU of an actor's rank.
-    """
-
-    def __init__(self, group: Group, gpus: int, timeout_s: float, colocated: bool = False):
-        self.group, self.gpus, self._timeout_s, self.colocated = group, gpus, timeout_s, colocated
-        self.version = 0
-        self.give_up: Callable[[], None] = lambda: None  # ends the sender's side of a transfer
-        self.failed: BaseException | None = None  # why it was ended
-
-    def _all(self, method: str, *args: Any, each: list[tuple] | None = None) -> None:
-        wait(self.group.submit(method, *args, each=each), self._timeout_s, f"weight sync ({method})")
-
-    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """With NCCL each engine's processes get ranks of their own behind the sender's rank 0."""
-        ranks = [{} if self.colocated else {"rank_offset": 1 + i * self.gpus} for i in range(len(self.group.workers))]
-        self._all("init_weight_transfer", each=[({**init_info, **own},) for own in ranks])
-
-    def start_weight_update(self) -> None:
-        """Engines, idle now, wait for weights."""
-        self._all("start_weight_update")
-
-    def update_weights(self, update_info: Any) -> None:
-        """Engines take in what is described."""
-        try:
-            self._all("update_weights", update_info)
-        except BaseException as error:
-            self.failed = error  # first: what the sender still has must not reach a link that has been ended
-            self.give_up()  # the sender waits in NCCL for one that is gone, and would for ever
-            raise
-
-    def finish_weight_update(self, weight_version: str | None = None) -> None:
-        """Engines drop their prefix caches and go on with the new version."""
-        self._all("finish_weight_update", self.version)
-
-    def load_adapter(self, folder: Path) -> None:
-        """Engines put an adapter over their own weights and go on with the new version."""
-        self._all("load_adapter", folder, self.version)
-
-
 class Sender:
     """Sends a `ShardedModel`'s weights; every rank that takes part makes one and calls `send` alike.
 
+    It is also what vLLM's trainer classes call the client: each call goes to all engines at once.
+
     Args:
         model: source of the weights.
-        engines: the receiving side.
+        engines: the rollout engines.
+        gpus: GPUs, and so receiving processes, of each engine; 0 on CPU.
+        timeout_s: longest wait for one answer.
+        colocated: each engine on the GPU of an actor's rank.
     """
 
-    def __init__(self, model: ShardedModel, engines: Engines):
-        self._model, self._engines = model, engines
+    def __init__(self, model: ShardedModel, engines: Group, gpus: int, timeout_s: float, colocated: bool = False):
+        self._model, self._engines, self._gpus = model, engines, gpus
+        self._timeout_s, self._colocated = timeout_s, colocated
         self._link: Any = None  # on GPUs vLLM's sending side, from the first transfer on
+        self._failed: BaseException | None = None  # why it was ended
+        self._version = 0
 
     def send(self, version: int, adapter: Path | None = None) -> None:
         """Returns when all engines hold the weights as `version`; after an error another sender takes its place.
@@ -94,31 +56,62 @@ class Sender:
         Raises:
             StageFailed: an engine did not answer.
         """
-        self._engines.version = version
+        self._version = version
         if adapter:
             self._model.export_adapter(adapter)
             if self._model.rank == 0:
-                self._engines.load_adapter(adapter)
+                self._all("load_adapter", adapter, version)
             return
         parameters = self._model.merged_parameters()
         try:
-            if self._engines.gpus:
-                self._link = self._link or _gpu_trainer(self._model, self._engines)
-                self._engines.give_up = self._link.shutdown
+            if self._gpus:
+                self._link = self._link or self._connect()
                 self._link.source.parameters = parameters
                 self._link.send_weights()
             elif self._model.rank == 0:
                 self._pass_on(parameters)
         finally:  # the other ranks gather all of them, also when an engine dies
-            if not self._engines.colocated:  # there they stand in the transfer's own collectives
+            if not self._colocated:  # there they stand in the transfer's own collectives
                 deque(parameters, maxlen=0)
 
     def close(self) -> None:
-        """Frees what the link to engines holds on a GPU."""
-        self._engines.give_up()
+        """Ends the link to the engines and frees what it holds on a GPU."""
+        if self._link:
+            self._link.shutdown()
+
+    # ---- what vLLM calls ----------------------------------------------------------------------------------------
+
+    def _all(self, method: str, *args: Any, each: list[tuple] | None = None) -> None:
+        wait(self._engines.submit(method, *args, each=each), self._timeout_s, f"weight sync ({method})")
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        """With NCCL each engine's processes get ranks of their own behind the sender's rank 0."""
+        count = len(self._engines.workers)
+        ranks = [{} if self._colocated else {"rank_offset": 1 + i * self._gpus} for i in range(count)]
+        self._all("init_weight_transfer", each=[({**init_info, **own},) for own in ranks])
+
+    def start_weight_update(self) -> None:
+        """Engines, idle now, wait for weights."""
+        self._all("start_weight_update")
+
+    def update_weights(self, update_info: Any) -> None:
+        """Engines take in what is described."""
+        try:
+            self._all("update_weights", update_info)
+        except BaseException as error:
+            self._failed = error  # first: what the sender still has must not reach a link that has been ended
+            self.close()  # the sender waits in NCCL for one that is gone, and would for ever
+            raise
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        """Engines drop their prefix caches and go on with the new version."""
+        self._all("finish_weight_update", self._version)
+
+    # ---- the two ways -------------------------------------------------------------------------------------------
 
     def _pass_on(self, parameters: Iterator[tuple[str, Tensor]]) -> None:
-        self._engines.start_weight_update()
+        """Over shared memory."""
+        self.start_weight_update()
         taken: Future[None] = Future()  # the engines have taken in the bucket before the one that is being written
         taken.set_result(None)
         with bucket_folder() as folder, ThreadPoolExecutor(1) as thread:
@@ -129,40 +122,41 @@ class Sender:
                 taken.result()
                 taken = thread.submit(self._hand_over, path, info)
             taken.result()
-        self._engines.finish_weight_update()
+        self.finish_weight_update()
 
     def _hand_over(self, path: Path, info: dict[str, Any]) -> None:
-        self._engines.update_weights(info)
+        self.update_weights(info)
         path.unlink()
 
+    def _connect(self) -> Any:
+        """vLLM's own sender: all ranks gather; rank 0 broadcasts, or each offers its copy to the engine beside it."""
+        from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
+        from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo, IPCTrainerWeightTransferEngine
+        from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo, NCCLTrainerWeightTransferEngine
 
-def _gpu_trainer(model: ShardedModel, engines: Engines) -> Any:
-    """vLLM's own sending side; all ranks gather, rank 0 broadcasts, or each offers its copy to the engine beside it."""
-    from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
-    from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo, IPCTrainerWeightTransferEngine
-    from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo, NCCLTrainerWeightTransferEngine
+        sender, model = self, self._model
 
-    class Source(WeightSource):
-        parameters: Iterator[tuple[str, Tensor]]  # of the transfer that is on
+        class Source(WeightSource):
+            parameters: Iterator[tuple[str, Tensor]]  # of the transfer that is on
 
-        def metadata(self) -> list[ParamMeta]:
-            return [ParamMeta(name, p.dtype, tuple(p.shape)) for name, p in model.merged_shapes().items()]
+            def metadata(self) -> list[ParamMeta]:
+                return [ParamMeta(name, p.dtype, tuple(p.shape)) for name, p in model.merged_shapes().items()]
 
-        def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-            for parameter in self.parameters:
-                if engines.failed:
-                    raise engines.failed
-                yield parameter
+            def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+                for parameter in self.parameters:
+                    if sender._failed:
+                        raise sender._failed
+                    yield parameter
 
-    if engines.colocated:
-        largest = max(p.nbytes for p in model.merged_shapes().values())  # an embedding may exceed the default of 1 GiB
-        size = max(IPCTrainerInitInfo.packed_buffer_size_bytes, largest)
-        info = IPCTrainerInitInfo(rank=model.rank, packed=True, packed_buffer_size_bytes=size)
-        return IPCTrainerWeightTransferEngine.trainer_init(info, client=engines, source=Source())
-    address, port = free_address()
-    world = 1 + len(engines.group.workers) * engines.gpus
-    info = NCCLTrainerInitInfo(master_address=address, master_port=port, world_size=world, rank=model.rank)
-    return NCCLTrainerWeightTransferEngine.trainer_init(info, client=engines, source=Source())
+        if self._colocated:
+            largest = max(p.nbytes for p in model.merged_shapes().values())  # an embedding may exceed the usual 1 GiB
+            size = max(IPCTrainerInitInfo.packed_buffer_size_bytes, largest)
+            info = IPCTrainerInitInfo(rank=model.rank, packed=True, packed_buffer_size_bytes=size)
+            return IPCTrainerWeightTransferEngine.trainer_init(info, client=self, source=Source())
+        address, port = free_address()
+        world = 1 + len(self._engines.workers) * self._gpus
+        info = NCCLTrainerInitInfo(master_address=address, master_port=port, world_size=world, rank=model.rank)
+        return NCCLTrainerWeightTransferEngine.trainer_init(info, client=self, source=Source())
 
 
 def gap_limit(setup: Setup) -> float:

@@ -20,8 +20,7 @@ from cai_ray.generation.engine import Completion, Request
 from cai_ray.models.tokenization import PromptText, Tokenizer
 from cai_ray.records import Message, Row, derive_seed, stored_rows, to_table
 from cai_ray.templates import STOP_PLAIN
-from cai_ray.training.launch import run_training
-from cai_ray.training.loop import Job, Kind
+from cai_ray.training.launch import Job, Kind, run_training
 
 PromptOf = Callable[[Sequence[Message]], PromptText]  # a step's prompt around a conversation
 IN_MEMORY = 1000  # rows

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,10 +26,8 @@ from cai_ray.config import Learner, Optim, Sharding
 from cai_ray.errors import CaiError, StageFailed
 from cai_ray.models.activations import keep_activations
 from cai_ray.models.checkpoints import layer_of, save_pretrained
+from cai_ray.models.tokenization import Tokenizer
 from cai_ray.training.lora import add_adapters, merged, merged_name, save_adapter
-
-if TYPE_CHECKING:
-    from cai_ray.models.tokenization import Tokenizer
 
 _BUCKET = 50_000_000  # elements that are reduced or gathered together: 200 MB in float32, against DeepSpeed's 2 GB
 # In a checkpoint's folder: DeepSpeed's files; the same for any number of ranks; our own file, written last.
@@ -359,7 +357,7 @@ class ShardedModel:
             if (new := merged_name(name))
         }
 
-    def export(self, tokenizer: "Tokenizer", out: Path, config_updates: Mapping[str, Any] | None = None) -> None:
+    def export(self, tokenizer: Tokenizer, out: Path, config_updates: Mapping[str, Any] | None = None) -> None:
         """Writes a folder in Hugging Face format from rank 0, file by file; all ranks return when it is complete.
 
         Args:
@@ -387,13 +385,13 @@ class ShardedModel:
             save_adapter(self.hf, state, out)
 
 
-def sharded_to_train(
-    load: Callable[[], Any], config: Learner, base: Path, seed: int, total_steps: int, device: torch.device
+def model_to_train(
+    load: Callable[[str], Any], config: Learner, base: Path, seed: int, total_steps: int, device: torch.device
 ) -> ShardedModel:
     """A model as its training begins, with adapters where `config` asks for them; all ranks call it.
 
     Args:
-        load: loads what `ShardedModel` takes.
+        load: loads what `ShardedModel` takes, in the dtype it is given.
         config: optimizer, layout and adapters.
         base: the folder it is loaded from, which a saved adapter names.
         seed: of the adapters' first weights.
@@ -404,17 +402,33 @@ def sharded_to_train(
         CaiError: as `loading`.
     """
     with loading(config.sharding, config.optim, device):
-        module = load()
+        module = load(config.sharding.dtype)
         if config.lora:
             add_adapters(module.hf, config.lora, base, seed)
     return ShardedModel(module, config.optim, config.sharding, total_steps, device)
 
 
-def sharded_to_look(model: nn.Module, optim: Optim, sharding: Sharding, device: torch.device) -> nn.Module:
-    """A model that was loaded under ZeRO-3 and is not trained; all ranks call it equally often, without gradients."""
+def model_to_look(load: Callable[[str], nn.Module], config: Learner, device: torch.device, sharded: bool) -> nn.Module:
+    """A model that is not trained; `sharded`: a part of it (ZeRO-3), and all ranks call this, and it, equally often.
+
+    Args:
+        load: loads it in the dtype it is given.
+        config: whose dtype and DeepSpeed options it shares.
+        device: where this rank's tensors live; for a part `init_distributed` has been called for it.
+        sharded: its forward passes then run without gradients.
+
+    Raises:
+        CaiError: as `loading`.
+    """
+    if not sharded:
+        return load(config.sharding.dtype).to(device).eval()
     import deepspeed
 
-    engine: Any = deepspeed.initialize(model=model.to(device), config=_engine_config(sharding, optim, device))[0]
+    sharding = config.sharding.model_copy(update={"zero_stage": 3, "offload_optimizer": False})
+    with loading(sharding, config.optim, device):
+        module = load(sharding.dtype)
+    settings = _engine_config(sharding, config.optim, device)
+    engine: Any = deepspeed.initialize(model=module.to(device), config=settings)[0]
     engine.eval()
     return engine
 

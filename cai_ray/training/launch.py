@@ -1,29 +1,51 @@
 """Starts a training run on Ray Train, watches its ranks, and brings back its metrics or its failure.
 
 The driver imports neither torch nor DeepSpeed: Ray Train's own driver runs in a small task, which can be stopped whole
-when a rank no longer answers.
+when a rank no longer answers; and `training.loop`, which needs both, is imported by ranks only.
 """
 
 import json
 import os
+import platform
 import re
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
 
 import ray
 from ray.exceptions import RayError
 
 from cai_ray.artifacts import Bar, StageDir, print_to
+from cai_ray.config import PreferenceModelConfig, SftConfig
 from cai_ray.errors import CaiError, StageFailed
 from cai_ray.models.memory import KEEP_MEMORY, RETURN_MEMORY
 from cai_ray.models.shapes import find_shape, memory_sum, training_memory
-from cai_ray.training.checkpoints import RECORD, RUN_NAME, SCORE
-from cai_ray.training.liveness import Watch, rank_log
-from cai_ray.training.loop import Job, train
+from cai_ray.training.liveness import Watch, own_log, rank_log
 
+Kind = Literal["sft", "preference_model"]
+RECORD = "checkpoint_manager_snapshot.json"  # Ray Train's own
+RUN_NAME = "train"  # of Ray Train's run in checkpoints/: the same for every attempt, so each finds the last one
 MAX_FAILURES = 2  # restarts from the last checkpoint within one call
 POLL_S = 0.5
 # Torch's own words on GPU and CPU, Python's, and Ray's when its monitor ends a worker.
 _OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|running low on memory|MemoryError")
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that one training run is told; it travels to every rank."""
+
+    kind: Kind  # sft reads `Revision` rows, preference_model reads `LabeledPair` rows
+    config: SftConfig | PreferenceModelConfig
+    model: Path  # folder of the model to start from
+    format: str  # of prompts: auto | plain | chat
+    inputs: tuple[Path, ...]  # folders of parquet rows
+    out: Path  # the stage's directory, seen by every rank
+    seed: int
+    device: str  # cpu | gpu
+    max_bad_fraction: float  # more bad rows than this share fail the stage
+    start_timeout_s: float
+    step_timeout_s: float
 
 
 def run_training(job: Job, out: StageDir, on_progress: Bar | None = None) -> dict[str, float]:
@@ -103,20 +125,21 @@ def _fit(job: Job, max_failures: int) -> Any:
         json.loads(record.read_text("utf-8"))
     except (FileNotFoundError, json.JSONDecodeError):  # Ray Train, cut off while it wrote it, could not read it again
         record.unlink(missing_ok=True)
-    gpu, ranks = job.device == "gpu", job.config.sharding.ranks
-    memory = {} if gpu else RETURN_MEMORY if job.config.sharding.zero_stage == 3 else KEEP_MEMORY
+    gpu, sharding = job.device == "gpu", job.config.sharding
+    memory = {} if gpu else RETURN_MEMORY if sharding.zero_stage == 3 else KEEP_MEMORY
+    own = {"CPU": sharding.cpus_per_rank} | ({"GPU": 1} if gpu else {})  # of a rank: the CPUs are its threads too
     trainer = Trainer(
-        train,
+        _rank,
         train_loop_config={"job": job},
         # Longer than the driver waits: it names the rank, torch would only say that another one did not come.
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=int(1.5 * job.step_timeout_s)),
-        scaling_config=ScalingConfig(num_workers=ranks, use_gpu=gpu, resources_per_worker=job.resources),
+        scaling_config=ScalingConfig(num_workers=sharding.ranks, use_gpu=gpu, resources_per_worker=own),
         run_config=RunConfig(
             name=RUN_NAME,
             storage_path=str(job.out / "checkpoints"),
             checkpoint_config=CheckpointConfig(
                 num_to_keep=job.config.keep_checkpoints,
-                checkpoint_score_attribute=SCORE if job.config.keep_checkpoints > 1 else None,
+                checkpoint_score_attribute="eval/loss" if job.config.keep_checkpoints > 1 else None,
                 checkpoint_score_order="min",
             ),
             # Ray Train's own `print` would write each line twice into a rank's log.
@@ -129,6 +152,25 @@ def _fit(job: Job, max_failures: int) -> Any:
         return trainer.fit().return_value
     except TrainingFailedError as error:
         return _failed(error, job)
+
+
+def _rank(told: dict[str, Job]) -> dict[str, float] | CaiError:
+    """Ray Train's function: opens this rank's log, and what comes after stands there, from the first import on.
+
+    A CaiError is returned, not raised: it has the same cause on every rank, so trying again would only repeat it.
+    """
+    import ray.train
+
+    job, context = told["job"], ray.train.get_context()
+    rank = context.get_world_rank()
+    pulse = own_log(rank_log(StageDir(job.out), rank), job.step_timeout_s)
+    print(f"rank {rank} of {context.get_world_size()}: process {os.getpid()} on {platform.node()}", flush=True)
+    from cai_ray.training.loop import train
+
+    try:
+        return train(job, pulse)
+    except CaiError as error:
+        return error
 
 
 def _failed(error: Any, job: Job) -> StageFailed:

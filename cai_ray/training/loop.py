@@ -4,79 +4,52 @@ The row order is a hash, dropout is off and each step is seeded anew: the step c
 and a resumed run repeats an uninterrupted one.
 """
 
+import hashlib
 import json
-import os
-import platform
+import shutil
+import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
+
+import numpy as np
+import ray.train
+import torch
+import torch.distributed as dist
 
 from cai_ray.artifacts import StageDir, write_atomic
-from cai_ray.config import PreferenceModelConfig, SftConfig
-from cai_ray.errors import CaiError, DataError, StageFailed
+from cai_ray.config import Training
+from cai_ray.errors import DataError, StageFailed
+from cai_ray.models.tokenization import Tokenizer
 from cai_ray.records import derive_seed, stored_rows
+from cai_ray.training import preference, sft
 from cai_ray.training.batches import copies, epoch_order, layout, step_rows, total_steps
-from cai_ray.training.checkpoints import Checkpoints
-from cai_ray.training.liveness import own_log, rank_log
+from cai_ray.training.deepspeed import ShardedModel, init_distributed, model_to_train, steps_in
+from cai_ray.training.launch import RUN_NAME, Job
 
-if TYPE_CHECKING:
-    import torch
-
-    from cai_ray.models.tokenization import Tokenizer
-    from cai_ray.training.deepspeed import ShardedModel
-
-Kind = Literal["sft", "preference_model"]
 EVAL_ROWS = 1024  # held-out rows that are evaluated, the first by a hash of the id: accuracy to 1.6 points
 REWARD_ROWS = 8  # with fewer held-out pairs, mean and std of the reward come from training rows
 
 
-@dataclass(frozen=True)
-class Job:
-    """All that one training run is told; it travels to every rank."""
+def train(job: Job, pulse: Callable[[], None]) -> dict[str, float]:
+    """The metrics, from every rank; `pulse` is its sign of life.
 
-    kind: Kind  # sft reads `Revision` rows, preference_model reads `LabeledPair` rows
-    config: SftConfig | PreferenceModelConfig
-    model: Path  # folder of the model to start from
-    format: str  # of prompts: auto | plain | chat
-    inputs: tuple[Path, ...]  # folders of parquet rows
-    out: Path  # the stage's directory, seen by every rank
-    seed: int
-    device: str  # cpu | gpu
-    max_bad_fraction: float  # more bad rows than this share fail the stage
-    start_timeout_s: float
-    step_timeout_s: float
-
-    @property
-    def resources(self) -> dict[str, int]:
-        """What Ray sets aside for one rank; the CPUs are also its OpenMP threads."""
-        return {"CPU": self.config.sharding.cpus_per_rank} | ({"GPU": 1} if self.device == "gpu" else {})
-
-
-def train(told: dict[str, Job]) -> dict[str, float] | CaiError:
-    """Ray Train's function: the metrics, from every rank.
-
-    A CaiError is returned, not raised: it has the same cause on every rank, so trying again would only repeat it.
+    Raises:
+        CaiError: with the same cause on every rank.
     """
-    try:
-        return _train(told["job"])
-    except CaiError as error:
-        return error
-
-
-def _train(job: Job) -> dict[str, float]:
-    # 1. This rank: its log, its threads, its place among the others.
-    import torch.distributed as dist
-
-    out, config = StageDir(job.out, job.seed), job.config
-    device, pulse = _join(job, out)
+    # 1. This rank: where its tensors live, its threads, its place among the others.
+    out, config, device = StageDir(job.out, job.seed), job.config, torch.device("cpu")
+    if job.device == "gpu":
+        device = torch.device("cuda", torch.cuda.current_device())  # chosen by Ray Train
+    else:
+        torch.set_num_threads(config.sharding.cpus_per_rank)
+    init_distributed(device, job.step_timeout_s)
     main = dist.get_rank() == 0
-    from cai_ray.models.tokenization import Tokenizer
-    from cai_ray.training import preference, sft
 
     # 2. Rows to examples. Every rank tokenises all rows and holds them as int32: 5 GB for a billion tokens.
     tasks: dict[str, ModuleType] = {"sft": sft, "preference_model": preference}
@@ -86,7 +59,9 @@ def _train(job: Job) -> dict[str, float]:
 
     # 3. The model, and where an earlier attempt left it.
     pulse()
-    model = _model(job, task, total_steps(len(trained), config.epochs, config.batch_size), device)
+    head, lora = (derive_seed(job.seed, name, job.kind) for name in ("head", "lora"))
+    load, steps = partial(task.load, job.model, seed=head), total_steps(len(trained), config.epochs, config.batch_size)
+    model = model_to_train(load, config, job.model, lora, steps, device)
     checkpoints = Checkpoints(job.out, model.rank, config)
     if newest := checkpoints.newest():
         model.load(newest)
@@ -128,34 +103,62 @@ def _train(job: Job) -> dict[str, float]:
     return {**counts, "steps": model.steps_done, **summary, **updates}
 
 
-def _join(job: Job, out: StageDir) -> tuple["torch.device", Callable[[], None]]:
-    """Opens this rank's log and joins the others: where its tensors live, and its sign of life."""
-    import ray.train
+class Checkpoints:
+    """When to write a checkpoint, and which to go on from.
 
-    context = ray.train.get_context()
-    rank = context.get_world_rank()
-    pulse = own_log(rank_log(out, rank), job.step_timeout_s)
-    print(f"rank {rank} of {context.get_world_size()}: process {os.getpid()} on {platform.node()}", flush=True)
-    import torch
+    A rank writes its part on its own disk, and Ray Train brings it to the stage's directory while training goes on. One
+    counts when all ranks' parts have arrived whole. Ray Train keeps the record, and removes what is not wanted.
 
-    from cai_ray.training.deepspeed import init_distributed
+    Args:
+        out: the stage's directory.
+        rank: this process's rank.
+        config: how often.
+    """
 
-    device = torch.device("cpu")
-    if job.device == "gpu":
-        device = torch.device("cuda", torch.cuda.current_device())  # chosen by Ray Train
-    else:
-        torch.set_num_threads(job.config.sharding.cpus_per_rank)
-    init_distributed(device, job.step_timeout_s)
-    return device, pulse
+    def __init__(self, out: Path, rank: int, config: Training):
+        own = hashlib.sha256(f"{out} {rank}".encode()).hexdigest()[:16]
+        self._scratch = f"cai-ray-checkpoint-{own}-"
+        for left in Path(tempfile.gettempdir()).glob(self._scratch + "*"):  # by a rank that was killed here
+            shutil.rmtree(left, ignore_errors=True)
+        self._run, self._rank = out / "checkpoints" / RUN_NAME, rank
+        self._every, self._limit = config.checkpoint_every, 60 * config.checkpoint_minutes
+        self._last = time.monotonic()
 
+    def newest(self) -> Path | None:
+        """The last checkpoint whose files are all whole, as rank 0 sees it; others off the record are removed."""
+        known = {Path(c.checkpoint.path).name for c in ray.train.get_all_reported_checkpoints()}
+        found: list[Path | None] = [None]
+        if self._rank == 0:
+            steps = {folder: steps_in(folder) or 0 for folder in self._run.glob("checkpoint_*") if folder.is_dir()}
+            found = [max((f for f in steps if steps[f]), key=lambda f: steps[f], default=None)]
+            for folder in steps:  # Ray Train removes what it has on record, and counts on that until then
+                if folder.name not in known and folder != found[0]:
+                    shutil.rmtree(folder)
+        dist.broadcast_object_list(found)
+        return found[0]
 
-def _model(job: Job, task: ModuleType, steps: int, device: "torch.device") -> "ShardedModel":
-    """The model of a run of `steps` steps, as it begins."""
-    from cai_ray.training.deepspeed import sharded_to_train
+    def due(self, steps_done: int) -> bool:
+        """Whether to write one now, by steps or because the last is too long ago; only rank 0's clock counts."""
+        overdue = [self._rank == 0 and time.monotonic() - self._last > self._limit]
+        dist.broadcast_object_list(overdue)
+        return steps_done % self._every == 0 or overdue[0]
 
-    head, lora = (derive_seed(job.seed, name, job.kind) for name in ("head", "lora"))
-    load = partial(task.load, job.model, job.config.sharding.dtype, head)
-    return sharded_to_train(load, job.config, job.model, lora, steps, device)
+    def save(self, model: ShardedModel, metrics: Mapping[str, float]) -> None:
+        """Writes this rank's part and hands it to Ray Train, which copies it in the background.
+
+        Args:
+            model: what to write.
+            metrics: held-out metrics, by which checkpoints are kept.
+        """
+        folder = Path(tempfile.gettempdir()) / f"{self._scratch}{model.steps_done}"
+        model.save(folder)
+        ray.train.report(
+            {"steps_done": model.steps_done, **metrics},
+            checkpoint=ray.train.Checkpoint.from_directory(str(folder)),
+            checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
+            delete_local_checkpoint_after_upload=True,
+        )
+        self._last = time.monotonic()
 
 
 @dataclass
@@ -164,7 +167,7 @@ class _Passes:
 
     job: Job
     task: ModuleType  # training.sft or training.preference
-    model: "ShardedModel"
+    model: ShardedModel
     pulse: Callable[[], None]
     evaluated: tuple[int, Any] | None = None  # after how many steps, and what came of it
 
@@ -179,9 +182,6 @@ class _Passes:
 
     def scores(self, batch: Sequence[Any]) -> list[Any]:
         """`task.score` of every example, on every rank."""
-        import torch
-        import torch.distributed as dist
-
         mine: dict[int, Any] = {}
         module = self.model.module
         module.eval()
@@ -210,9 +210,6 @@ class _Passes:
             StageFailed: the loss or the gradient is not finite, on every rank alike and before the weights change; the
                 batch is in `saved`, as a JSON list of the examples' fields.
         """
-        import torch
-        import torch.distributed as dist
-
         model, begun, lr = self.model, time.monotonic(), self.model.lr
         torch.manual_seed(derive_seed(self.job.seed, str(model.steps_done), "step"))
         total = sum(e.units for e in batch)
@@ -244,8 +241,6 @@ def reward_scale(scores: Sequence[float]) -> dict[str, float]:
     Raises:
         StageFailed: the scores do not vary or are not finite; PPO would divide by that.
     """
-    import numpy as np
-
     mean, std = float(np.mean(scores)), float(np.std(scores, ddof=1))
     if not 0 < std < float("inf"):
         raise StageFailed(
@@ -256,7 +251,7 @@ def reward_scale(scores: Sequence[float]) -> dict[str, float]:
 
 
 def _examples(
-    job: Job, task: ModuleType, tokenizer: "Tokenizer", out: StageDir | None, pulse: Callable[[], None]
+    job: Job, task: ModuleType, tokenizer: Tokenizer, out: StageDir | None, pulse: Callable[[], None]
 ) -> tuple[list[Any], list[Any], dict[str, float]]:
     """(train examples, held-out examples, counts); a row that cannot be read goes to the quarantine of `out`."""
     made: dict[str, list[Any]] = {"train": [], "test": []}

@@ -31,12 +31,11 @@ from cai_ray.config import Cluster, Learner, Optim, PPOConfig, Sharding
 from cai_ray.config_files import load_config
 from cai_ray.generation.actor import BAD
 from cai_ray.records import to_table
-from cai_ray.rl import roles
+from cai_ray.rl import loop
 from cai_ray.rl.batches import table
 from cai_ray.rl.groups import Group
 from cai_ray.rl.rollouts import ROLLOUTS
-from cai_ray.rl.worker import Worker
-from cai_ray.rl.workers import Actor
+from cai_ray.rl.workers import Actor, Worker
 from tests.bench.ppo_work import prompt_rows
 
 RESPONSE, EACH, SKIP = 8, 8, 50  # tokens; responses of a worker; steps that warm up
@@ -56,7 +55,10 @@ class Light(Worker):
         super().__init__(role, rank, ranks, setup)
         self._engines = list[Any]()
 
-    def join(self, address: str, port: int, total_steps: int) -> None:
+    def _load(self) -> None:
+        """Nothing to load."""
+
+    def join(self, address: str, port: int) -> None:
         """Nothing to join."""
 
     def score(self, batch: pa.Table, piece: tuple[int, int]) -> pa.Table:
@@ -88,9 +90,9 @@ class Light(Worker):
         if self._rank == 0:
             ray.get([engine.call.remote("finish_weight_update", version) for engine in self._engines])
 
-    def probe(self, batch: pa.Table, rows: list[int]) -> dict[str, Any]:
+    def probe(self, batch: pa.Table) -> dict[str, Any]:
         """What the engines say too."""
-        return {"logprobs": [[-1.0] * RESPONSE] * len(rows), "shift": 1.0}
+        return {"ids": [[1] * 16] * 2, "starts": [8] * 2, "logprobs": [[-1.0] * RESPONSE] * 2, "shift": 1.0}
 
     def export(self, out: Path, adapter: Path | None = None) -> None:
         """Nothing to write."""
@@ -180,7 +182,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=500)
     told = parser.parse_args()
-    roles.CLASSES.update(dict.fromkeys(roles.CLASSES, Light))
+    loop.CLASSES.update(dict.fromkeys(loop.CLASSES, Light))
     start_ray(load_config("quickstart").cluster.joined)
     with tempfile.TemporaryDirectory() as temporary:
         small, small_cpu, _ = run(2, max(20, told.steps // 5), Path(temporary))

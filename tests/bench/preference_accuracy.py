@@ -27,8 +27,7 @@ from cai_ray.artifacts import StageDir
 from cai_ray.config import Optim, PreferenceModelConfig, Sharding, Source
 from cai_ray.records import LABELED_PAIR, Row, row_id, to_table
 from cai_ray.sources import read_comparisons
-from cai_ray.training.launch import run_training
-from cai_ray.training.loop import Job
+from cai_ray.training.launch import Job, run_training
 from tests.conftest import DEFAULT_DATA
 
 TRAIN_PAIRS, SPLIT = 1800, "preference accuracy"  # SPLIT: part of the hash; fixed before the first result

@@ -148,8 +148,7 @@ def ours(arm: str, folder: Path) -> dict[str, float]:
     from cai_ray.records import LABELED_PAIR, REVISION
     from cai_ray.stages.shared import write_rows
     from cai_ray.training.batches import step_rows
-    from cai_ray.training.launch import run_training
-    from cai_ray.training.loop import Job
+    from cai_ray.training.launch import Job, run_training
 
     config, kind = config_of(arm), "preference_model" if arm == "pm" else "sft"
     rows = rows_of(arm, Tokenizer.load(embedded_model()))

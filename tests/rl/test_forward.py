@@ -6,7 +6,8 @@ import torch
 from cai_ray.algo.ppo import logprobs_from_logits
 from cai_ray.models import documents
 from cai_ray.models.checkpoints import load_causal_lm, load_scalar_model
-from cai_ray.rl.forward import ScoreForward, ValueForward
+from cai_ray.rl.rewards import ScoreForward
+from cai_ray.rl.workers import ValueForward
 from cai_ray.training.sft import TokenLogprobs
 from tests.reference import values_of
 

@@ -7,8 +7,8 @@ import pytest
 from cai_ray.config import PPOConfig
 from cai_ray.errors import StageFailed
 from cai_ray.rl.experience import repetitive
+from cai_ray.rl.groups import Call, Timeline
 from cai_ray.rl.guards import Guards, RollBack
-from cai_ray.rl.timeline import Timeline
 
 CALM = {"objective/kl": 0.1, "objective/score": 0.0, "rollout/length": 10.0, "rollout/repetitive": 0.0}
 
@@ -70,8 +70,8 @@ def test_repetitive_means_that_half_of_the_four_grams_came_before():
 
 def test_the_timeline_is_a_chrome_trace_that_a_restart_goes_on_with(tmp_path):
     path = tmp_path / "timeline.json"
-    Timeline(path).add("actor 1", "update", 3, (10.0, 10.5))
-    Timeline(path).add("rollout 0", "rollout", 4, (10.2, 11.0))
+    Timeline(path).add("update", 3, [Call("actor 1", None)], [{"span": (10.0, 10.5)}])
+    Timeline(path).add("rollout", 4, [Call("rollout 0", None)], [{"span": (10.2, 11.0)}])
     text = path.read_text()
     assert text.endswith(",\n")
     first, second = json.loads(text.rstrip(",\n") + "]")

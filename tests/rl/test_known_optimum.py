@@ -16,8 +16,7 @@ import torch
 from cai_ray.algo.ppo import value_loss
 from cai_ray.config import PPOConfig
 from cai_ray.rl.batches import flat, ragged
-from cai_ray.rl.experience import make_experience
-from cai_ray.rl.losses import ACTOR_COLUMNS, actor_loss
+from cai_ray.rl.experience import ACTOR_COLUMNS, actor_loss, make_experience
 
 BATCH, STEPS, GROUP = 256, 300, 4
 METHODS = ("gae", "rloo", "grpo")

@@ -60,7 +60,7 @@ def scored(policy, rewards, piece=(0, None), heldout=None, **changes):
     critic = {"optim": {"lr": 1e-3}, "sharding": {"dtype": "float32"}}
     config = PPOConfig(**{**small, "critic": critic, **changes})
     setup = Setup(config, policy, tuple(rewards), heldout, "auto", "cpu", 7, CLUSTER, "float32")
-    return Reward("reward", 0, 1, setup).score(BATCH, piece).sort_by("row").to_pydict()
+    return Reward("reward", 0, 1, setup).score(BATCH, piece)[0].sort_by("row").to_pydict()
 
 
 def alone(folder, policy):
@@ -138,7 +138,7 @@ def test_a_feedback_model_rates_each_response_under_its_principle(policy):
     config = PPOConfig(critic_init="policy", critic={"optim": {"lr": 1e-3}, "sharding": {"dtype": "float32"}})
     judge = Judge(policy, "plain", constitution)
     setup = Setup(config, policy, (judge,), None, "auto", "cpu", 7, CLUSTER, "float32")
-    answer = Reward("reward", 0, 1, setup).score(batch)
+    answer, sums = Reward("reward", 0, 1, setup).score(batch)
     tokenizer, model, expected = Tokenizer.load(policy, "plain"), load_causal_lm(policy, "float32"), []
 
     def after(ids, token):
@@ -158,3 +158,4 @@ def test_a_feedback_model_rates_each_response_under_its_principle(policy):
         mean = sum(m * (2 * k / 9 - 1) for k, m in enumerate(mass)) / sum(mass)
         expected.append(-mean if principle.inverted else mean)
     assert answer.sort_by("row")["score"].to_pylist() == pytest.approx(expected, abs=1e-5)
+    assert sums == {name: pytest.approx(sum(expected), abs=1e-5) for name in ("score_raw", "score")} | {"rows": 3}

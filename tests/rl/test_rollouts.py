@@ -2,7 +2,7 @@
 
 import asyncio
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain
 
 import pyarrow as pa
 import pytest
@@ -13,14 +13,7 @@ from cai_ray.generation.actor import BAD
 from cai_ray.generation.engine import Completion
 from cai_ray.records import derive_seed, to_table
 from cai_ray.rl.experience import make_experience
-from cai_ray.rl.rollouts import (
-    ROLLOUTS,
-    RollOut,
-    keep_rollouts,
-    prompt_steps,
-    prompts_of_steps,
-    requests,
-)
+from cai_ray.rl.rollouts import ROLLOUTS, RollOut, keep_rollouts, prompts_of_steps, requests
 
 
 def prompt(i, kind="harmful", text="hi"):
@@ -30,43 +23,6 @@ def prompt(i, kind="harmful", text="hi"):
 PROMPTS = [prompt(i, kind) for kind in ("harmful", "helpful") for i in range(6)]
 
 
-def anything(row):
-    return True
-
-
-# ---- prompts --------------------------------------------------------------------------------------------------------
-
-
-def test_each_epoch_reads_every_prompt_once_in_its_own_order():
-    config = PPOConfig(rollout_batch_size=8, minibatch_size=8, samples_per_prompt=2)
-    steps = list(islice(prompt_steps(PROMPTS, config, 1, anything), 6))
-    ids = [row["id"] for row in chain(*steps)]
-    assert [len(step) for step in steps] == [4] * 6
-    assert sorted(ids[:12]) == sorted(ids[12:]) == sorted(p["id"] for p in PROMPTS)
-    assert ids[:12] != ids[12:]
-
-
-def test_the_order_depends_on_seed_and_ids_not_on_how_the_rows_arrive():
-    config = PPOConfig(rollout_batch_size=4, minibatch_size=4)
-    first = list(islice(prompt_steps(PROMPTS, config, 1, anything), 3))
-    assert list(islice(prompt_steps(PROMPTS[::-1], config, 1, anything), 3)) == first
-    assert list(islice(prompt_steps(PROMPTS, config, 2, anything), 3)) != first
-
-
-def test_the_helpful_share_holds_over_steps():
-    config = PPOConfig(rollout_batch_size=3, minibatch_size=3, helpful_fraction=0.25)
-    steps = list(islice(prompt_steps(PROMPTS, config, 1, anything), 8))
-    helpful = [sum(row["kind"] == "helpful" for row in step) for step in steps]
-    assert sum(helpful) == 6  # a quarter of 24
-    assert set(helpful) <= {0, 1}
-
-
-def test_a_kind_without_prompts_is_an_error_not_an_endless_search():
-    config = PPOConfig(rollout_batch_size=4, minibatch_size=4, helpful_fraction=0.5)
-    with pytest.raises(DataError, match="max_prompt_tokens"):
-        next(prompt_steps([p for p in PROMPTS if p["kind"] == "harmful"], config, 0, anything))
-
-
 class Words:
     format = "plain"
 
@@ -74,6 +30,45 @@ class Words:
         if messages[-1]["content"] == "refused":
             raise DataError("the template knows no such turn")
         return [7] * len(messages[-1]["content"].split())
+
+
+def steps_of(prompts, seed, **changes):
+    return prompts_of_steps(prompts, PPOConfig(**changes), seed, Words())[0]
+
+
+# ---- prompts --------------------------------------------------------------------------------------------------------
+
+
+def test_each_epoch_reads_every_prompt_once_in_its_own_order():
+    steps = steps_of(PROMPTS, 1, steps=6, rollout_batch_size=8, minibatch_size=8, samples_per_prompt=2)
+    ids = [row["id"] for row in chain(*steps)]
+    assert [len(step) for step in steps] == [4] * 6
+    assert sorted(ids[:12]) == sorted(ids[12:]) == sorted(p["id"] for p in PROMPTS)
+    assert ids[:12] != ids[12:]
+
+
+def test_the_order_depends_on_seed_and_ids_not_on_how_the_rows_arrive():
+    sizes = {"rollout_batch_size": 4, "minibatch_size": 4}
+    first = steps_of(PROMPTS, 1, steps=3, **sizes)
+    assert steps_of(PROMPTS[::-1], 1, steps=3, **sizes) == first
+    assert steps_of(PROMPTS, 1, steps=9, **sizes)[:3] == first
+    assert steps_of(PROMPTS, 2, steps=3, **sizes) != first
+
+
+def test_the_helpful_share_holds_over_steps():
+    steps = steps_of(PROMPTS, 1, steps=8, rollout_batch_size=3, minibatch_size=3, helpful_fraction=0.25)
+    helpful = [sum(row["kind"] == "helpful" for row in step) for step in steps]
+    assert sum(helpful) == 6  # a quarter of 24
+    assert set(helpful) <= {0, 1}
+
+
+def test_a_kind_without_prompts_is_an_error_not_an_endless_search():
+    harmful = [p for p in PROMPTS if p["kind"] == "harmful"]
+    with pytest.raises(DataError, match="max_prompt_tokens"):
+        steps_of(harmful, 0, rollout_batch_size=4, minibatch_size=4, helpful_fraction=0.5)
+    with pytest.raises(DataError, match="none of 0 prompts") as error:  # such as held-out ones of few prompts
+        steps_of([], 0, rollout_batch_size=4, minibatch_size=4)
+    assert "held-out ones where ppo.evaluate_every" in error.value.fix
 
 
 def test_long_and_refused_prompts_are_left_out_and_named():
@@ -148,7 +143,6 @@ def test_rollouts_are_put_in_order_kept_and_read_again(tmp_path):
     batch, seen = keep_rollouts(path, 2, answered(B), answered(A))
     assert batch["response_ids"].to_pylist() == [[1, 2], [3]]
     assert (seen["tokens"], seen["response_tokens"], seen["versions"]) == (7, 3, [4])
-    assert seen["probe"] == [([9, 9], [1, 2]), ([9, 9], [3])]
     again, seen_again = keep_rollouts(path, 2)
     assert again.equals(batch)
     assert seen_again == seen

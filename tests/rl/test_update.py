@@ -12,7 +12,7 @@ from cai_ray.algo.ppo import logprobs_from_logits
 from cai_ray.config import Learner, Optim, PPOConfig, Sharding
 from cai_ray.models.checkpoints import load_causal_lm
 from cai_ray.models.tokenization import Tokenizer
-from cai_ray.rl import losses
+from cai_ray.rl import experience
 from cai_ray.rl.setup import Setup
 from cai_ray.rl.workers import Actor, Critic
 from tests.training.ranks import on_ranks
@@ -63,7 +63,14 @@ def setup_of(kind, policy, reward_model, **changes):
     # that, which at 1e-3 shows in the next losses.
     critic = Learner(optim=Optim(lr=1e-4), sharding=sharding)
     config = PPOConfig(
-        **{"rollout_batch_size": ROWS, "minibatch_size": ROWS, "actor": actor, "critic": critic, **changes}
+        **{
+            "steps": STEPS,
+            "rollout_batch_size": ROWS,
+            "minibatch_size": ROWS,
+            "actor": actor,
+            "critic": critic,
+            **changes,
+        }
     )
     return Setup(config, policy, (reward_model,), None, "auto", "cpu", 7, CLUSTER, "float32")
 
@@ -71,17 +78,17 @@ def setup_of(kind, policy, reward_model, **changes):
 def updated(rank, setup, out, spoil):
     """Takes the steps and leaves losses, gradient norms and the models in `out`."""
     if spoil:
-        plain = losses.policy_loss
+        plain = experience.policy_loss
 
         def spoiled(*args):
             loss, stats = plain(*args)
             return spoil * loss, stats
 
-        losses.policy_loss = spoiled
+        experience.policy_loss = spoiled
     batch, _ = rollouts()
     for role, cls in (("actor", Actor), ("critic", Critic)):
         worker = cls(role, rank, setup.config.actor.sharding.ranks, setup)
-        worker.join(os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], STEPS)  # the group is up: it stays
+        worker.join(os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"])  # the group is up: it stays
         lines = []
         for _ in range(STEPS):
             found = worker.update(batch, [range(ROWS)], 0.1)
@@ -149,14 +156,14 @@ def mixed_in(rank, setup, out):
     nothing = pa.array([[0.0] * n for n in lengths], pa.list_(pa.float32()))
     batch = batch.set_column(batch.column_names.index("advantages"), "advantages", nothing)
     worker = Actor("actor", rank, 1, setup)
-    worker.join(os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], 2)
+    worker.join(os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"])
     rows = pa.table({"prompt_ids": [[5, 6], [9]], "response_ids": [[7, 8, 9], [11]]})
     found = worker.update(batch, [[0], [1]], 0.0, [[0, 1], [1, 0]], rows)
     torch.save(found["sums"], out / "sums.pt")
 
 
 def test_sl_rows_mixed_in_are_learned(policy, reward_model, tmp_path):
-    on_ranks(1, mixed_in, setup_of("whole", policy, reward_model, ptx_coef=0.5), tmp_path)
+    on_ranks(1, mixed_in, setup_of("whole", policy, reward_model, ptx_coef=0.5, steps=2), tmp_path)
     hf, loss = load_causal_lm(policy, "float32"), 0.0
     for prompt, response in (([5, 6], [7, 8, 9]), ([9], [11])):
         with torch.no_grad():

@@ -15,7 +15,7 @@ from cai_ray.errors import StageFailed
 from cai_ray.generation.shared_memory import bucket_folder
 from cai_ray.rl import weight_sync
 from cai_ray.rl.groups import EngineDied, Group
-from cai_ray.rl.weight_sync import Engines, Sender
+from cai_ray.rl.weight_sync import Sender
 
 LAYERS = 6
 WEIGHTS = {f"model.layers.{i}.{part}.weight": torch.full((4, 4), float(i)) for i in range(LAYERS) for part in "ab"}
@@ -26,12 +26,13 @@ def files():
 
 
 class Receiver:
-    """Stands where the engines do; takes each bucket in only once the next is written, or at the end."""
-
-    gpus, colocated = 0, False
+    """Stands where the group of engines does; takes each bucket in only once the next is written, or at the end."""
 
     def __init__(self, fail_at=None):
-        self.version, self.got, self.seen, self.most, self.fail_at = -1, {}, [], 0, fail_at
+        self.got, self.seen, self.most, self.fail_at = {}, [], 0, fail_at
+
+    def submit(self, method, *args, each):
+        return [getattr(self, method)(*args)]
 
     def start_weight_update(self):
         self.seen.append("start")
@@ -48,13 +49,14 @@ class Receiver:
         self.most = max(self.most, len(files()))
         self.got |= tensors
 
-    def finish_weight_update(self, version=None):
-        self.seen.append(f"finish {self.version}")
+    def finish_weight_update(self, version):
+        self.seen.append(f"finish {version}")
 
 
 @pytest.fixture
 def send(monkeypatch):
     monkeypatch.setattr(weight_sync, "BUCKET_BYTES", 2 * 64)  # one layer
+    monkeypatch.setattr(weight_sync, "wait", lambda calls, timeout_s, what: calls)  # a receiver answers at once
     left = []
 
     def parameters():
@@ -62,7 +64,7 @@ def send(monkeypatch):
         left.append("gathered to the end")
 
     def run(receiver, times=1):
-        sender = Sender(SimpleNamespace(rank=0, merged_parameters=parameters), receiver)
+        sender = Sender(SimpleNamespace(rank=0, merged_parameters=parameters), receiver, 0, 1.0)
         for version in range(times):
             sender.send(version)
         return left
@@ -75,12 +77,12 @@ def test_a_sender_that_waits_for_an_engine_that_is_gone_is_released(monkeypatch)
         raise EngineDied("engine-1 is gone")
 
     monkeypatch.setattr(weight_sync, "wait", gone)
-    engines, released = Engines(Group("rollout", []), 1, 1.0), []
-    engines.give_up = lambda: released.append(True)
+    sender, released = Sender(SimpleNamespace(), Group("rollout", []), 1, 1.0), []
+    sender._link = SimpleNamespace(shutdown=lambda: released.append(True))
     with pytest.raises(EngineDied):
-        engines.update_weights({})
+        sender.update_weights({})
     assert released == [True]
-    assert isinstance(engines.failed, EngineDied)  # no parameter that is left goes into the link that has ended
+    assert isinstance(sender._failed, EngineDied)  # no parameter that is left goes into the link that has ended
 
 
 @pytest.mark.parametrize("colocated", [False, True])
@@ -89,9 +91,8 @@ def test_ranks_gather_to_the_end_but_where_the_others_stand_in_the_transfer(colo
         raise EngineDied("engine-1 is gone")
 
     names = iter("abc")
-    sender = Sender(
-        SimpleNamespace(rank=0, merged_parameters=lambda: names), SimpleNamespace(gpus=1, colocated=colocated)
-    )
+    model = SimpleNamespace(rank=0, merged_parameters=lambda: names)
+    sender = Sender(model, Group("rollout", []), 1, 1.0, colocated)
     sender._link = SimpleNamespace(source=SimpleNamespace(), send_weights=lost, shutdown=None)
     with pytest.raises(EngineDied):
         sender.send(1)

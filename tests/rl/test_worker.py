@@ -10,7 +10,7 @@ from cai_ray.config import PPOConfig
 from cai_ray.generation.actor import EngineActor
 from cai_ray.rl import groups
 from cai_ray.rl.setup import Setup
-from cai_ray.rl.worker import Worker
+from cai_ray.rl.workers import Worker
 
 from .conftest import CLUSTER
 

@@ -16,8 +16,8 @@ from cai_ray.config import Comparisons, Optim, PreferenceModelConfig, Sharding
 from cai_ray.errors import DataError, StageFailed
 from cai_ray.records import Row
 from cai_ray.training import preference
-from cai_ray.training.launch import run_training
-from cai_ray.training.loop import Job, _examples
+from cai_ray.training.launch import Job, run_training
+from cai_ray.training.loop import _examples
 from tests.reference import values_of
 from tests.training.rows import pair
 

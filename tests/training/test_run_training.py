@@ -30,11 +30,10 @@ from cai_ray.models.tokenization import Tokenizer
 from cai_ray.records import Row, answers, row_id, stored_rows
 from cai_ray.training import launch, sft
 from cai_ray.training.batches import epoch_order
-from cai_ray.training.checkpoints import RECORD, Checkpoints
 from cai_ray.training.deepspeed import steps_in
-from cai_ray.training.launch import _failed, _Follow, run_training
+from cai_ray.training.launch import RECORD, Job, _failed, _Follow, run_training
 from cai_ray.training.liveness import Watch, rank_log
-from cai_ray.training.loop import Job
+from cai_ray.training.loop import Checkpoints
 from tests.training.rows import pair, revision
 
 OPTIM = Optim(lr=2e-3, schedule="linear", warmup_fraction=0.2)
