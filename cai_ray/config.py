@@ -402,6 +402,12 @@ class PreferenceModelConfig(Training):
     optim: Optim = Optim(lr=1e-5, schedule="linear", warmup_fraction=0.03)
     """Optimizer and schedule."""
 
+    @model_validator(mode="after")
+    def _each_once(self) -> "PreferenceModelConfig":
+        if len({source.path for source in self.data}) < len(self.data):
+            raise ValueError("data names a source twice: its rows count once, by one limit and one weight")
+        return self
+
 
 class PPOConfig(Sampling):
     """`ppo`: the policy against the preference model, with a KL penalty to the SL model."""
@@ -477,9 +483,9 @@ class PPOConfig(Sampling):
     snapshots: NonNegativeInt = 0
     """Keep the policy every so many steps; 0 keeps only the last."""
     actor: Learner = Learner(optim=Optim(lr=1e-6))
-    """The policy."""
+    """The policy; the reference has its dtype, micro-batches and threads."""
     critic: Learner = Learner(optim=Optim(lr=5e-6))
-    """The value function, with gae."""
+    """The value function, with gae; the rewards have its dtype, micro-batches and threads, with rloo and grpo too."""
     placement: Op[Literal["separate", "colocated"]] = "separate"
     """separate gives engines GPUs of their own; colocated lets engine i share a GPU with rank i of every role.
 

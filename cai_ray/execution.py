@@ -96,6 +96,8 @@ def preflight(config: Config, stages: list[pipeline.Stage]) -> None:
             _ = principles.for_critique() if stage.name == "revise" else principles.for_feedback()
         for source in stage.files:
             check_source(source)
+        for name in stage.functions:
+            pipeline.function_identity(name)
         for name in stage.models:
             if name not in pipeline.STAGE_MODELS:
                 pipeline.model_folder(pipeline.model_spec(config, name))
@@ -166,9 +168,10 @@ def _take_over(config: Config, request: Request, run: RunDir, reporter: Reporter
 
 def _readable(error: BaseException, stage: str, out: StageDir) -> BaseException:
     """What a person can act on: our own errors as they are, Ray's and the file system's as the stage's failure."""
+    from ray.data.exceptions import ExecutionTimeoutError
     from ray.exceptions import RayError
 
-    if isinstance(error, CaiError) or not isinstance(error, RayError | OSError):
+    if isinstance(error, CaiError) or not isinstance(error, RayError | ExecutionTimeoutError | OSError):
         return error
     cause = str(error).strip().splitlines()
     full = any("No space left on device" in line or "Disk quota exceeded" in line for line in cause)
@@ -177,10 +180,17 @@ def _readable(error: BaseException, stage: str, out: StageDir) -> BaseException:
     return StageFailed(f"{stage} stopped: {what}", f"{fix}; the same command continues")
 
 
-def _look(token: Path) -> tuple[bool, float, list[float]]:
-    """On a machine of the cluster: whether it sees a file, its memory and its GPUs', GiB."""
+def _look(paths: list[Path]) -> tuple[list[Path], float, list[float]]:
+    """On a machine of the cluster: those of `paths` that it does not see, its memory and its GPUs', GiB."""
     os.environ.pop("CUDA_VISIBLE_DEVICES", None)  # Ray hides GPUs from a task that asks for none
-    return token.exists(), doctor.host_memory_gib(), [gpu.gib for gpu in doctor.local_gpus()]
+    unseen = [path for path in paths if not path.exists()]
+    return unseen, doctor.host_memory_gib(), [gpu.gib for gpu in doctor.local_gpus()]
+
+
+def _tidy(out: StageDir) -> None:
+    """Removes what only weighs once a stage is finished: resume state, and what somebody who was killed half wrote."""
+    for spent in [*out.path.rglob("checkpoints"), *out.path.rglob(".*/")]:
+        shutil.rmtree(spent, ignore_errors=True)
 
 
 class Execution:
@@ -198,10 +208,11 @@ class Execution:
     @cached_property
     def device(self) -> str:
         """`cpu` or `gpu`; starts or joins Ray."""
-        import ray
+        import ray.data
 
         quiet_libraries()
         start_ray(self.config.cluster.joined)
+        ray.data.DataContext.get_current().execution_no_progress_timeout_s = self.config.cluster.step_timeout_s
         self._stack.callback(ray.shutdown)
         there = ray.cluster_resources()
         self._devices = int(there.get("GPU", 0)) or 1
@@ -216,19 +227,24 @@ class Execution:
         """Memory of all machines together, and the most that a GPU has, GiB.
 
         Raises:
-            ResourceError: one does not see the run's directory.
+            ResourceError: one does not see the run's directory or a model's folder.
         """
-        token = self.run.path / f".seen-{uuid4().hex}"
+        token, config = self.run.path / f".seen-{uuid4().hex}", self.config
+        names = {m for s in pipeline.needed(config) if s.name in self._waiting for m in s.models}
+        specs = [pipeline.model_spec(config, m) for m in sorted(names - {*pipeline.STAGE_MODELS})]
         token.touch()
         try:
-            found = on_every_machine(_look, token, timeout_s=self.config.cluster.start_timeout_s)
+            paths = [token, *map(pipeline.model_folder, specs)]
+            found = on_every_machine(_look, paths, timeout_s=config.cluster.start_timeout_s)
         finally:
             token.unlink()
-        if blind := [name for name, (sees, *_) in found.items() if not sees]:
-            raise ResourceError(
-                f"{', '.join(blind)} cannot see {self.run.path}, where engines and trainers write",
-                "set run.dir to a folder on storage that all machines share",
-            )
+        for name, (unseen, *_) in found.items():
+            if unseen:
+                what = self.run.path if unseen[0] == token else unseen[0]
+                raise ResourceError(
+                    f"{name} cannot see {what}",
+                    "put runs (run.dir) and models (their folders, HF_HOME) on storage that all machines share",
+                )
         gpus = [gib for _, _, own in found.values() for gib in own]
         return sum(memory for _, memory, _ in found.values()), max(gpus, default=math.inf)
 
@@ -263,6 +279,8 @@ class Execution:
         out = self.run.stage(stage.name, config.run.seed)
         if done := out.manifest():
             self.reporter.say(f"{number} {stage.name}: done before, skipped")
+            if out.path.parent == self.run.path:  # not another run's, from which it was taken over
+                _tidy(out)
             return done
         again = " (continues)" if step.action == "continue" else ""
         self.reporter.say(f"{number} {stage.name}{again}", style="bold")
@@ -284,9 +302,7 @@ class Execution:
                 manifest: Manifest = function(getattr(config, stage.name, None), inputs, out)
         except BaseException as e:
             raise _readable(e, stage.name, out) from e
-        # Resume state of a finished stage, and folders that somebody who was killed has left half-written: only weight.
-        for spent in [*out.path.rglob("checkpoints"), *out.path.rglob(".*/")]:
-            shutil.rmtree(spent, ignore_errors=True)
+        _tidy(out)
         shown = [f"{k} {v:.4g}" for k, v in manifest.metrics.items() if isinstance(v, int | float)]
         self.reporter.say(f"    {stage.name} took {time.monotonic() - start:.0f} s: {', '.join(shown[:8])}")
         return manifest

@@ -6,11 +6,12 @@ Planning imports neither torch nor ray; a stage's module is imported when the st
 import json
 from collections.abc import Collection
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 from cai_ray.artifacts import RunDir, StageDir, StageKey, canonical_sha256, differences, file_sha256
-from cai_ray.config import FEEDBACK, Config, ModelSpec, Principles, Source
+from cai_ray.config import FEEDBACK, FUNCTION, Config, ModelSpec, Principles, Source
 from cai_ray.constitution import Constitution, load_constitution
 from cai_ray.errors import ConfigError
 from cai_ray.shipped import source_path
@@ -31,6 +32,7 @@ class Stage:
     models: tuple[str, ...] = ()  # models it reads: keys of `models`, stages, or paths
     principles: Principles | None = None  # that it draws from
     files: tuple[Source, ...] = ()
+    functions: tuple[str, ...] = ()  # of the user's, as module:function
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -55,7 +57,9 @@ def stage_table(c: Config) -> dict[str, Stage]:
         preference_init = "preference_base" if c.models.preference_base else "sft"
     judge = feedback_model(c) if FEEDBACK in ppo.reward else None
     rewards = [name for name in (*ppo.preference_models, judge, ppo.heldout_reward) if name]
-    scorer, *_ = (*ppo.preference_models, "preference_model")
+    scorer, *_ = (*ppo.preference_models, ppo.heldout_reward or "preference_model")
+    functions = tuple(name for name in ppo.reward if FUNCTION.fullmatch(name))
+    judged = c.constitution.feedback if judge else None
     ptx = ("revise",) if ppo.ptx_coef else ()
     labels = ("label",) if any(s.path == "label" for s in data) else ()
     table = (
@@ -65,7 +69,7 @@ def stage_table(c: Config) -> dict[str, Stage]:
         Stage("sample_pairs", ("prompts",), (c.sample_pairs.model,)),
         Stage("label", ("sample_pairs",), (feedback_model(c),), c.constitution.feedback, (c.label.gold,)),
         Stage("preference_model", labels, (preference_init,), files=tuple(s for s in data if s.path != "label")),
-        Stage("ppo", ("prompts", *ptx), (ppo.init, *rewards), c.constitution.feedback if judge else None),
+        Stage("ppo", ("prompts", *ptx), (ppo.init, *rewards), judged, functions=functions),
         Stage("evaluate", ("prompts",), (*dict.fromkeys(["helpful", ppo.init, "ppo"]), scorer)),
         Stage("report", ("evaluate",)),
     )
@@ -159,6 +163,22 @@ def file_identity(source: Source) -> str:
     return source.path
 
 
+def function_identity(name: str) -> str:
+    """What enters a stage's key for a function of the user's: a hash of its module's file; the module is not run.
+
+    Raises:
+        ConfigError: there is no such module.
+    """
+    module = name.partition(":")[0]
+    try:
+        found = find_spec(module)
+    except (ImportError, ValueError):  # of the package that it is in
+        found = None
+    if found is None:
+        raise ConfigError(f"{name}: there is no module {module}", "put it on PYTHONPATH, here and on every node")
+    return file_sha256(Path(found.origin)) if found.has_location and found.origin else name
+
+
 def stage_key(config: Config, stage: Stage, run: RunDir) -> StageKey | None:
     """The stage's key, or None while a stage that it reads is unfinished."""
     inputs: dict[str, str] = {}
@@ -176,6 +196,8 @@ def stage_key(config: Config, stage: Stage, run: RunDir) -> StageKey | None:
         parts["principles"] = constitution_of(stage.principles).sha256
     if stage.files:
         parts["files"] = {s.path: file_identity(s) for s in stage.files}
+    if stage.functions:
+        parts["functions"] = {name: function_identity(name) for name in stage.functions}
     return StageKey(config=section.model_dump(mode="json") if section else {}, parts=parts, inputs=inputs)
 
 

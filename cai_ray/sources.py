@@ -89,7 +89,7 @@ def _stream(name: str, split: str, folder: str | None) -> Iterator[Row]:
     datasets.disable_progress_bars()
     try:
         yield from datasets.load_dataset(name, split=split, data_dir=folder, streaming=True)
-    except (*BROKEN, datasets.exceptions.DatasetsError) as e:
+    except (*BROKEN, RuntimeError, datasets.exceptions.DatasetsError) as e:  # RuntimeError: it would run a script
         fix = "check name and split (hf:NAME//FOLDER:SPLIT), network and HF_TOKEN"
         raise _unreadable(name, e, fix) from e
 
@@ -171,6 +171,7 @@ def parse_transcript(text: str) -> list[Message]:
     Raises:
         DataError: it does not begin with a human turn.
     """
+    text = text.replace("\r\n", "\n")  # of a file that was written on Windows
     parts = _TURN.split(text if text.startswith("\n\n") else "\n\n" + text.lstrip())
     if len(parts) < 3 or parts[0].strip() or parts[1] != "Human":
         raise DataError("transcript: expected text that begins with '\\n\\nHuman:'")
@@ -282,7 +283,7 @@ def _probability(value: Any) -> float:
 
 def _reply(value: Any) -> str:
     value = _unpacked(value)
-    if isinstance(value, list) or (isinstance(value, str) and value.startswith("\n\nHuman:")):
+    if isinstance(value, list) or (isinstance(value, str) and re.match(r"(\r?\n){2}Human:", value)):
         last = _conversation(value, True)[-1]
         if last["role"] != "assistant":
             raise DataError("a reply is a conversation that does not end with the assistant")

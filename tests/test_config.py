@@ -60,6 +60,7 @@ def test_override_of_a_short_form_keeps_what_it_named() -> None:
         ("sft.rounds=[2, 3]", "beyond the rounds 1 to 2"),
         ("preference_model.data=[{path: a, column: b}]", "leave it out"),
         ("preference_model.data=[{path: label, limit: 3}]", "sample_pairs.share"),
+        ("preference_model.data=[{path: a, weight: 2}, {path: a, limit: 3}]", "names a source twice"),
         ("label.gold={path: a, column: b}", "leave it out"),
         ("ppo.kl_penalty=k1_loss", "'reward', 'k2_loss' or 'k3_loss'"),
         ("ppo.dual_clip=1", "greater than 1"),

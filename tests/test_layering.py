@@ -50,7 +50,7 @@ KNOW_DEEPSPEED = {"training", "rl"}
 # options: RLOO and GRPO, KL as a loss, feedback models and functions as rewards, SL rows mixed in, scores while
 # responses arrive, models that look sharded over GPUs, one step ahead, engines that share the GPUs of training and
 # sleep meanwhile, evaluation, guards, a timeline.
-CORE_LINES, REST_LINES, MODULE_LINES, FUNCTION_LINES = 8370, 2500, 350, 60
+CORE_LINES, REST_LINES, MODULE_LINES, FUNCTION_LINES = 8427, 2500, 350, 60
 REST = {"evaluation", "report", "world"}
 
 

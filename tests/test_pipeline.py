@@ -1,5 +1,6 @@
 """Planning: what is done, what has changed, what a change would cost, what may be taken over."""
 
+import importlib
 import json
 import sys
 from contextlib import ExitStack
@@ -13,7 +14,7 @@ from cai_ray.artifacts import RunDir, StageDir, StageKey, git_state, write_atomi
 from cai_ray.config import Config
 from cai_ray.config_files import load_config
 from cai_ray.errors import CaiError, ConfigError, DataError, ResourceError
-from cai_ray.execution import Execution, Request, _doomed, _take_over, run_pipeline
+from cai_ray.execution import Execution, Request, _doomed, _look, _take_over, preflight, run_pipeline
 from cai_ray.pipeline import (
     GENERATING,
     NAMES,
@@ -391,19 +392,69 @@ def test_a_joined_cluster_that_is_too_small_is_refused_before_anything_starts(
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 32.0})
     monkeypatch.setattr("ray.shutdown", lambda: None)
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
-    machines = {"node-1": (True, 0.5, []), "node-2": (True, 64.0, [])}
+    machines: dict[str, Any] = {"node-1": ([], 0.5, []), "node-2": ([], 64.0, [])}
     monkeypatch.setattr("cai_ray.execution.on_every_machine", lambda *_, **__: machines)
     with ExitStack() as stack:
         with pytest.raises(ResourceError, match="sft needs 41 CPUs, there are 32"):
             _ = Execution(config, run, Reporter(), stack, ["sft"], False).device
         assert Execution(config, run, Reporter(), stack, ["label"], False).device == "cpu"
-        machines["node-2"] = (True, 0.5, [])
+        machines["node-2"] = ([], 0.5, [])
         with pytest.raises(ResourceError, match=r"label needs .* GiB of memory, there are 1"):
             _ = Execution(config, run, Reporter(), stack, ["label"], False).device
-        machines["node-2"] = (False, 64.0, [])
-        with pytest.raises(ResourceError, match=f"node-2 cannot see {tmp_path}"):
-            _ = Execution(config, run, Reporter(), stack, ["label"], False).device
+        asked: list[Path] = []
+
+        def look(function: Any, paths: list[Path], **_: Any) -> dict[str, Any]:
+            asked[:] = paths
+            return {"node-1": ([], 64.0, []), "node-2": ([paths[place]], 64.0, [])}
+
+        monkeypatch.setattr("cai_ray.execution.on_every_machine", look)
+        model = model_folder(model_spec(config, "pretrained"))
+        for place in (0, 1):
+            with pytest.raises(ResourceError, match=f"node-2 cannot see {(tmp_path, model)[place]}"):
+                _ = Execution(config, run, Reporter(), stack, ["label", "sft"], False).device
+        assert asked[1:] == [model]  # both read it, and it is looked for once
     assert not list(tmp_path.glob(".seen-*"))
+
+
+def test_a_machine_says_what_it_does_not_see(tmp_path: Path) -> None:
+    (tmp_path / "there").touch()
+    unseen, memory, _ = _look([tmp_path / "there", tmp_path / "gone"])
+    assert (unseen, memory > 0) == ([tmp_path / "gone"], True)
+
+
+def test_a_function_that_scores_is_part_of_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    chosen = ("ppo.reward=my_scores:score", "ppo.critic_init=policy")
+    config, run = load_config("tiny", chosen), RunDir(tmp_path / "run")
+    with pytest.raises(ConfigError, match="no module my_scores"):
+        preflight(config, [stage_table(config)["ppo"]])
+    (tmp_path / "my_scores.py").write_text("raise SystemExit  # nobody runs it to plan", "utf-8")
+    importlib.invalidate_caches()
+    finish(config, run, *ALL[: ALL.index("ppo") + 1])
+    assert actions(config, run)["ppo"] == "done"
+    (tmp_path / "my_scores.py").write_text("def score(prompts, responses): return [0.0] * len(prompts)", "utf-8")
+    assert actions(config, run)["ppo"] == "changed"
+
+
+def test_what_a_killed_run_left_beside_a_finished_stage_goes_at_the_next_start(tmp_path: Path) -> None:
+    config, run, other = load_config("tiny"), RunDir(tmp_path / "run"), RunDir(tmp_path / "other")
+    for of in (run, other):
+        finish(config, of, "prompts")
+        (of.stage("prompts").checkpoints / "step-1").mkdir(parents=True)
+    stage = stage_table(config)["prompts"]
+    with ExitStack() as stack:
+        Execution(config, run, Reporter(), stack, (), False).execute(stage, "")
+        assert not run.stage("prompts").checkpoints.exists()
+        run.discard("prompts")
+        run.take_over("prompts", other.stage("prompts"))
+        Execution(config, run, Reporter(), stack, (), False).execute(stage, "")
+    assert other.stage("prompts").checkpoints.is_dir()  # another run's, which may be at work
+
+
+def test_a_model_that_watches_scores_where_no_reward_is_a_model() -> None:
+    overrides = ("ppo.reward=feedback_model", "ppo.critic_init=policy", "ppo.heldout_reward=tiny")
+    stages = [stage.name for stage in needed(load_config("tiny", overrides))]
+    assert stages == ["prompts", "revise", "sft", "ppo", "evaluate", "report"]
 
 
 def test_a_machine_without_git_keeps_its_stages(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -255,3 +255,28 @@ def test_published_comparisons(test_data: Path) -> None:
     assert {r["split"] for r in rows} == {"train", "test"}
     few, *rest = read_comparisons(source.model_copy(update={"limit": 10}))
     assert (len(few), rest) == (10, [bad, read, repeated])  # what is bad is a share of all that were read
+
+
+@pytest.mark.parametrize("column", ["chosen", "prompt"])
+def test_transcripts_written_on_windows_have_the_same_turns(column: str) -> None:
+    unix = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d"
+    windows, source = unix.replace("\n", "\r\n"), Source(path="x")
+    found = to_prompts({column: windows}, "harmful", source)
+    assert found == to_prompts({column: unix}, "harmful", source)
+    assert [len(row["messages"]) for row in found] == [1, 3]
+    pairs = [{"chosen": text, "rejected": text[:-1] + "e"} for text in (unix, windows)]
+    for head in ({}, {"prompt": "q"}):
+        first, second = (to_comparison({**head, **pair}, source) for pair in pairs)
+        assert first == second
+        assert (first["response_a"], first["response_b"]) == ("d", "e")
+
+
+def test_a_data_set_that_would_run_a_script_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def load(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("Dataset scripts are no longer supported, but found x.py")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    with pytest.raises(DataError, match="no longer supported"):
+        list(read_rows(Source(path="hf:some/name")))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from cai_ray.errors import DataError
 from cai_ray.models.hub import embedded_model, hub_snapshot, quiet, tiny_model, whole_folder
+from cai_ray.models.memory import OUT_OF_MEMORY
 from cai_ray.models.tokenization import Tokenizer
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ _NAMES = (  # keys of config.json that change no computation
     "transformers_version",
     "use_cache",
 )
-_HASHED = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+_HASHED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
 def resolve_model(path: str, revision: str | None = None) -> Path:
@@ -45,7 +46,7 @@ def resolve_model(path: str, revision: str | None = None) -> Path:
     """
     if path in ("embedded", "tiny"):
         return embedded_model() if path == "embedded" else tiny_model()
-    folder = Path(path).expanduser()
+    folder = Path(path).expanduser().absolute()  # for processes that work in other folders
     if not folder.is_dir():
         folder = hub_snapshot(path, revision)
     for name in ("config.json", "tokenizer.json"):
@@ -56,7 +57,8 @@ def resolve_model(path: str, revision: str | None = None) -> Path:
 
 
 def _weights(folder: Path) -> list[Path]:
-    files = sorted(folder.glob("*.safetensors"))
+    # `consolidated…` is another layout's copy, which transformers does not read either.
+    files = sorted(p for p in folder.glob("*.safetensors") if not p.name.startswith("consolidated"))
     if not files:
         raise DataError(f"{folder} has no *.safetensors (pickles can run code: not read)", "save it as safetensors")
     return files
@@ -88,7 +90,7 @@ def weight_shapes(folder: Path) -> dict[str, list[int]]:
     from safetensors import safe_open
 
     shapes: dict[str, list[int]] = {}
-    for file in folder.glob("*.safetensors"):
+    for file in _weights(folder):
         with safe_open(file, "pt") as f:
             shapes |= {name: f.get_slice(name).get_shape() for name in f.keys()}  # noqa: SIM118
     if architecture(folder).get("tie_word_embeddings"):
@@ -160,6 +162,8 @@ def _load(auto: Any, folder: Path, dtype: "str | torch.dtype", **kwargs: Any) ->
             folder, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        if OUT_OF_MEMORY.search(str(error)):  # which says nothing of the model
+            raise
         raise DataError(f"the model in {folder} cannot be loaded: {error!r}", "download or save it again") from None
     missing = set(info["missing_keys"])
     if lost := sorted(name for name in missing if not name.startswith(("score.", "classifier."))):  # heads are new

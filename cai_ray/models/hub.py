@@ -35,6 +35,7 @@ def hub_snapshot(name: str, revision: str | None = None) -> Path:
     import huggingface_hub
     from huggingface_hub import errors
 
+    lost: Any = errors.HfHubHTTPError.__bases__  # OSError, and what the HTTP library calls a broken connection
     shown = f"{name!r}" if revision is None else f"{name!r} at revision {revision!r}"
     try:
         patterns: Any = {"allow_patterns": _WANTED, "ignore_patterns": _SKIPPED}
@@ -47,10 +48,11 @@ def hub_snapshot(name: str, revision: str | None = None) -> Path:
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError):
         fix = "check the spelling of name and revision; for a private model set HF_TOKEN"
         raise DataError(f"{shown} is neither a folder here nor a model on the hub", fix) from None
-    except OSError as error:  # the hub's own errors among them
+    except lost as error:
+        reason = getattr(error, "strerror", None) or type(error).__name__
         raise DataError(
-            f"the model {shown} is not in the hub cache and could not be downloaded ({type(error).__name__})",
-            "check the network, or give the path of a folder that holds the model",
+            f"the model {shown} is not in the hub cache and could not be downloaded ({reason})",
+            "check the network and the disk of the cache (HF_HOME), or give the path of a folder that holds the model",
         ) from None
 
 

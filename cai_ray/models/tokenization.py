@@ -307,4 +307,7 @@ def _renamed(hf: Any, names: Mapping[str, str]) -> Any:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.is_file() else {}
+    try:
+        return json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON in UTF-8: {error}", "mend the file, or remove it") from None

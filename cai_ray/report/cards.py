@@ -6,14 +6,13 @@ They quote no data.
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import yaml
 
 from cai_ray.artifacts import RunDir, StageDir, StageKey, package_versions
 from cai_ray.constitution import Constitution, load_constitution
-from cai_ray.errors import ConfigError
+from cai_ray.errors import ConfigError, DataError
 from cai_ray.models.hub import HUB_ID
 from cai_ray.records import stored_rows
 from cai_ray.report.collect import STAGES, cautions, collect
@@ -37,13 +36,18 @@ _MODELS = {
         "A language model trained by PPO against a preference model, held near the model it began as.",
     ),
 }
+_HARMFUL = "Harmful requests and harmful answers are part of the data; they are meant for safety training and research."
 LIMITS = (
     "Models wrote the responses, critiques and revisions. No human labelled anything here: a preference is a model's "
     "judgement under a written principle. The starter prompts (`starter:…` in `source`) were written for cai-ray; they "
     "are neither human labels nor a benchmark.",
-    "Harmful requests and harmful answers are part of the data; they are meant for safety training and research.",
+    _HARMFUL,
 )
 _MODEL_LIMITS = (
+    "Models wrote the responses, critiques and revisions, and labelled pairs of their responses under written "
+    "principles. Comparisons that were given besides are what their source says; the starter's (`starter:…` in "
+    "`source`) were written for cai-ray and are neither human labels nor a benchmark.",
+    _HARMFUL,
     "A score or a lower loss is no safety case: nobody has tested here how the model behaves in use.",
     "It keeps the faults and the licence of the model it began as.",
 )
@@ -64,13 +68,16 @@ def model_card(run: RunDir, stage: str, key: StageKey, metrics: Mapping[str, Any
         head["base_model"] = base
     head["tags"] = ["constitutional-ai", "rlaif", "cai-ray", stage.replace("_", "-")]
     # The rows that it was given: models among its inputs have been given others.
-    folders = [run.stage(name).data for name in STAGES if name == stage or name in key.inputs.keys() - _MODELS.keys()]
-    limits = [*_MODEL_LIMITS, *LIMITS, *cautions(collect(run), unfinished=False)]
+    given = [name for name in STAGES if name == stage or name in key.inputs.keys() - _MODELS.keys()]
+    try:
+        limits = [*_MODEL_LIMITS, *cautions(collect(run), unfinished=False)]
+    except DataError as error:  # of another stage: no reason to lose this model
+        limits = [*_MODEL_LIMITS, f"What the rest of the run says of itself could not be read: {error.message}"]
     parts = [
         about,
         f'```python\nfrom transformers import {auto}\n\nmodel = {auto}.from_pretrained("PATH/TO/THIS/FOLDER")\n```',
         "## Data\n\nRows that the stage was given; those of the split `test` are held out.",
-        table(["source", "kind", "split", "rows"], _counts(folders)),
+        table(["source", "kind", "split", "rows"], _counts(run, given)),
         provenance(run, stage, key),
         "Packages: " + ", ".join(f"{name} {version}" for name, version in package_versions().items()) + ".",
         f"## Hyperparameters\n\n```yaml\n{yaml.safe_dump(key.config, sort_keys=False)}```",
@@ -148,9 +155,10 @@ def _hub_id(run: RunDir, config: Mapping[str, Any], models: Mapping[str, str]) -
     return named and (HUB_ID if named[1] == "embedded" else named[1])
 
 
-def _counts(folders: Iterable[Path]) -> list[list[str]]:
-    """Rows by source, kind and split, as lines of a table."""
-    counts, columns = Counter[tuple[str, ...]](), ("source", "kind", "split")
-    for folder in folders:
-        counts.update(tuple(row[c] for c in columns) for row in stored_rows(folder, columns))
+def _counts(run: RunDir, stages: Iterable[str]) -> list[list[str]]:
+    """Rows by source, kind and split, as lines of a table; of comparisons that were given the kind is not known."""
+    counts = Counter[tuple[str, ...]]()
+    for stage in stages:
+        for row in stored_rows(run.stage(stage).data, ("source", "kind", "split")):
+            counts[row["source"], "" if stage == "preference_model" else row["kind"], row["split"]] += 1
     return [[*key, f"{n:,}"] for key, n in sorted(counts.items())]

@@ -26,7 +26,7 @@ from cai_ray.records import Row, derive_seed
 from cai_ray.rl.batches import table
 from cai_ray.rl.setup import Judge, Setup
 from cai_ray.rl.workers import Worker
-from cai_ray.templates import SCORE, SCORES
+from cai_ray.templates import SCORE, SCORES, Messages
 from cai_ray.training.deepspeed import model_to_look
 
 
@@ -186,10 +186,17 @@ def _scorer(reward: Path | Judge | str, setup: Setup) -> "Model | Feedback | Fun
 
 def _same_tokens(folder: Path, setup: Setup) -> Tokenizer:
     policy, reward = Tokenizer.load(setup.policy, setup.format), Tokenizer.load(folder)
+    probe: Messages = [{"role": "user", "content": "probe"}]
     if policy.hf.get_vocab() != reward.hf.get_vocab():
         raise DataError(
             f"the policy {setup.policy} and the preference model {folder} have different vocabularies",
             "train the preference model from a model of the policy's family: it reads the policy's tokens",
+        )
+    if (policy.prompt(probe), policy.eos_id) != (reward.prompt(probe), reward.eos_id):
+        raise DataError(
+            f"the policy {setup.policy} ({policy.format}) and the preference model {folder} ({reward.format}) write "
+            "one conversation in different tokens",
+            "train the preference model from the SL model, or set models.preference_base.format to the policy's",
         )
     return policy
 

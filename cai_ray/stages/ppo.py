@@ -40,31 +40,36 @@ def ppo(config: PPOConfig, inputs: StageInputs, out: StageDir) -> Manifest:
         cluster=inputs.cluster,
         engine_dtype=inputs.setup.dtype,
     )
-    sl_rows = None
+    sl_rows, counts = None, {"prompts": len(prompts)}
     if config.ptx_coef:
-        sl_rows = to_learn(inputs.rows[1], config, Tokenizer.load(setup.policy, setup.format))
+        tokenizer = Tokenizer.load(setup.policy, setup.format)
+        sl_rows, counts["sl_rows_unusable"] = to_learn(inputs.rows[1], config, tokenizer)
     if setup.colocated:
         inputs.setup.pool.release()  # its engines have GPUs of their own, which are about to be shared
     held = read_rows(inputs.rows[0], split="test") if config.evaluate_every else ()
     how = (inputs.settings.progress, sl_rows, inputs.settings.max_bad_fraction, held)
     metrics, workers = run_ppo(setup, prompts, engines, out, *how)
-    return out.commit(inputs.key, {"prompts": len(prompts), **metrics}, workers=workers)
+    return out.commit(inputs.key, {**counts, **metrics}, workers=workers)
 
 
-def to_learn(folder: Path, config: PPOConfig, tokenizer: Tokenizer) -> pa.Table:
+def to_learn(folder: Path, config: PPOConfig, tokenizer: Tokenizer) -> tuple[pa.Table, int]:
     """`revise`'s training rows, all rounds, as SL learns them by default, cut to PPO's lengths.
 
-    Columns: id, prompt_ids, response_ids.
+    Columns: id, prompt_ids, response_ids. Also how many rows cannot be learned, which `sft` has in its quarantine.
 
     Raises:
         DataError: there is none.
     """
-    sft, rows = SftConfig(max_tokens=config.max_tokens), []
+    sft, rows, unusable = SftConfig(max_tokens=config.max_tokens), [], 0
     for row in iter_rows(folder, split="train"):
-        for example in examples(row, tokenizer, sft):
+        try:
+            made = examples(row, tokenizer, sft)
+        except DataError:
+            made, unusable = [], unusable + 1
+        for example in made:
             first = int(example.loss_mask_T.argmax())  # the answer is the end of the row
             prompt, response = example.ids_T[:first], example.ids_T[first:]
             rows.append({"id": example.id, "prompt_ids": prompt, "response_ids": response})
     if not rows:
         raise DataError("ppo.ptx_coef has no training row of `revise` to mix in", "set it to 0, or give more prompts")
-    return pa.Table.from_pylist(rows)
+    return pa.Table.from_pylist(rows), unusable

@@ -31,7 +31,7 @@ def preference_model(config: PreferenceModelConfig, inputs: StageInputs, out: St
         folders.append(write_rows(new, LABELED_PAIR, out.data / f"human-{number}"))
         bad += unusable
         counts["raw_rows"] += read
-        counts[f"rows/{source.path}"] += len(new)  # a path may stand there twice, with other columns
+        counts[f"rows/{source.path}"] = len(new)
         counts["duplicates"] += repeated + len(rows) - len(new)
         counts["over_limit"] += read - len(unusable) - repeated - len(rows)
     out.quarantine(bad, counts["raw_rows"], inputs.settings.max_bad_fraction)

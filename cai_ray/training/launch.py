@@ -7,7 +7,6 @@ when a rank no longer answers; and `training.loop`, which needs both, is importe
 import json
 import os
 import platform
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +17,7 @@ from ray.exceptions import RayError
 from cai_ray.artifacts import Bar, StageDir, print_to
 from cai_ray.config import PreferenceModelConfig, SftConfig
 from cai_ray.errors import CaiError, StageFailed
-from cai_ray.models.memory import KEEP_MEMORY, RETURN_MEMORY
+from cai_ray.models.memory import KEEP_MEMORY, OUT_OF_MEMORY, RETURN_MEMORY
 from cai_ray.models.shapes import find_shape, memory_sum, training_memory
 from cai_ray.training.liveness import Watch, own_log, rank_log
 
@@ -27,8 +26,6 @@ RECORD = "checkpoint_manager_snapshot.json"  # Ray Train's own
 RUN_NAME = "train"  # of Ray Train's run in checkpoints/: the same for every attempt, so each finds the last one
 MAX_FAILURES = 2  # restarts from the last checkpoint within one call
 POLL_S = 0.5
-# Torch's own words on GPU and CPU, Python's, and Ray's when its monitor ends a worker.
-_OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|running low on memory|MemoryError")
 
 
 @dataclass(frozen=True)
@@ -181,7 +178,7 @@ def _failed(error: Any, job: Job) -> StageFailed:
         who = f"rank {rank}" if isinstance(rank, int) else rank
         text = str(failure).strip().splitlines() or [type(failure).__name__]
         lines.append(f"{who}: {text[-1][:300]}")
-    if any(_OUT_OF_MEMORY.search(str(failure)) for failure in failures.values()):
+    if any(OUT_OF_MEMORY.search(str(failure)) for failure in failures.values()):
         sharding = job.config.sharding
         parts, host = training_memory(find_shape(str(job.model)), sharding, job.device, job.config.lora)
         lines.append(f"memory of a rank: {memory_sum(parts)} = {sum(total / n for _, total, n in parts):.1f} GiB")

@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 import shutil
 
 import huggingface_hub
@@ -20,7 +22,7 @@ from transformers import (
 
 from cai_ray.errors import DataError
 from cai_ray.models import checkpoints, resolve_model
-from cai_ray.models.checkpoints import fingerprint, load_causal_lm, load_scalar_model, save_pretrained
+from cai_ray.models.checkpoints import fingerprint, load_causal_lm, load_scalar_model, save_pretrained, weight_shapes
 from cai_ray.models.tokenization import Tokenizer
 
 
@@ -66,6 +68,7 @@ def test_a_missing_folder_is_named(path):
         (HfHubHTTPError, r"could not be downloaded \(HfHubHTTPError\)"),
         (LocalEntryNotFoundError, "not in the hub cache"),
         (ConnectionError, r"\(ConnectionError\)"),
+        (*HfHubHTTPError.__bases__[:1], r"could not be downloaded \("),  # of the HTTP library: a connection that broke
     ],
 )
 def test_what_the_hub_refuses_is_explained(monkeypatch, error, message):
@@ -75,6 +78,35 @@ def test_what_the_hub_refuses_is_explained(monkeypatch, error, message):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
     with pytest.raises(DataError, match=message):
         resolve_model("owner/name", "v1")
+
+
+def test_a_download_that_fills_the_disk_says_so(monkeypatch):
+    def fill(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fill)
+    with pytest.raises(DataError, match=r"\(No space left on device\)(.|\n)*HF_HOME"):
+        resolve_model("owner/name")
+
+
+def test_a_folder_named_from_here_is_the_same_elsewhere(copy_of_tiny, monkeypatch):
+    monkeypatch.chdir(copy_of_tiny.parent)
+    assert resolve_model(copy_of_tiny.name) == copy_of_tiny
+
+
+def test_another_layouts_copy_of_the_weights_is_left_alone(copy_of_tiny):
+    before, shapes = fingerprint(copy_of_tiny), weight_shapes(copy_of_tiny)
+    save_file({"layers.0.attention.wq.weight": torch.zeros(2, 2)}, copy_of_tiny / "consolidated.safetensors")
+    assert (fingerprint(copy_of_tiny), weight_shapes(copy_of_tiny)) == (before, shapes)
+
+
+def test_want_of_memory_is_not_called_a_broken_model(copy_of_tiny, monkeypatch):
+    def load(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", load)
+    with pytest.raises(torch.OutOfMemoryError):
+        load_causal_lm(copy_of_tiny, "float32")
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
@@ -184,11 +216,11 @@ def test_fingerprints_see_every_change_that_matters(copy_of_tiny, tiny):
         weights.write_bytes(changed)
         seen.add(fingerprint(copy_of_tiny))
     weights.write_bytes(content)
-    for name in ("config.json", "tokenizer.json", "chat_template.jinja"):
+    for name in ("config.json", "tokenizer.json", "chat_template.jinja", "generation_config.json"):
         with (copy_of_tiny / name).open("a") as file:
             file.write(" ")
         seen.add(fingerprint(copy_of_tiny))
-    assert len(seen) == 7
+    assert len(seen) == 8
 
 
 def test_a_fresh_head_is_drawn_by_seed(tiny):

@@ -261,6 +261,14 @@ def test_generation_config_adds_to_what_ends_generation(tokenizer_folder, tmp_pa
     assert tok.pad_id not in tok.eos_ids
 
 
+def test_a_configuration_that_is_no_json_is_named(tokenizer_folder, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tokenizer_folder("embedded"), folder)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [0, 2],}')
+    with pytest.raises(DataError, match=r"generation_config\.json is not JSON"):
+        Tokenizer.load(folder)
+
+
 def test_padding_may_be_an_embedding_row_without_token_but_never_eos(tokenizer_folder, tmp_path, write_json):
     folder = tmp_path / "model"
     shutil.copytree(tokenizer_folder("only-eos"), folder)

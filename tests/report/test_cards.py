@@ -95,7 +95,8 @@ def test_a_card_never_quotes_data(run: RunDir) -> None:
 def test_a_preference_model_counts_labels_and_its_own_comparisons(run: RunDir) -> None:
     made = card(run, "preference_model", {"eval/accuracy": 0.7})
     assert made.data.pipeline_tag == "text-classification"
-    assert "| starter:x | harmful | train | 3 |" in made.text  # two labelled pairs, and one of its own
+    assert "| starter:x | harmful | train | 2 |" in made.text
+    assert "| starter:x |  | train | 1 |" in made.text  # one of its own
     assert [line.split(" ")[1] for line in made.text.splitlines() if line.startswith(("| sft", "| label", "| sample"))]
     assert made.data.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct"  # where its beginning, the SL model, began
     assert "reward_mean" in made.text
@@ -113,6 +114,20 @@ def test_a_policy_that_a_feedback_model_rates_names_its_constitution(run: RunDir
         if line.startswith("| ppo |")
     )
     assert f"| default, version {constitution.version}, sha256 {constitution.sha256} | 7 |" in line
+
+
+def test_comparisons_of_others_are_not_called_a_models(run: RunDir) -> None:
+    for name in ("preference_model", "ppo"):
+        text = card(run, name, {}).content
+        assert "No human labelled" not in text
+        assert "are what their source says" in text
+    lines = [line for line in card(run, "preference_model", {}).content.splitlines() if line.startswith("| starter")]
+    assert any(line.startswith("| starter:x |  |") for line in lines)  # given comparisons: of no known kind
+
+
+def test_another_stages_damage_does_not_cost_a_model(run: RunDir) -> None:
+    (run.stage("label").manifest_path).write_text("{", "utf-8")
+    assert "could not be read" in card(run, "sft", {}).content
 
 
 def test_where_a_model_began(run: RunDir) -> None:

@@ -1,6 +1,7 @@
 """Rewards: preference models, ensembles of them, functions, and a model that only watches."""
 
 import json
+import shutil
 from itertools import takewhile
 
 import pyarrow as pa
@@ -128,6 +129,17 @@ def test_a_model_without_its_scale_is_refused(policy, reward_model, tmp_path):
     with pytest.raises(DataError, match="reward_std None"):
         scored(policy, [folder], (0, 1))
     assert scored(policy, [folder], (0, 1), normalize_scores=False)["row"] == [0]
+
+
+def test_a_model_that_learned_other_prompts_is_refused(policy, reward_model, tmp_path):
+    plain = tmp_path / "plain"
+    shutil.copytree(policy, plain)
+    model = load_causal_lm(policy, "float32")
+    save_pretrained(model.state_dict().items(), model.config, Tokenizer.load(policy, "plain"), plain)
+    with pytest.raises(DataError, match=r"\(plain\) and the preference model .* \(chat\) write one conversation"):
+        scored(plain, [reward_model])
+    with pytest.raises(DataError, match="write one conversation in different tokens"):
+        scored(plain, [f"{__name__}:lengths"], heldout=reward_model)
 
 
 def test_a_feedback_model_rates_each_response_under_its_principle(policy):

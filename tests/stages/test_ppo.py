@@ -26,8 +26,15 @@ from tests.training.rows import revision
 def test_training_rows_are_cut_into_prompt_and_answer(tmp_path):
     tokenizer, config = Tokenizer.load(tiny_model()), PPOConfig(max_prompt_tokens=64, max_new_tokens=64)
     rows = [revision(i) for i in range(8)]
-    pq.write_table(to_table(rows, REVISION), tmp_path / "part.parquet")
-    found = to_learn(tmp_path, config, tokenizer).to_pylist()
+    odd = {
+        **rows[-1],
+        "id": "odd",
+        "messages": rows[-1]["messages"] * 2,
+    }  # two user turns in a row
+    pq.write_table(to_table([*rows, odd], REVISION), tmp_path / "part.parquet")
+    table, unusable = to_learn(tmp_path, config, tokenizer)
+    found = table.to_pylist()
+    assert unusable == 1
     assert len(found) == 6 * 2  # two rounds of each row that is not held out
     first = min((r for r in rows if r["split"] == "train"), key=lambda r: r["id"])
     mine = [row for row in found if row["id"].startswith(first["id"])]

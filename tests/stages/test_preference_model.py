@@ -25,9 +25,9 @@ def test_a_comparison_that_comes_again_counts_once(tmp_path, monkeypatch):
         return {"quarantined": 0}
 
     monkeypatch.setattr(stage, "fit", fit)
-    rows = write("b.jsonl", "rain", "sun")
+    again = write("c.jsonl", "rain", "sun").model_copy(update={"limit": 1})
     config = PreferenceModelConfig(
-        data=(write("a.jsonl", "bread", "rain", "bread"), rows, rows.model_copy(update={"limit": 1}))
+        data=(write("a.jsonl", "bread", "rain", "bread"), write("b.jsonl", "rain", "sun"), again)
     )
     key = StageKey({}, {"seed": 7}, {})
     settings = MapSettings(8, 0.01, 60, nullcontext)
