@@ -164,7 +164,9 @@ def file_identity(source: Source) -> str:
 
 
 def function_identity(name: str) -> str:
-    """What enters a stage's key for a function of the user's: a hash of its module's file; the module is not run.
+    """What enters a stage's key for a function of the user's: a hash of its module's file.
+
+    The module is not run, only the packages that it is in.
 
     Raises:
         ConfigError: there is no such module.

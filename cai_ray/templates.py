@@ -167,10 +167,6 @@ def _turns(messages: Messages, names: Mapping[str, str], markers: Sequence[str],
     return "".join(f"\n\n{names[m['role']]}: {escape(m['content'], markers, brackets)}" for m in messages)
 
 
-def _user(content: str) -> Message:
-    return {"role": "user", "content": content}
-
-
 def _assistant(content: str) -> Message:
     return {"role": "assistant", "content": content}
 

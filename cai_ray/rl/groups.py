@@ -113,7 +113,7 @@ class Timeline:
 
 @dataclass(frozen=True)
 class Group:
-    """The workers of one role: `worker.Worker`s, or the rollout engines."""
+    """The workers of one role: `workers.Worker`s, or the rollout engines."""
 
     role: str
     workers: list[Any]
